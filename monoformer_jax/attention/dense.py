@@ -1,0 +1,42 @@
+"""Interval attention in plain XLA: the oracle of every kernel, and what runs on a CPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from monoformer_jax.attention.mask import IntervalMask, dense_mask
+
+# Finite, so that a row which sees nothing gives 0 and no NaN in either pass.
+EMPTY_LSE = -1e30
+
+
+def dense_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: IntervalMask
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax attention over one key range a query; scores and statistics are float32.
+
+    Args:
+      q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K; query head n reads key/value head
+        n // (N // K), and k and v are never repeated.
+      mask: ranges over the S keys.
+
+    Returns:
+      Output [B, L, N, H] in q's dtype and the log-sum-exp of the scaled scores, float32 [B, L, N].
+      A query that sees nothing has output 0, log-sum-exp `EMPTY_LSE` and passes no gradient.
+    """
+    kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
+    allowed = dense_mask(mask, k.shape[1])[:, None, None]  # [B, 1, 1, L, S]
+    q = rearrange(q, "B L (K G) H -> B L K G H", K=kv_heads)
+    scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(allowed, scores, EMPTY_LSE)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.where(allowed, jnp.exp(scores - top), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1.0)
+    lse = jnp.where(total > 0, top + jnp.log(safe), EMPTY_LSE)
+    weights = (weights / safe).astype(v.dtype)
+    out = jnp.einsum("BKGLS,BSKH->BLKGH", weights, v, preferred_element_type=jnp.float32)
+    out = rearrange(out, "B L K G H -> B L (K G) H").astype(q.dtype)
+    return out, rearrange(lse, "B K G L 1 -> B L (K G)")

@@ -1,0 +1,40 @@
+"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits) and test."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+
+setup(
+    name="monoformer_jax",
+    version="0.1.0",
+    description="One transformer that writes text and paints images, in JAX/Flax, TPU first",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["monoformer_jax", "monoformer_jax.*"]),
+    python_requires=">=3.11",
+    # flax <= 0.12.8 does not import beside jax >= 0.11.1, and Python 3.11 cannot have a newer flax.
+    install_requires=[
+        "jax>=0.10,<0.11; python_version<'3.12'",
+        "jax>=0.11.1; python_version>='3.12'",
+        "flax>=0.12.8,<0.13; python_version<'3.12'",
+        "flax>=0.12.9,<0.13; python_version>='3.12'",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
+        "ml-collections>=1.1",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "pillow>=10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "demo": DEMO,
+        "test": [*DEMO, "pytest>=8", "ruff>=0.8", "tensorboard>=2.18"],
+    },
+    entry_points={"console_scripts": ["monoformer=monoformer_jax.__main__:main"]},
+)
