@@ -1,0 +1,21 @@
+"""Real digits on a laptop CPU: one model that draws, reads and says.
+
+    bash launch/demo.sh
+    python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/digits
+"""
+
+from monoformer_jax.config import base_config, named_size
+
+
+def get_config(size: str = "small"):
+    """Args:
+    size: "small", or "tiny" for a test of seconds: `--config=configs/digits.py:tiny`.
+    """
+    c = base_config()
+    c.name = "digits"
+    c.steps = 1500
+    c.batch_size = 16
+    c.model.update(named_size(size))
+    if size == "tiny":
+        c.steps, c.batch_size, c.log_every, c.checkpoint_every = 20, 4, 1, 10
+    return c

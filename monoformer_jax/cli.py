@@ -1,0 +1,72 @@
+"""What the commands share: reading --config, and turning bad input into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from monoformer_jax.config import Config, InputError, require
+
+BAD_INPUT = 2  # exit code
+NON_FINITE = 3  # exit code of `train` when the loss is no longer a number
+
+
+def run_command(
+    name: str,
+    doc: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    main: Callable[[argparse.Namespace], int | None],
+) -> None:
+    """Parses the command line, runs `main` and exits; bad input ends with one line and code 2."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m monoformer_jax.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    args, rest = parser.parse_known_args()
+    if hasattr(args, "config"):
+        args.overrides = [a for a in rest if a.startswith("--config.")]
+        rest = [a for a in rest if not a.startswith("--config.")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        sys.exit(main(args))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def load_config(file: str, overrides: Sequence[str]) -> Config:
+    """The config of `--config=FILE[:ARG] --config.group.key=value …`.
+
+    Args:
+      file: path of a Python file with get_config(); what follows a colon is passed to it.
+      overrides: "--config.group.key=value", the value a Python literal or else a plain string.
+
+    Raises:
+      InputError: no such file or key, or a value of the wrong type or out of range.
+    """
+    path, _, argument = file.partition(":")
+    require(Path(path).is_file(), f"--config={path}: there is no such file")
+    get_config = runpy.run_path(path).get("get_config")
+    require(callable(get_config), f"--config={path} has no get_config()")
+    values = get_config(*([argument] if argument else [])).to_dict()
+    for override in overrides:
+        key, equals, text = override.removeprefix("--config.").partition("=")
+        require(equals == "=", f"{override}: write it as --config.{key}=VALUE")
+        *groups, last = key.split(".")
+        group = values
+        for name in groups:
+            group = group.setdefault(name, {})
+            require(isinstance(group, dict), f"config key {key}: {name} is a value, not a group")
+        try:
+            group[last] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            group[last] = text
+    return Config.from_dict(values)

@@ -1,0 +1,327 @@
+"""Every setting of a run, as frozen dataclasses: defaults here, experiments in `configs/`.
+
+`configs/NAME.py` returns an `ml_collections.ConfigDict` that starts from `base_config()` and changes
+what the experiment changes; `Config.from_dict` turns it back into these classes, where an unknown key
+or a value out of range raises `InputError` before anything is compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import ml_collections
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong; the message is a sentence they can act on."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _positive(config, group: str, name: str) -> None:
+    value = getattr(config, name)
+    require(value > 0, f"{group}{'.' if group else ''}{name}={value} must be above 0")
+
+
+def _at_least(config, group: str, name: str, least: float) -> None:
+    value = getattr(config, name)
+    require(value >= least, f"{group}.{name}={value} must be {least} or more")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    require(value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The transformer; `SIZES` holds the named ones."""
+
+    vocab_size: int = 262  # of the tokenizer; the tables are padded to a multiple of 128
+    num_layers: int = 6
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    mlp_dim: int = 344
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    channels: int = 1  # of the image or latent
+    patch_size: int = 2
+    learn_sigma: bool = False  # the image head gives P more values a patch (DDPM weights need them)
+    dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
+    remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none"
+    attention: str = "auto"  # see attention.attend
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim",
+                     "head_dim", "channels", "patch_size"):  # fmt: skip
+            _positive(self, "model", name)
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of "
+            f"model.num_kv_heads={self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for RoPE")
+        require(
+            self.embed_dim % 4 == 0,
+            f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
+        )
+        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.attention", self.attention, ("auto", "dense"))
+        _one_of("model.remat", self.remat, REMAT_POLICIES)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token tables, so that they can be sharded; padding never has probability."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the number of values in a patch."""
+        return self.patch_size**2 * self.channels
+
+
+REMAT_POLICIES = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
+
+# Named sizes; `ModelConfig(**named_size("tinyllama_1b"))`. tinyllama_1b is the backbone of the paper.
+_LATENT = {"vocab_size": 32_004, "channels": 4, "patch_size": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+             "mlp_dim": 64, "dtype": "float32", "remat": "none"},
+    "small": {"num_layers": 6, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
+              "mlp_dim": 344, "dtype": "float32", "remat": "none"},
+    "tinyllama_1b": _LATENT | {"num_layers": 22, "embed_dim": 2048, "num_heads": 32,
+                               "num_kv_heads": 4, "head_dim": 64, "mlp_dim": 5632},
+    "7b": _LATENT | {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 32,
+                     "head_dim": 128, "mlp_dim": 11_008},
+}  # fmt: skip
+
+
+def named_size(name: str) -> dict[str, Any]:
+    """Keys of `ModelConfig` for a named size; InputError when there is none of that name."""
+    require(name in SIZES, f"there is no size {name!r}; there are {', '.join(SIZES)}")
+    return SIZES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Rectified flow: how the noise level t in [0, 1] of an image is drawn (t = 1 is noise)."""
+
+    t_sampler: str = "logit_normal"  # or "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0  # > 1 moves t towards noise, for images of many patches
+
+    def __post_init__(self):
+        _one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
+        _positive(self, "objective", "logit_std")
+        _positive(self, "objective", "shift")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    text_weight: float = 1.0
+    image_weight: float = 1.0
+    # False is the original's rule: no text loss in a document with a denoised image, so captions and
+    # <|im_start|> are never learned.
+    text_beside_images: bool = True
+
+    def __post_init__(self):
+        for name in ("text_weight", "image_weight"):
+            _at_least(self, "loss", name, 0)
+        require(
+            self.text_weight + self.image_weight > 0,
+            "loss.text_weight and loss.image_weight are both 0: nothing to train",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    mixture: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"draw": 0.5, "read": 0.3, "say": 0.2}
+    )  # weight of each source, a share of documents; see data.sources.SOURCES
+    row_length: int = 128  # L, and the longest prompt plus answer when generating
+    packing_bins: int = 64  # rows that are filled at the same time
+    image_size: int = 8  # side in pixels (or latent values)
+    prompt_dropout: float = 0.1  # share of prompts left out, for classifier-free guidance
+    shift_pixels: int = 1  # images to read move by up to this much; images to draw never do
+    truncate_text: bool = False  # cut a text that is longer than the row instead of dropping it
+
+    def __post_init__(self):
+        for name in ("row_length", "packing_bins", "image_size"):
+            _positive(self, "data", name)
+        require(
+            0 <= self.prompt_dropout <= 1,
+            f"data.prompt_dropout={self.prompt_dropout} is not a share between 0 and 1",
+        )
+        _at_least(self, "data", "shift_pixels", 0)
+        require(bool(self.mixture), "data.mixture names no source")
+        for name, weight in self.mixture.items():
+            require(
+                isinstance(weight, float | int), f"data.mixture.{name}={weight!r} is not a number"
+            )
+            require(weight >= 0, f"data.mixture.{name}={weight} must be 0 or more")
+        require(sum(self.mixture.values()) > 0, "data.mixture has no source with a weight above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with global-norm clipping, warm-up, and an exponential moving average of the weights."""
+
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"  # or "constant"
+    warmup_steps: int = 100
+    final_fraction: float = 0.0  # of the learning rate, at the end of the cosine
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.05  # on matrices only
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    accumulation: int = 1  # micro-batches a step
+
+    def __post_init__(self):
+        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        for name in ("learning_rate", "clip_norm", "accumulation"):
+            _positive(self, "optimizer", name)
+        for name in ("warmup_steps", "weight_decay"):
+            _at_least(self, "optimizer", name, 0)
+        for name in ("b1", "b2", "ema_decay", "final_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optimizer.{name}={value} is not between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be -1, which takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults of `sample` and `evaluate`; their flags override them."""
+
+    solver: str = "heun"  # or "euler"
+    steps: int = 20
+    guidance: float = 2.0  # 1 is no guidance
+    guidance_low: float = 0.0  # guidance acts where low <= t <= high
+    guidance_high: float = 1.0
+    shift: float = 1.0  # of the time grid, as objective.shift
+
+    def __post_init__(self):
+        _one_of("sampling.solver", self.solver, ("euler", "heun"))
+        _positive(self, "sampling", "steps")
+        _positive(self, "sampling", "shift")
+        _at_least(self, "sampling", "guidance", 0)
+        require(
+            0 <= self.guidance_low <= self.guidance_high <= 1,
+            f"sampling.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must "
+            "be in order between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "unnamed"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 16  # packed rows a step, over all devices
+    log_every: int = 50
+    checkpoint_every: int = 500
+    checkpoints_kept: int = 2
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_kept"):
+            _positive(self, "", name)
+        require(
+            self.batch_size % self.optimizer.accumulation == 0,
+            f"batch_size={self.batch_size} is not a multiple of "
+            f"optimizer.accumulation={self.optimizer.accumulation}",
+        )
+        require(
+            self.data.image_size % self.model.patch_size == 0,
+            f"data.image_size={self.data.image_size} is not divisible by "
+            f"model.patch_size={self.model.patch_size}",
+        )
+        require(
+            self.image_tokens + 4 <= self.data.row_length,
+            f"data.row_length={self.data.row_length} cannot hold one image: it takes "
+            f"{self.image_tokens} tokens with its time token, and <s>, <|im_start|>, <|im_end|>, "
+            "</s> around it",
+        )
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image: its time token and its patches."""
+        return 1 + (self.data.image_size // self.model.patch_size) ** 2
+
+    @property
+    def max_images(self) -> int:
+        """I, the most images that a row can hold."""
+        return self.data.row_length // self.image_tokens
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """From nested mappings, such as a ConfigDict or config.json.
+
+        Raises:
+          InputError: an unknown key, a value of another type, or one that is out of range.
+        """
+        if isinstance(values, ml_collections.ConfigDict):
+            values = values.to_dict()
+        return _build(cls, values, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Every key with its default, for `configs/NAME.py` to change."""
+    return ml_collections.ConfigDict(Config().to_dict())
+
+
+def _build(cls, values: Mapping[str, Any], prefix: str):
+    hints = get_type_hints(cls)
+    made = {}
+    for key, value in values.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, 1)
+            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            raise InputError(f"unknown config key {prefix}{key}{hint}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            require(isinstance(value, Mapping), f"config key {prefix}{key} is a group of keys")
+            value = _build(kind, value, f"{prefix}{key}.")
+        elif isinstance(kind, type):
+            is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+            value = float(value) if is_number else value
+            # bool is an int to Python, but True is no number of layers.
+            fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+            require(fits, f"config key {prefix}{key}={value!r} is not of type {kind.__name__}")
+        made[key] = value
+    return cls(**made)

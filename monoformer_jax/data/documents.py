@@ -1,0 +1,119 @@
+"""A document: a list of texts and images, turned into streams that are one entry a token.
+
+    build(["draw a one", Image(x, denoise=True)], …)
+
+    tokens    <s>  d  r  …  e             <|im_start|>  <image>  <image> … <image>      <|im_end|>  </s>
+    kinds     TEXT …                      TEXT          TIME     PATCH   … PATCH        TEXT        TEXT
+    targets   d    r  a  …  <|im_start|>  -             -        -       … <|im_end|>   </s>        -
+
+Each position carries the token that it must predict (`-`: none, weight 0), so packing cannot make a
+loss cross from one document into the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from monoformer_jax.batch import PATCH, TEXT, TIME, patchify
+from monoformer_jax.config import ModelConfig
+from monoformer_jax.data.tokenizer import Tokenizer
+
+# The streams of the batch contract that do not depend on the row: [n, …] for n tokens.
+Document = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image in a document: context to look at, or one that the model learns to paint."""
+
+    pixels: np.ndarray  # float [height, width, C], in [-1, 1] or a VAE latent
+    denoise: bool
+
+
+def build(
+    parts: Sequence[str | Image],
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    *,
+    text_beside_images: bool = True,
+    end: bool = True,
+) -> Document:
+    """Streams of one document.
+
+    Args:
+      parts: texts and images in reading order; an image brings its <|im_start|> and <|im_end|>.
+      tokenizer: gives the ids.
+      model: gives the patch size and the channels.
+      text_beside_images: False gives no text loss in a document with a denoised image.
+      end: whether </s> closes it; a prompt that is to be continued leaves it open.
+
+    Raises:
+      ValueError: an image whose side is not divisible by the patch, or with other channels.
+    """
+    pieces = [_text([tokenizer.bos_id], model)]
+    for part in parts:
+        if isinstance(part, Image):
+            pieces.append(_text([tokenizer.im_start_id], model))
+            pieces.append(_image(part, tokenizer, model))
+            pieces.append(_text([tokenizer.im_end_id], model))
+        else:
+            pieces.append(_text(tokenizer.encode(part), model))
+    if end:
+        pieces.append(_text([tokenizer.eos_id], model))
+    document = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    learned = np.append(document["kinds"][1:] == TEXT, False)
+    if not text_beside_images and document["denoise"].any():
+        learned[:] = False
+    document["targets"] = np.append(document["tokens"][1:], tokenizer.pad_id).astype(np.int32)
+    document["target_weights"] = learned.astype(np.float32)
+    return document
+
+
+def truncate(document: Document, length: int) -> Document:
+    """The first `length` tokens of a text; a document with an image comes back whole."""
+    if len(document["tokens"]) <= length or (document["kinds"] != TEXT).any():
+        return document
+    document = {name: stream[:length].copy() for name, stream in document.items()}
+    document["target_weights"][-1] = 0  # its target was cut off
+    return document
+
+
+def describe(tokens: np.ndarray, kinds: np.ndarray, tokenizer: Tokenizer) -> str:
+    """One line to recognise a document by: its text, and <image n> for an image of n patches."""
+    words = []
+    for kind, run in itertools.groupby(range(len(kinds)), key=lambda i: kinds[i]):
+        run = list(run)
+        if kind == TEXT:
+            words.append(tokenizer.decode(tokens[run].tolist()))
+        elif kind == PATCH:
+            words.append(f"<image {len(run)}>")
+    return "".join(words)
+
+
+def _text(ids: Sequence[int], model: ModelConfig) -> Document:
+    n = len(ids)
+    return {
+        "tokens": np.asarray(ids, np.int32),
+        "kinds": np.full(n, TEXT, np.int32),
+        "denoise": np.zeros(n, np.bool_),
+        "patches": np.zeros((n, model.patch_dim), np.float32),
+        "grid": np.zeros((n, 2), np.int32),
+    }
+
+
+def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
+    if image.pixels.ndim != 3 or image.pixels.shape[-1] != model.channels:
+        raise ValueError(f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
+    patches, grid = patchify(image.pixels, model.patch_size)
+    n = 1 + len(patches)  # its time token stands in front
+    return {
+        "tokens": np.full(n, tokenizer.image_id, np.int32),
+        "kinds": np.array([TIME] + [PATCH] * (n - 1), np.int32),
+        "denoise": np.full(n, image.denoise),
+        "patches": np.pad(patches, ((1, 0), (0, 0))),
+        "grid": np.pad(grid, ((1, 0), (0, 0))),
+    }

@@ -1,0 +1,57 @@
+"""Documents into rows: whole documents, first fit, several rows filled at a time."""
+
+from __future__ import annotations
+
+import grain
+import numpy as np
+
+from monoformer_jax.batch import PATCH, TIME
+from monoformer_jax.config import Config, InputError
+from monoformer_jax.data.documents import Document
+
+_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "targets", "target_weights")
+_PROBE = 1000  # documents that may all be too long before it is called an error
+
+
+class FitsRow:
+    """Filter for documents that fit a row; counts the ones it drops."""
+
+    def __init__(self, length: int):
+        self.length, self.kept, self.dropped = length, 0, 0
+
+    def __call__(self, document: Document) -> bool:
+        fits = len(document["tokens"]) <= self.length
+        self.kept += fits
+        self.dropped += not fits
+        if self.kept == 0 and self.dropped == _PROBE:
+            raise InputError(
+                f"none of the first {_PROBE} documents fits into data.row_length={self.length} "
+                f"tokens; the last has {len(document['tokens'])}"
+            )
+        return fits
+
+
+def pack(documents: grain.IterDataset, config: Config, pad_id: int) -> grain.IterDataset:
+    """Rows of the batch contract, without the batch axis.
+
+    `data.packing_bins` rows are filled at the same time; a document goes to the first that has room.
+    """
+    rows = grain.experimental.FirstFitPackIterDataset(
+        documents,
+        length_struct=dict.fromkeys(_STREAMS, config.data.row_length),
+        num_packing_bins=config.data.packing_bins,
+        seed=config.seed,
+        meta_features=_STREAMS[1:],  # packed and padded like tokens, which give the segments
+        padding_struct=dict.fromkeys(_STREAMS, 0) | {"tokens": pad_id, "targets": pad_id},
+    )
+    return rows.map(_finish)
+
+
+def _finish(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    row = dict(row)
+    row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
+    row["positions"] = row.pop("tokens_positions").astype(np.int32)
+    kinds = row["kinds"]
+    in_image = (kinds == TIME) | (kinds == PATCH)
+    row["image_ids"] = (np.cumsum(kinds == TIME) * in_image).astype(np.int32)
+    return row

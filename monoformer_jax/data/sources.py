@@ -1,0 +1,115 @@
+"""Where documents come from: a source is a sequence of examples and a way to write one down.
+
+The digits are the 1,797 scanned 8×8 digits that scikit-learn ships, split 80/20 by label with seed 0.
+"draw" paints the digit that is asked for, "read" names the digit that is shown, "say" counts and adds
+in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from monoformer_jax.config import DataConfig, require
+from monoformer_jax.data.documents import Image
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+         "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
+         "eighteen")  # fmt: skip
+READ_PROMPT = "read this: "
+
+Parts = list[str | Image]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """`write(example, rng)` gives the parts of a document; rng is the example's own."""
+
+    examples: Sequence[Any]
+    write: Callable[[Any, np.random.Generator], Parts]
+
+
+@functools.cache
+def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images float32 [n, 8, 8, 1] in [-1, 1] and labels [n] of "train" (1,437) or "test" (360)."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install -e '.[demo]'") from error
+    data = load_digits()
+    images = (data.images / 8 - 1).astype(np.float32)[..., None]
+    train_x, test_x, train_y, test_y = train_test_split(
+        images, data.target, test_size=0.2, stratify=data.target, random_state=0
+    )
+    return {"train": (train_x, train_y), "test": (test_x, test_y)}[split]
+
+
+def draw_prompt(digit: int) -> str:
+    return f"draw {'an' if digit == 8 else 'a'} {NAMES[digit]}"
+
+
+def sentences() -> list[tuple[str, str]]:
+    """(beginning, continuation) of everything that "say" is trained on; each follows from the other.
+
+    100 sums of two digits, and counting up and down between any two of zero to nine.
+    """
+    said = [
+        (f"{NAMES[a]} plus {NAMES[b]} is", f" {NAMES[a + b]}") for a in range(10) for b in range(10)
+    ]
+    for a in range(10):
+        for b in range(10):
+            if a != b:
+                step = 1 if a < b else -1
+                count = " ".join(NAMES[n] for n in range(a, b + step, step))
+                said.append((f"count from {NAMES[a]} to {NAMES[b]}:", f" {count}"))
+    return said
+
+
+def _draw(c: DataConfig) -> Source:
+    def write(example, rng):
+        image, label = example
+        prompt = [] if rng.random() < c.prompt_dropout else [draw_prompt(label)]
+        return [*prompt, Image(image, denoise=True)]
+
+    return Source(list(zip(*digits("train"))), write)
+
+
+def _read(c: DataConfig) -> Source:
+    def write(example, rng):
+        image, label = example
+        return [READ_PROMPT, Image(_shifted(image, c.shift_pixels, rng), denoise=False), NAMES[label]]
+
+    return Source(list(zip(*digits("train"))), write)
+
+
+def _say(c: DataConfig) -> Source:
+    return Source([a + b for a, b in sentences()], lambda sentence, rng: [sentence])
+
+
+def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
+    """The image moved by up to `most` pixels each way, background coming in."""
+    height, width, _ = image.shape
+    y, x = rng.integers(0, 2 * most + 1, 2)
+    padded = np.pad(image, ((most, most), (most, most), (0, 0)), constant_values=-1)
+    return padded[y : y + height, x : x + width]
+
+
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}
+
+
+def open_sources(c: DataConfig) -> dict[str, Source]:
+    """The sources of the mixture that have a weight.
+
+    Raises:
+      InputError: a name that is none of `SOURCES`, or an image size that the digits do not have.
+    """
+    for name in c.mixture:
+        known = ", ".join(SOURCES)
+        require(name in SOURCES, f"data.mixture.{name} is no source; there are {known}")
+    require(c.image_size == 8, f"data.image_size={c.image_size}, but the digits are 8×8")
+    return {name: SOURCES[name](c) for name, weight in c.mixture.items() if weight > 0}

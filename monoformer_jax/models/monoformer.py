@@ -1,0 +1,178 @@
+"""MonoFormer: embed three kinds of token, one decoder, a text head and an image head.
+
+    TEXT   token embedding
+    TIME   projected embedding of the noise level of its image
+    PATCH  linear in the (noised) patch values, plus a 2-D sin-cos position
+      └─> decoder under the interval mask ─┬─> text head   logits [B, L, V]
+                                           └─> image head  velocity [B, L, P] (2P with learned sigma)
+
+Source: section 3 of arXiv 2409.16280 and `monoformer.py` of its reference code. One change: the time
+token's projector is not initialised to zero, which in the original keeps the token constant for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monoformer_jax.attention import IntervalMask
+from monoformer_jax.batch import PATCH, TIME
+from monoformer_jax.config import ModelConfig
+from monoformer_jax.nn.decoder import Decoder, KVCache
+from monoformer_jax.nn.layers import Linear, parameter
+
+TIME_FEATURES = 256
+
+
+def angles(x: jax.Array, count: int) -> jax.Array:
+    """[...] -> float32 [..., count]: x times geometric frequencies from 1 down to 1e-4."""
+    frequency = 10_000.0 ** (-jnp.arange(count, dtype=jnp.float32) / count)
+    return x.astype(jnp.float32)[..., None] * frequency
+
+
+def grid_embedding(grid: jax.Array, dim: int) -> jax.Array:
+    """2-D position of patches, int [..., 2] (row, column) -> float32 [..., dim].
+
+    The column takes the first half and the row the second, each sines then cosines, as in DiT.
+    """
+    row, column = (angles(grid[..., i], dim // 4) for i in (0, 1))
+    parts = [jnp.sin(column), jnp.cos(column), jnp.sin(row), jnp.cos(row)]
+    return jnp.concatenate(parts, -1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Noise level t in [0, 1] -> [..., D]; the features see 1000 t, the clock of DDPM weights."""
+
+    def __init__(self, dim: int, rngs: nnx.Rngs):
+        self.hidden = Linear(TIME_FEATURES, dim, (None, "embed_out"), rngs=rngs)
+        self.out = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
+
+    def __call__(self, t: jax.Array, dtype) -> jax.Array:
+        angle = angles(1000.0 * t, TIME_FEATURES // 2)
+        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+        return self.out(jax.nn.silu(self.hidden(features.astype(dtype))))
+
+
+class TimeToken(nnx.Module):
+    """Time embedding -> the token that stands before an image's patches."""
+
+    def __init__(self, dim: int, rngs: nnx.Rngs):
+        self.hidden = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
+        self.out = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
+
+    def __call__(self, embedding: jax.Array) -> jax.Array:
+        return self.out(jax.nn.gelu(self.hidden(embedding), approximate=False))
+
+
+class ImageHead(nnx.Module):
+    """LayerNorm without affine, shift and scale from the time embedding (adaLN), linear."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.modulation = Linear(c.embed_dim, 2 * c.embed_dim, ("embed", "embed_out"), rngs=rngs)
+        out = c.patch_dim * (2 if c.learn_sigma else 1)
+        self.out = Linear(c.embed_dim, out, ("embed", None), rngs=rngs)
+
+    def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+        modulation = self.modulation(jax.nn.silu(embedding))  # [B, I, 2D]
+        shift, scale = jnp.split(to_tokens(modulation, image_of), 2, axis=-1)
+        return self.out(y * (1 + scale) + shift).astype(jnp.float32)
+
+
+def image_one_hot(image_ids: jax.Array, images: int, dtype) -> jax.Array:
+    """int32 [B, L] -> [B, L, I], a zero row where there is no image."""
+    return jax.nn.one_hot(image_ids - 1, images, dtype=dtype)
+
+
+def to_tokens(per_image: jax.Array, image_of: jax.Array) -> jax.Array:
+    """[B, I, D] -> [B, L, D] as a matrix product, which shards and differentiates better than a
+    gather; 0 outside images."""
+    return jnp.einsum("BID,BLI->BLD", per_image, image_of)
+
+
+class MonoFormer(nnx.Module):
+    """The whole model; see the module docstring for its picture."""
+
+    def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = c
+        V, D = c.padded_vocab, c.embed_dim
+        self.token_embedding = parameter(rngs, (V, D), ("vocab", "embed"), 1.0)
+        self.patch_embedding = Linear(c.patch_dim, D, (None, "embed_out"), rngs=rngs)
+        self.time_embedding = TimeEmbedding(D, rngs)
+        self.time_token = TimeToken(D, rngs)
+        self.decoder = Decoder(c, rngs)
+        self.text_head = parameter(rngs, (D, V), ("embed", "vocab"), D**-0.5)
+        self.image_head = ImageHead(c, rngs)
+
+    def __call__(
+        self,
+        inputs: Mapping[str, jax.Array],
+        times: jax.Array,
+        mask: IntervalMask,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Embeds a stream and runs the decoder over it.
+
+        Args:
+          inputs: the fields tokens, kinds, positions, image_ids, grid [B, L] and patches [B, L, P] of
+            the batch contract; patches as the model shall see them, noised where denoised.
+          times: float [B, I], noise level of each image of the row; image i is times[:, i - 1].
+          mask: ranges over the L tokens, or over the cache's slots.
+          cache: the tokens are appended to it, from cache.index on.
+
+        Returns:
+          Hidden states [B, L, D] in the compute dtype for the two heads, and the new cache.
+        """
+        hidden = self.embed(inputs, times)
+        return self.decoder(hidden, inputs["positions"], mask, cache)
+
+    def embed(self, inputs: Mapping[str, jax.Array], times: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.config.dtype)
+        kinds = inputs["kinds"][..., None]
+        text = self.token_embedding[...].astype(dtype)[inputs["tokens"]]
+        position = grid_embedding(inputs["grid"], self.config.embed_dim).astype(dtype)
+        patch = self.patch_embedding(inputs["patches"].astype(dtype)) + position
+        time = self.time_token(self.time_embedding(times, dtype))
+        time = to_tokens(time, image_one_hot(inputs["image_ids"], times.shape[1], dtype))
+        return jnp.where(kinds == PATCH, patch, jnp.where(kinds == TIME, time, text))
+
+    def text_logits(self, hidden: jax.Array) -> jax.Array:
+        """[B, L, D] -> float32 [B, L, V]; the padding of the vocabulary gets probability 0."""
+        logits = hidden @ self.text_head[...].astype(hidden.dtype)
+        real = jnp.arange(self.config.padded_vocab) < self.config.vocab_size
+        return jnp.where(real, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+
+    def image_output(
+        self, hidden: jax.Array, image_ids: jax.Array, times: jax.Array
+    ) -> jax.Array:
+        """[B, L, D] -> float32 [B, L, P] (2P with learned sigma); only PATCH tokens mean anything."""
+        image_of = image_one_hot(image_ids, times.shape[1], hidden.dtype)
+        return self.image_head(hidden, self.time_embedding(times, hidden.dtype), image_of)
+
+
+def init(c: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(MonoFormer(c, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def bind(c: ModelConfig, params: dict) -> MonoFormer:
+    """The model with these parameters; nothing is copied or computed."""
+    return nnx.merge(nnx.graphdef(_abstract(c)), params)
+
+
+def parameter_axes(c: ModelConfig) -> dict:
+    """Logical axis names of every parameter, in the tree of `init`; scanned layers lead with one."""
+    axes = {}
+    for path, variable in nnx.to_flat_state(nnx.state(_abstract(c), nnx.Param)):
+        names = variable.get_metadata("axes")
+        axes[path] = ("layers",) * (variable.ndim - len(names)) + names
+    return nnx.traversals.unflatten_mapping(axes)
+
+
+def _abstract(c: ModelConfig) -> MonoFormer:
+    return nnx.eval_shape(lambda: MonoFormer(c, rngs=nnx.Rngs(0)))

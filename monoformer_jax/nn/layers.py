@@ -1,0 +1,110 @@
+"""The parts of a LLaMA block: linear, RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Parameters are float32 and carry `axes`, the logical name of each dimension, which `parallel.py` maps
+to the mesh; they are cast to the compute dtype where they are used.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monoformer_jax.attention import IntervalMask, attend
+from monoformer_jax.config import ModelConfig
+
+Axes = tuple[str | None, ...]
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
+    """Normal(0, stddev), cut off at two standard deviations."""
+    value = stddev / 0.87962566 * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape)
+    return nnx.Param(value, axes=axes)  # the constant restores the deviation that the cut takes
+
+
+class Linear(nnx.Module):
+    """[..., D_in] -> [..., D_out] with bias."""
+
+    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs: nnx.Rngs):
+        self.kernel = parameter(rngs, (d_in, d_out), axes, d_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=axes[1:])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32 (LLaMA), back in the dtype that came in."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding on halves of the head dim, as LLaMA's Hugging Face weights have it.
+
+    Args:
+      x: [B, L, N, H].
+      positions: int32 [B, L].
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, L, 1, H/2]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary embedding under the interval mask."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+        self.config = c
+        self.q = parameter(rngs, (D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
+        self.k = parameter(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        self.v = parameter(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
+        # Every block adds two terms to the stream; this keeps its size independent of the depth.
+        stddev = (N * H * 2 * c.num_layers) ** -0.5
+        self.out = parameter(rngs, (N, H, D), ("heads", "head_dim", "embed"), stddev)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, mask: IntervalMask, cache=None, index=None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """[B, L, D] -> [B, L, D].
+
+        With a cache (k, v), each [B, S, K, H], the new keys and values are written to the slots
+        index … index + L, the mask ranges over all S slots, and the new cache is returned.
+        """
+        c, dtype = self.config, x.dtype
+        q = jnp.einsum("BLD,DNH->BLNH", x, self.q[...].astype(dtype))
+        k = jnp.einsum("BLD,DKH->BLKH", x, self.k[...].astype(dtype))
+        v = jnp.einsum("BLD,DKH->BLKH", x, self.v[...].astype(dtype))
+        q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
+            cache = (k, v)
+        out = attend(q, k, v, mask, impl=c.attention)
+        return jnp.einsum("BLNH,NHD->BLD", out, self.out[...].astype(dtype)), cache
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D, F = c.embed_dim, c.mlp_dim
+        self.gate = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
+        self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
+        self.down = parameter(rngs, (F, D), ("mlp", "embed"), (F * 2 * c.num_layers) ** -0.5)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = x.dtype
+        gate, up = x @ self.gate[...].astype(dtype), x @ self.up[...].astype(dtype)
+        return (jax.nn.silu(gate) * up) @ self.down[...].astype(dtype)

@@ -1,0 +1,96 @@
+"""Where every array lives: the device mesh, one rules table, and shardings made from both.
+
+Parameters carry logical axis names; `RULES` maps them to the mesh axes data, fsdp and tensor. A name
+without a rule and a dimension that does not divide are errors, never silently replicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from monoformer_jax.config import MeshConfig, require
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter -> mesh axis. fsdp cuts the width of every matrix, tensor what a block
+# computes independently: heads, mlp columns, vocabulary.
+RULES: dict[str | None, str | None] = {
+    "layers": None,
+    "norm": None,
+    "embed": "fsdp",
+    "embed_out": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    None: None,
+}
+BATCH = PartitionSpec(("data", "fsdp"))
+
+
+def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
+    """Mesh of all devices over (data, fsdp, tensor).
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [c.data, c.fsdp, c.tensor]
+    free = [i for i, size in enumerate(sizes) if size == -1]
+    given = f"mesh data={c.data}, fsdp={c.fsdp}, tensor={c.tensor}"
+    require(len(free) <= 1 and all(s > 0 or s == -1 for s in sizes),
+            f"{given}: sizes are above 0, and at most one is -1")  # fmt: skip
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if free and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    require(int(np.prod(sizes)) == len(devices), f"{given} does not fit {len(devices)} devices")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
+    """Sharding of every parameter.
+
+    Args:
+      axes: tree of tuples of logical names, see `models.monoformer.parameter_axes`.
+      shapes: tree of arrays or ShapeDtypeStructs.
+      mesh: see `make_mesh`.
+
+    Raises:
+      ValueError: a name without a rule, or a dimension that its mesh axis does not divide.
+    """
+
+    def place(path, shape, names):
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        for name, size in zip(names, shape.shape, strict=True):
+            if name not in RULES:
+                raise ValueError(f"parameter {where}: no rule for its axis {name!r}")
+            over = RULES[name]
+            if over and size % mesh.shape[over]:
+                raise ValueError(
+                    f"parameter {where}: its axis {name} of {size} is not divisible by "
+                    f"mesh.{over}={mesh.shape[over]}"
+                )
+        return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
+
+    return jax.tree_util.tree_map_with_path(place, shapes, axes)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch -> global arrays, cut over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises InputError where a micro-batch cannot be cut evenly over the devices."""
+    over = mesh.shape["data"] * mesh.shape["fsdp"]
+    require(
+        batch_size % (accumulation * over) == 0,
+        f"batch_size={batch_size} is not a multiple of optimizer.accumulation={accumulation} times "
+        f"the {over} devices along data and fsdp",
+    )

@@ -1,0 +1,163 @@
+"""A training run from start (or restart) to end."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from tqdm import tqdm
+
+from monoformer_jax import batch as contract
+from monoformer_jax.config import Config
+from monoformer_jax.data.documents import describe
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
+from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir
+from monoformer_jax.training.metrics import TrainMetrics, Writer
+from monoformer_jax.training.state import abstract_state, init_state, make_train_step
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains to `config.steps`, going on from the newest checkpoint in the workdir if there is one.
+
+    Everything that can be wrong with the input is found before the step is compiled.
+
+    Raises:
+      InputError: see the message.
+      NonFiniteLoss: names the step, the documents of its batch and the last good checkpoint.
+    """
+    tokenizer = ByteTokenizer()
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
+    target = abstract_state(config, mesh)
+    batches = Batches(config, tokenizer, jax.process_index(), jax.process_count())
+    _check_first_batch(config, tokenizer)
+    claim_workdir(workdir, config)
+    with Checkpoints(workdir, config.checkpoints_kept) as checkpoints:
+        if checkpoints.latest is None:
+            state, seconds = init_state(config, mesh), 0.0
+        else:
+            state, seconds = checkpoints.restore(target, batches.iterator)
+        with _Report(config, workdir, int(state.step), seconds, batches) as report:
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+            report.say(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
+            _run(config, mesh, state, batches, checkpoints, report, tokenizer)
+
+
+def _run(config, mesh, state, batches, checkpoints, report, tokenizer) -> None:
+    train_step = make_train_step(config, mesh)
+    watch = _Watch(tokenizer, checkpoints)
+    for step in range(int(state.step) + 1, config.steps + 1):
+        batch = next(batches.iterator)
+        state, metrics = train_step(state, put_batch(batch, mesh))
+        # The step before is looked at only now, so that the device never waits for the host.
+        watch.check(step, metrics, batch)
+        report.add(step, metrics)
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            watch.finish()  # a broken state must not replace a good one
+            checkpoints.save(state, batches.iterator, report.seconds)
+
+
+def _check_first_batch(config: Config, tokenizer: Tokenizer) -> None:
+    """From a pipeline of its own: the run's must start at its first batch."""
+    probe = Batches(config, tokenizer, jax.process_index(), jax.process_count())
+    rows = config.batch_size // jax.process_count()
+    expected = contract.spec(rows, config.data.row_length, config.model.patch_dim)
+    contract.check(next(probe.iterator), expected, config.max_images)
+
+
+class _Watch:
+    """Stops a run whose loss is no longer a number."""
+
+    def __init__(self, tokenizer: Tokenizer, checkpoints: Checkpoints):
+        self._tokenizer, self._checkpoints = tokenizer, checkpoints
+        self._pending: tuple[int, TrainMetrics, contract.Batch] | None = None
+
+    def check(self, step: int, metrics: TrainMetrics, batch: contract.Batch) -> None:
+        """Looks at the step that came before, and remembers this one."""
+        self.finish()
+        self._pending = (step, metrics, batch)
+
+    def finish(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics, batch = self._pending
+        self._pending = None
+        values = jax.device_get(metrics).compute()
+        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
+        if bad:
+            last = self._checkpoints.latest
+            good = "there is no checkpoint yet" if last is None else f"checkpoint {last} is good"
+            raise NonFiniteLoss(
+                f"{' and '.join(bad)} not finite at step {step}; {good}; the documents of the batch: "
+                + "; ".join(_documents(batch, self._tokenizer))
+            )
+
+
+def _documents(batch: contract.Batch, tokenizer: Tokenizer) -> list[str]:
+    found = []
+    for tokens, kinds, segments in zip(batch["tokens"], batch["kinds"], batch["segment_ids"]):
+        for number in range(1, segments.max() + 1):
+            here = segments == number
+            found.append(repr(describe(tokens[here], kinds[here], tokenizer)))
+    return found
+
+
+class _Report:
+    """Averages between reports to the writers, a bar on a terminal and plain lines elsewhere."""
+
+    def __init__(self, config, workdir: Path, start: int, seconds: float, batches: Batches):
+        self._config, self._batches = config, batches
+        self._before, self._started = seconds, time.monotonic()
+        self._window: list[TrainMetrics] = []
+        self._speaks = jax.process_index() == 0
+        if self._speaks:
+            self._writer = Writer(workdir, start)
+            self._bar = tqdm(initial=start, total=config.steps, unit="step", disable=None)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps, compiling included, over all starts of the run."""
+        return self._before + time.monotonic() - self._started
+
+    def add(self, step: int, metrics: TrainMetrics) -> None:
+        self._window.append(metrics)
+        if not self._speaks:
+            return
+        self._bar.update()
+        if step % self._config.log_every and step != self._config.steps:
+            return
+        merged = functools.reduce(TrainMetrics.merge, jax.device_get(self._window))
+        self._window = []
+        scalars = {name: float(value) for name, value in merged.compute().items()}
+        scalars |= {"dropped_documents": self._batches.dropped, "train_seconds": self.seconds}
+        self._writer.write_scalars(step, scalars)
+        line = (
+            f"step {step}/{self._config.steps}  loss {scalars['loss']:.4f}  "
+            f"text {scalars['text_loss']:.4f}  image {scalars['image_loss']:.4f}  "
+            f"real tokens {scalars['real_token_share']:.1%}  {self.seconds:.0f} s"
+        )
+        if scalars["dropped_documents"]:
+            line += f"  documents dropped as too long: {self._batches.dropped}"
+        self.say(line)
+
+    def say(self, text: str) -> None:
+        if self._speaks:
+            tqdm.write(text)
+
+    def __enter__(self) -> _Report:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._speaks:
+            self._bar.close()
+            self._writer.close()

@@ -1,0 +1,84 @@
+"""The two losses of one forward pass: next token, and rectified flow on denoised images."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from monoformer_jax.attention import interval_mask
+from monoformer_jax.batch import PATCH, Batch
+from monoformer_jax.config import Config
+from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
+from monoformer_jax.models import monoformer
+
+
+@flax.struct.dataclass
+class Noise:
+    """What is drawn for a batch, once, before it is cut into micro-batches."""
+
+    times: jax.Array  # float32 [B, I]; 0 for context images
+    noise: jax.Array  # float32 [B, L, P]
+
+
+@flax.struct.dataclass
+class Totals:
+    """What the sums of the losses are divided by, over the global batch."""
+
+    text: jax.Array  # sum of the target weights
+    images: jax.Array  # number of denoised images
+
+
+def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
+    time_key, noise_key = jax.random.split(key)
+    image_of = monoformer.image_one_hot(batch["image_ids"], config.max_images, jnp.float32)
+    denoised = jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
+    times = sample_times(time_key, denoised.shape, config.objective)
+    noise = jax.random.normal(noise_key, batch["patches"].shape)
+    return Noise(jnp.where(denoised, times, 0.0), noise)
+
+
+def totals(batch: Batch, noise: Noise) -> Totals:
+    # Every drawn time is above 0, so this counts the denoised images. An image-free or text-free
+    # batch has loss 0, not NaN.
+    images = jnp.sum(noise.times > 0).astype(jnp.float32)
+    return Totals(jnp.maximum(batch["target_weights"].sum(), 1e-6), jnp.maximum(images, 1.0))
+
+
+def loss_fn(
+    params: dict, batch: Batch, noise: Noise, totals: Totals, config: Config
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss of a (micro-)batch, as its share of the global batch's: micro-batches add up.
+
+    The image loss is the mean squared error of the velocity over the values of an image, then the
+    mean over images, so that a large image counts as much as a small one. The text loss is the mean
+    cross-entropy weighted by target_weights.
+
+    Args:
+      params: nested dict of `monoformer.init`.
+      batch: see `batch.spec`.
+
+    Returns:
+      The weighted loss, and {"text_loss", "image_loss"} before weighting.
+    """
+    model = monoformer.bind(config.model, params)
+    image_of = monoformer.image_one_hot(batch["image_ids"], config.max_images, jnp.float32)
+    t = monoformer.to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
+    inputs = dict(batch) | {"patches": interpolate(batch["patches"], noise.noise, t)}
+    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    hidden, _ = model(inputs, noise.times, mask)
+
+    logits = model.text_logits(hidden)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    text = jnp.sum(nll * batch["target_weights"]) / totals.text
+
+    velocity = model.image_output(hidden, batch["image_ids"], noise.times)
+    error = jnp.square(velocity - velocity_target(batch["patches"], noise.noise)).mean(-1)
+    painted = (batch["denoise"] & (batch["kinds"] == PATCH)).astype(jnp.float32)
+    patches = jnp.einsum("BL,BLI->BI", painted, image_of)
+    per_image = jnp.einsum("BL,BLI->BI", painted * error, image_of) / jnp.maximum(patches, 1.0)
+    image = per_image.sum() / totals.images
+
+    loss = config.loss.text_weight * text + config.loss.image_weight * image
+    return loss, {"text_loss": text, "image_loss": image}

@@ -1,0 +1,35 @@
+"""AdamW with warm-up, cosine or constant learning rate and global-norm clipping (optax)."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from monoformer_jax.config import Config
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    c = config.optimizer
+    warmup = optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)
+    if c.schedule == "constant":
+        after = optax.constant_schedule(c.learning_rate)
+    else:
+        decay_steps = max(config.steps - c.warmup_steps, 1)
+        after = optax.cosine_decay_schedule(c.learning_rate, decay_steps, c.final_fraction)
+    return optax.join_schedules([warmup, after], [c.warmup_steps])
+
+
+def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
+    """Args:
+    axes: logical axis names of the parameters, which tell a matrix from a stack of norm scales.
+    """
+    c = config.optimizer
+
+    def is_matrix(names):
+        return sum(name != "layers" for name in names) > 1
+
+    mask = jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip_norm),
+        optax.adamw(learning_rate(config), c.b1, c.b2, weight_decay=c.weight_decay, mask=mask),
+    )

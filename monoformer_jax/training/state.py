@@ -1,0 +1,117 @@
+"""What a run carries from step to step, created sharded, and the jitted step that advances it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from monoformer_jax.batch import PAD, Batch
+from monoformer_jax.config import Config
+from monoformer_jax.models import monoformer
+from monoformer_jax.parallel import parameter_shardings
+from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+from monoformer_jax.training.metrics import TrainMetrics
+from monoformer_jax.training.optimizer import learning_rate, make_optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: jax.Array  # int32 [], steps done
+    params: dict
+    ema: dict  # float32 moving average of params: what is sampled from
+    opt_state: optax.OptState
+
+
+def _init(config: Config) -> TrainState:
+    params = monoformer.init(config.model, jax.random.key(config.seed))
+    optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings; nothing is allocated."""
+    shapes = jax.eval_shape(functools.partial(_init, config))
+    axes = monoformer.parameter_axes(config.model)
+    params = parameter_shardings(axes, shapes.params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    opt_state = optax.tree_map_params(
+        make_optimizer(config, axes),
+        lambda _, sharding: sharding,
+        shapes.opt_state,
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings = TrainState(everywhere, params, params, opt_state)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """Fresh state, every array born on the devices where it stays."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
+    return jax.jit(functools.partial(_init, config), out_shardings=shardings)()
+
+
+def make_train_step(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
+    """The compiled step; it takes over the memory of the state that it is given."""
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
+    step = functools.partial(_train_step, config=config)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _train_step(state: TrainState, batch: Batch, config: Config):
+    c = config.optimizer
+    # The key is a function of the step alone: a resumed run draws what the first run drew.
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    noise = draw_noise(key, batch, config)
+    loss, parts, grads = _gradients(state.params, batch, noise, config)
+    optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # A short ramp, or the average would remember the random start.
+    decay = jnp.minimum(c.ema_decay, (1 + state.step) / (10 + state.step))
+    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    metrics = TrainMetrics.single_from_model_output(
+        loss=loss,
+        **parts,
+        grad_norm=optax.global_norm(grads),
+        param_norm=optax.global_norm(params),
+        learning_rate=learning_rate(config)(state.step),
+        real_token_share=jnp.mean(batch["kinds"] != PAD),
+    )
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def _gradients(params, batch, noise, config: Config):
+    """Loss, its parts and gradients, over `optimizer.accumulation` micro-batches in turn."""
+    whole = totals(batch, noise)
+
+    def gradients(batch, noise):
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, parts), grads = grad_fn(params, batch, noise, whole, config)
+        return loss, parts, grads
+
+    if config.optimizer.accumulation == 1:
+        return gradients(batch, noise)
+    # The micro-batch is the fast axis, so that the rows of a device stay on it.
+    micro = jax.tree.map(
+        lambda x: rearrange(x, "(B M) ... -> M B ...", M=config.optimizer.accumulation),
+        (dict(batch), noise),
+    )
+    first, rest = (jax.tree.map(lambda x, part=part: x[part], micro) for part in (0, slice(1, None)))
+
+    def add(total, one):
+        return jax.tree.map(jnp.add, total, gradients(*one)), None
+
+    return jax.lax.scan(add, gradients(*first), rest)[0]
