@@ -1,7 +1,7 @@
 """Real digits on a laptop CPU: one model that draws, reads and says.
 
-    bash launch/demo.sh
-    python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/digits
+bash launch/demo.sh
+python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/digits
 """
 
 from monoformer_jax.config import base_config, named_size

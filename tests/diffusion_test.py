@@ -30,7 +30,9 @@ def test_path_ends_at_data_and_noise_and_v_is_its_derivative():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_one_true_velocity_leads_from_noise_to_data_in_any_number_of_steps(solver, shift):
     for steps in (1, 2, 7):
-        got = SOLVERS[solver](lambda x, t: velocity_target(X, NOISE), NOISE, time_grid(steps, shift))
+        got = SOLVERS[solver](
+            lambda x, t: velocity_target(X, NOISE), NOISE, time_grid(steps, shift)
+        )
         np.testing.assert_allclose(got, X, atol=1e-5)
 
 
@@ -40,7 +42,9 @@ def test_order_of_the_solver(solver, order):
     exact = np.exp((np.sin(0.0) - np.sin(2.0)) / 2)
     solve = SOLVERS[solver]
     error = [
-        abs(float(solve(lambda x, t: x * jnp.cos(2 * t), jnp.float32(1), time_grid(n, 1.0))) - exact)
+        abs(
+            float(solve(lambda x, t: x * jnp.cos(2 * t), jnp.float32(1), time_grid(n, 1.0))) - exact
+        )
         for n in (16, 32)
     ]
     assert error[0] / error[1] == pytest.approx(2**order, rel=0.15)
@@ -83,4 +87,6 @@ def test_guidance_by_hand():
     np.testing.assert_allclose(inside, [4.0, 10.0])
     outside = guide(conditional, unconditional, jnp.float32(0.9), 3.0, (0.2, 0.8))
     np.testing.assert_allclose(outside, conditional)
-    np.testing.assert_allclose(guide(conditional, unconditional, jnp.float32(0.1), 1.0), conditional)
+    np.testing.assert_allclose(
+        guide(conditional, unconditional, jnp.float32(0.1), 1.0), conditional
+    )

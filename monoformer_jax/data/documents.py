@@ -40,7 +40,7 @@ def build(
     model: ModelConfig,
     *,
     text_beside_images: bool = True,
-    end: bool = True,
+    closing: Sequence[int] | None = None,
 ) -> Document:
     """Streams of one document.
 
@@ -49,7 +49,7 @@ def build(
       tokenizer: gives the ids.
       model: gives the patch size and the channels.
       text_beside_images: False gives no text loss in a document with a denoised image.
-      end: whether </s> closes it; a prompt that is to be continued leaves it open.
+      closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
 
     Raises:
       ValueError: an image whose side is not divisible by the patch, or with other channels.
@@ -62,8 +62,7 @@ def build(
             pieces.append(_text([tokenizer.im_end_id], model))
         else:
             pieces.append(_text(tokenizer.encode(part), model))
-    if end:
-        pieces.append(_text([tokenizer.eos_id], model))
+    pieces.append(_text([tokenizer.eos_id] if closing is None else closing, model))
     document = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     learned = np.append(document["kinds"][1:] == TEXT, False)
     if not text_beside_images and document["denoise"].any():

@@ -82,7 +82,11 @@ def _draw(c: DataConfig) -> Source:
 def _read(c: DataConfig) -> Source:
     def write(example, rng):
         image, label = example
-        return [READ_PROMPT, Image(_shifted(image, c.shift_pixels, rng), denoise=False), NAMES[label]]
+        return [
+            READ_PROMPT,
+            Image(_shifted(image, c.shift_pixels, rng), denoise=False),
+            NAMES[label],
+        ]
 
     return Source(list(zip(*digits("train"))), write)
 

@@ -147,9 +147,7 @@ class MonoFormer(nnx.Module):
         real = jnp.arange(self.config.padded_vocab) < self.config.vocab_size
         return jnp.where(real, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
 
-    def image_output(
-        self, hidden: jax.Array, image_ids: jax.Array, times: jax.Array
-    ) -> jax.Array:
+    def image_output(self, hidden: jax.Array, image_ids: jax.Array, times: jax.Array) -> jax.Array:
         """[B, L, D] -> float32 [B, L, P] (2P with learned sigma); only PATCH tokens mean anything."""
         image_of = image_one_hot(image_ids, times.shape[1], hidden.dtype)
         return self.image_head(hidden, self.time_embedding(times, hidden.dtype), image_of)

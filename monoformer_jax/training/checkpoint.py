@@ -1,11 +1,11 @@
 """Checkpoints (orbax): params, ema, optimizer, step and data iterator together.
 
-    WORKDIR/config.json                 from which every command rebuilds the model
-    WORKDIR/checkpoints/STEP/params/    float32 weights
-                            /ema/       their moving average, which is what samples
-                            /optimizer/
-                            /data/      state of the grain iterator
-                            /meta/      {"step", "train_seconds"}
+WORKDIR/config.json                 from which every command rebuilds the model
+WORKDIR/checkpoints/STEP/params/    float32 weights
+                        /ema/       their moving average, which is what samples
+                        /optimizer/
+                        /data/      state of the grain iterator
+                        /meta/      {"step", "train_seconds"}
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from monoformer_jax.config import Config, InputError, require
-from monoformer_jax.training.state import TrainState
+from monoformer_jax.config import Config, InputError, MeshConfig, require
+from monoformer_jax.parallel import make_mesh
+from monoformer_jax.training.state import TrainState, abstract_state
 
 # Keys of the config that a run may change when it goes on; all others make it another run.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "checkpoints_kept", "mesh", "sampling")
@@ -28,12 +29,20 @@ _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "checkpoints_kept", "me
 class Checkpoints:
     """The checkpoints of one workdir. Saves run in the background; leaving `with` waits for them."""
 
-    def __init__(self, workdir: Path, kept: int = 1):
+    def __init__(self, workdir: Path, kept: int | None = None):
+        """Args:
+        workdir: folder of the run.
+        kept: how many checkpoints stay, the oldest go; None only reads.
+        """
         self.folder = workdir.absolute() / "checkpoints"
         # Orbax warns about every sharding that it infers; ours are always given.
         logging.getLogger("absl").setLevel(logging.ERROR)
+        reads = kept is None
         self._manager = ocp.CheckpointManager(
-            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=kept, create=True)
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=kept, create=not reads, read_only=reads
+            ),
         )
 
     @property
@@ -54,9 +63,7 @@ class Checkpoints:
             ),
         )
 
-    def restore(
-        self, target: TrainState, data: grain.DatasetIterator
-    ) -> tuple[TrainState, float]:
+    def restore(self, target: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, float]:
         """The newest state, placed as `target` says, and the seconds trained; moves `data` there.
 
         Raises:
@@ -75,9 +82,7 @@ class Checkpoints:
 
     def restore_ema(self, target: dict) -> tuple[dict, dict]:
         """Only the averaged weights, and {"step", "train_seconds"}."""
-        restored = self._restore(
-            ema=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()
-        )
+        restored = self._restore(ema=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         return restored.ema, restored.meta
 
     def _restore(self, **items):
@@ -138,6 +143,19 @@ def read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
     return Config.from_dict(json.loads(path.read_text()))
+
+
+def load_trained(workdir: Path) -> tuple[Config, dict, dict]:
+    """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
+
+    Raises:
+      InputError: no trained model there, or a checkpoint that cannot be read.
+    """
+    config = read_config(workdir)
+    target = abstract_state(config, make_mesh(MeshConfig())).ema
+    with Checkpoints(workdir) as checkpoints:
+        params, meta = checkpoints.restore_ema(target)
+    return config, params, meta
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
