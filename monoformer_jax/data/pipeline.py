@@ -1,4 +1,4 @@
-"""The training stream: sources -> documents -> mixture -> rows -> batches, deterministic and resumable."""
+"""The training stream: sources -> documents -> mixture -> rows -> batches; deterministic, resumable."""
 
 from __future__ import annotations
 

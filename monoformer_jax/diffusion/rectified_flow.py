@@ -11,7 +11,6 @@ Esser et al. (arXiv 2403.03206) for logit-normal times and the resolution shift.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from monoformer_jax.config import ObjectiveConfig
 

@@ -1,0 +1,115 @@
+"""Config: every mistake is one sentence, every key is read, named sizes have the published size."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import pytest
+from conftest import ROOT
+
+from monoformer_jax.cli import load_config
+from monoformer_jax.config import Config, InputError, ModelConfig, named_size
+from monoformer_jax.models import monoformer
+
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["--config.model.mlpdim=3"],
+            "unknown config key model.mlpdim; did you mean model.mlp_dim",
+        ),
+        (["--config.modle.mlp_dim=3"], "unknown config key modle; did you mean model"),
+        (["--config.steps=many"], "steps='many' is not of type int"),
+        (["--config.steps=True"], "steps=True is not of type int"),
+        (["--config.model.num_layers=2.5"], "num_layers=2.5 is not of type int"),
+        (["--config.steps.x=1"], "steps is a value, not a group"),
+        (["--config.model=1"], "model is a group"),
+        (["--config.steps"], "write it as --config.steps=VALUE"),
+        (["--config.steps=0"], "steps=0 must be above 0"),
+        (
+            ["--config.model.num_kv_heads=3"],
+            "num_heads=4 is not a multiple of model.num_kv_heads=3",
+        ),
+        (["--config.model.remat=all"], "model.remat='all' is none of none, nothing_saveable"),
+        (["--config.model.patch_size=3"], "image_size=8 is not divisible by model.patch_size=3"),
+        (["--config.data.row_length=20"], "data.row_length=20 cannot hold one image: it takes 17"),
+        (["--config.data.prompt_dropout=1.5"], "prompt_dropout=1.5 is not a share"),
+        (["--config.data.mixture.draw=-1"], "mixture.draw=-1 must be 0 or more"),
+        (["--config.data.mixture.draw=lots"], "mixture.draw='lots' is not a number"),
+        (["--config.optimizer.accumulation=3"], "batch_size=16 is not a multiple of"),
+        (["--config.sampling.guidance_low=2.0"], "must be in order between 0 and 1"),
+        (["--config.loss.text_weight=0", "--config.loss.image_weight=0"], "nothing to train"),
+    ],
+)
+def test_a_mistake_is_one_sentence(overrides, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_config(DIGITS, overrides)
+
+
+def test_a_missing_file_or_size_is_named():
+    with pytest.raises(InputError, match="nowhere.py: there is no such file"):
+        load_config("nowhere.py", [])
+    with pytest.raises(InputError, match="there is no size 'huge'; there are tiny"):
+        load_config(f"{DIGITS}:huge", [])
+
+
+def test_overrides_arrive_and_the_json_comes_back_equal():
+    config = load_config(
+        DIGITS, ["--config.model.mlp_dim=64", "--config.optimizer.learning_rate=1"]
+    )
+    assert config.model.mlp_dim == 64 and config.optimizer.learning_rate == 1.0
+    assert Config.from_dict(json.loads(config.to_json())) == config
+
+
+def test_every_config_file_makes_a_config():
+    files = sorted((ROOT / "configs").glob("*.py"))
+    assert files
+    for file in files:
+        load_config(str(file), [])
+
+
+def test_every_key_is_read_somewhere():
+    text = "\n".join(
+        path.read_text()
+        for path in (ROOT / "monoformer_jax").rglob("*.py")
+        if path.name not in ("config.py", "cli.py")
+    )
+
+    def keys(cls):
+        for field in dataclasses.fields(cls):
+            group = getattr(Config(), field.name, None) if cls is Config else None
+            if dataclasses.is_dataclass(group):
+                yield from keys(type(group))
+            else:
+                yield field.name
+
+    # `name` says what a run is, to people who open its config.json. These two are read in properties.
+    known = {"name", "vocab_size", "patch_size"}
+    unread = [k for k in keys(Config) if k not in known and not re.search(rf"\.{k}\b", text)]
+    assert not unread
+
+
+def parameters(config: ModelConfig) -> int:
+    shapes = jax.eval_shape(lambda: monoformer.init(config, jax.random.key(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def test_tinyllama_has_the_parameters_of_the_published_model():
+    """1,100,048,384 of TinyLlama, and 21,624,864 of the released MonoFormer's own modules."""
+    config = ModelConfig(**named_size("tinyllama_1b"), learn_sigma=True)
+    padding = 2 * (config.padded_vocab - config.vocab_size) * config.embed_dim
+    assert parameters(config) - padding == 1_121_673_248
+
+
+def test_7b_has_the_parameters_of_llama():
+    """6,738,415,616 of LLaMA-7B with its vocabulary of 32,000."""
+    config = ModelConfig(**named_size("7b") | {"vocab_size": 32_000})
+    D, P = config.embed_dim, config.patch_dim
+    time = (256 * D + D) + (D * D + D)
+    own = time + 2 * (D * D + D) + (P * D + D) + (D * 2 * D + 2 * D) + (D * P + P)
+    assert parameters(config) - own == 6_738_415_616

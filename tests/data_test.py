@@ -1,0 +1,195 @@
+"""Documents, packing and the pipeline: nothing is lost, cut, mixed up or drawn in another order."""
+
+import numpy as np
+import pytest
+
+from monoformer_jax import batch as contract
+from monoformer_jax.batch import PATCH, TEXT, TIME
+from monoformer_jax.config import InputError, ModelConfig, named_size
+from monoformer_jax.data.documents import Image, build, describe, truncate
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.sources import digits, draw_prompt, open_sources, sentences
+from monoformer_jax.data.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+MODEL = ModelConfig(**named_size("tiny"))
+PIXELS = np.arange(16, dtype=np.float32).reshape(4, 4, 1) / 16
+
+
+def test_bytes_come_back_and_a_special_name_is_only_text():
+    for text in ("draw a one", "naïve — 数字", "<|im_start|></s>", ""):
+        ids = TOKENIZER.encode(text)
+        assert TOKENIZER.decode(ids) == text
+        assert all(6 <= i < TOKENIZER.vocab_size for i in ids)
+
+
+def test_streams_of_a_document():
+    document = build(["ab", Image(PIXELS, denoise=True), "c"], TOKENIZER, MODEL)
+    s, e, i, start, end = 1, 2, 3, 4, 5
+    a, b, c = TOKENIZER.encode("abc")
+    assert document["tokens"].tolist() == [s, a, b, start, i, i, i, i, i, end, c, e]
+    assert document["kinds"].tolist() == [TEXT] * 4 + [TIME] + [PATCH] * 4 + [TEXT] * 3
+    weights = document["target_weights"]
+    #                        s a b start T p p p p end c e
+    assert weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]
+    learned = document["targets"][weights > 0]
+    assert learned.tolist() == [a, b, start, end, c, e]
+    patches, grid = contract.patchify(PIXELS, 2)
+    np.testing.assert_array_equal(document["patches"][5:9], patches)
+    np.testing.assert_array_equal(document["grid"][5:9], grid)
+    assert document["denoise"].tolist() == [False] * 4 + [True] * 5 + [False] * 3
+
+
+def test_the_originals_rule_drops_text_beside_denoised_images_only():
+    painted = build(["a", Image(PIXELS, True)], TOKENIZER, MODEL, text_beside_images=False)
+    shown = build(["a", Image(PIXELS, False)], TOKENIZER, MODEL, text_beside_images=False)
+    assert painted["target_weights"].sum() == 0 and shown["target_weights"].sum() == 4
+
+
+def test_text_is_cut_and_an_image_never():
+    text = build(["abcdef"], TOKENIZER, MODEL)
+    cut = truncate(text, 4)
+    assert len(cut["tokens"]) == 4 and cut["target_weights"].tolist() == [1, 1, 1, 0]
+    assert len(text["tokens"]) == 8 and truncate(text, 8) is text
+    image = build([Image(PIXELS, True)], TOKENIZER, MODEL)
+    assert truncate(image, 4) is image
+
+
+def test_an_image_with_other_channels_is_refused():
+    with pytest.raises(ValueError, match=r"\(4, 4, 3\) is not \[h, w, 1\]"):
+        build([Image(np.zeros((4, 4, 3)), True)], TOKENIZER, MODEL)
+
+
+def test_digits_are_split_by_label_and_kept_apart():
+    train, test = digits("train"), digits("test")
+    assert len(train[0]) == 1437 and len(test[0]) == 360
+    assert np.bincount(test[1]).min() >= 34
+    seen = {image.tobytes() for image in train[0]}
+    assert not any(image.tobytes() in seen for image in test[0])
+    assert train[0].min() == -1 and train[0].max() == 1
+
+
+def test_the_beginning_of_a_sentence_decides_its_end():
+    said = sentences()
+    assert len(dict(said)) == len(said) == 190
+    assert ("two plus three is", " five") in said
+    assert ("count from nine to six:", " nine eight seven six") in said
+    assert draw_prompt(8) == "draw an eight"
+
+
+def test_unknown_sources_and_sizes_are_refused(change):
+    with pytest.raises(InputError, match="mixture.dance is no source; there are draw, read, say"):
+        open_sources(change(data={"mixture": {"dance": 1.0}}).data)
+    with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
+        open_sources(change(data={"image_size": 16}).data)
+
+
+def take(config, n, **shard):
+    batches = Batches(config, TOKENIZER, **shard)
+    return [next(batches.iterator) for _ in range(n)], batches
+
+
+def documents_of(batch):
+    for row in range(len(batch["tokens"])):
+        for number in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == number
+            yield {name: stream[row][here] for name, stream in batch.items()}
+
+
+def test_rows_keep_the_contract_and_documents_stay_whole(config):
+    made, _ = take(config, 12)
+    expected = contract.spec(config.batch_size, config.data.row_length, MODEL.patch_dim)
+    real = {image.tobytes() for image in digits("train")[0]}
+    kinds_of_documents = set()
+    for batch in made:
+        contract.check(batch, expected, config.max_images)
+        for document in documents_of(batch):
+            tokens, kinds, targets = (document[k] for k in ("tokens", "kinds", "targets"))
+            assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
+            np.testing.assert_array_equal(document["positions"], np.arange(len(tokens)))
+            np.testing.assert_array_equal(targets[:-1], tokens[1:])
+            learned = np.append(kinds[1:] == TEXT, False)
+            np.testing.assert_array_equal(document["target_weights"], learned)
+            images = document["image_ids"][kinds == PATCH]
+            assert len(images) in (0, 16) and len(set(images)) <= 1  # whole, or none
+            if document["denoise"].any():
+                pixels = contract.unpatchify(document["patches"][kinds == PATCH], 8, 8, 2)
+                assert pixels.tobytes() in real
+            kinds_of_documents.add(describe(tokens, kinds, TOKENIZER).split(" ")[0])
+        for row in range(config.batch_size):
+            ids = batch["image_ids"][row]
+            assert sorted(set(ids[ids > 0])) == list(range(1, ids.max() + 1))
+    assert {"draw", "read", "count", "<image"} <= kinds_of_documents
+
+
+def test_the_mixture_is_that_of_the_config(change):
+    weights = {"draw": 0.5, "read": 0.3, "say": 0.2}
+    made, _ = take(change(data={"mixture": weights, "prompt_dropout": 0.25}), 40)
+    counts = dict.fromkeys(weights, 0)
+    dropped = 0
+    for batch in made:
+        for document in documents_of(batch):
+            drawn = document["denoise"].any()
+            kind = "draw" if drawn else "read" if (document["kinds"] == PATCH).any() else "say"
+            counts[kind] += 1
+            dropped += drawn and document["kinds"][2] == TIME  # <s> <|im_start|> TIME
+    total = sum(counts.values())
+    for name, weight in weights.items():
+        assert counts[name] / total == pytest.approx(weight, abs=0.05)
+    assert dropped / counts["draw"] == pytest.approx(0.25, abs=0.06)
+
+
+def test_nine_tenths_of_the_tokens_are_real(config):
+    made, _ = take(config, 100)
+    assert np.mean([batch["kinds"] > 0 for batch in made]) >= 0.9
+
+
+def same(a, b):
+    return all((x[name] == y[name]).all() for x, y in zip(a, b) for name in x)
+
+
+def test_the_stream_is_deterministic_and_resumes_where_it_was(change):
+    config = change(data={"packing_bins": 4})
+    first, _ = take(config, 9)
+    again, batches = take(config, 4)
+    state = batches.iterator.get_state()
+    assert same(first, again)
+    other = Batches(config, TOKENIZER)
+    other.iterator.set_state(state)
+    assert same(first[4:], [next(other.iterator) for _ in range(5)])
+    assert not same(first, take(change(seed=1), 9)[0])
+
+
+def test_processes_read_different_examples(config):
+    seen = []
+    for index in (0, 1):
+        made, _ = take(config, 6, process_index=index, process_count=2)
+        assert made[0]["tokens"].shape[0] == config.batch_size // 2
+        images = [d["patches"][d["kinds"] == PATCH] for b in made for d in documents_of(b)
+                  if d["denoise"].any()]  # fmt: skip
+        seen.append({image.tobytes() for image in images})
+    assert seen[0] and not seen[0] & seen[1]
+
+
+def test_documents_that_are_too_long_are_dropped_and_counted(change):
+    """A row of 32 holds an image and little else: the drawn digits with a prompt do not fit."""
+    mixture = {"draw": 0.5, "say": 0.5}
+    made, batches = take(change(data={"row_length": 31, "mixture": mixture}), 12)
+    found = [d for b in made for d in documents_of(b)]
+    assert batches.dropped > 0
+    assert all((d["kinds"] == PATCH).sum() in (0, 16) for d in found)
+    assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
+
+
+def test_text_is_truncated_only_where_the_config_says_so(change):
+    data = {"row_length": 24, "mixture": {"say": 1.0}, "truncate_text": True}
+    made, batches = take(change(data=data), 12)
+    ends = [d["tokens"][-1] for b in made for d in documents_of(b)]
+    assert batches.dropped == 0
+    assert TOKENIZER.eos_id in ends and any(end != TOKENIZER.eos_id for end in ends)
+
+
+def test_rows_that_no_document_fits_are_an_error_and_not_an_endless_search(change):
+    data = {"row_length": 21, "mixture": {"read": 1.0}}
+    with pytest.raises(InputError, match=r"none of the first 1000 documents fits.*row_length=21"):
+        take(change(data=data), 1)
