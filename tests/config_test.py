@@ -52,7 +52,7 @@ def test_a_mistake_is_one_sentence(overrides, message):
 
 
 def test_a_missing_file_or_size_is_named():
-    with pytest.raises(InputError, match="nowhere.py: there is no such file"):
+    with pytest.raises(InputError, match=r"nowhere\.py: there is no such file"):
         load_config("nowhere.py", [])
     with pytest.raises(InputError, match="there is no size 'huge'; there are tiny"):
         load_config(f"{DIGITS}:huge", [])

@@ -1,8 +1,16 @@
 """Shared by the tests: CPU only, four virtual devices, and the tiny digits config."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests, some in processes of their own, compile the same programs: once is enough.
+_CACHE = tempfile.mkdtemp(prefix="jax_cache_")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import dataclasses
 from pathlib import Path
@@ -19,9 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def config():
-    """The tiny digits model on one device."""
-    overrides = ["--config.mesh.data=1"]
-    return load_config(str(ROOT / "configs" / "digits.py:tiny"), overrides)
+    """The tiny digits model."""
+    return load_config(str(ROOT / "configs" / "digits.py:tiny"), [])
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_the_beginning_of_a_sentence_decides_its_end():
 
 
 def test_unknown_sources_and_sizes_are_refused(change):
-    with pytest.raises(InputError, match="mixture.dance is no source; there are draw, read, say"):
+    with pytest.raises(InputError, match=r"mixture\.dance is no source; there are draw, read, say"):
         open_sources(change(data={"mixture": {"dance": 1.0}}).data)
     with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
         open_sources(change(data={"image_size": 16}).data)

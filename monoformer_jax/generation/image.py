@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PATCH, TIME, unpatchify
-from monoformer_jax.config import Config, SamplingConfig
+from monoformer_jax.config import Config, ModelConfig, SamplingConfig
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.diffusion.guidance import guide
 from monoformer_jax.diffusion.solvers import SOLVERS, time_grid
@@ -47,40 +48,51 @@ def generate_images(
     )
     key = jax.random.key(seed)
     keys = [jax.random.fold_in(key, first + i) for i in range(len(prompts))]
-    patches = _paint(params, streams, jnp.stack(keys), config=config, sampling=sampling)
-    size = config.data.image_size
-    return unpatchify(np.asarray(patches), size, size, config.model.patch_size)
+    size, patch = config.data.image_size, config.model.patch_size
+    static = _Static(config.model, config.max_images, size // patch, sampling)
+    patches = _paint(params, streams, jnp.stack(keys), static)
+    return unpatchify(np.asarray(patches), size, size, patch)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"))
-def _paint(params, streams, keys, *, config: Config, sampling: SamplingConfig) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What `_paint` is compiled for."""
+
+    model: ModelConfig
+    max_images: int
+    side: int  # of the image in patches
+    sampling: SamplingConfig
+
+
+@functools.partial(jax.jit, static_argnames="static")
+def _paint(params, streams, keys, static: _Static) -> jax.Array:
     """Patches [B, n, P] of the prompts in the first B rows; any others are their unprompted twins."""
-    model = monoformer.bind(config.model, params)
+    model, sampling, side = monoformer.bind(static.model, params), static.sampling, static.side
+    patch_dim = static.model.patch_dim
     branches = streams["tokens"].shape[0] // len(keys)
-    side = config.data.image_size // config.model.patch_size
-    inputs, mask, cache = _image_block(model, streams, config, side)
+    inputs, mask, cache = _image_block(model, streams, side, static.max_images)
 
     def velocity(x, t):
         # The cache is read and never kept: every evaluation writes the same slots anew.
         x = jnp.tile(jnp.pad(x, ((0, 0), (1, 0), (0, 0))), (branches, 1, 1))
         times = jnp.full((x.shape[0], 1), t)
         hidden, _ = model(inputs | {"patches": x}, times, mask, cache)
-        v = model.image_output(hidden, inputs["image_ids"], times)[:, 1:, : config.model.patch_dim]
+        v = model.image_output(hidden, inputs["image_ids"], times)[:, 1:, :patch_dim]
         if branches == 1:
             return v
         interval = (sampling.guidance_low, sampling.guidance_high)
         return guide(*jnp.split(v, 2), t, sampling.guidance, interval)
 
-    shape = (side**2, config.model.patch_dim)
+    shape = (side**2, patch_dim)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     return SOLVERS[sampling.solver](velocity, noise, time_grid(sampling.steps, sampling.shift))
 
 
-def _image_block(model, streams, config: Config, side: int):
+def _image_block(model, streams, side: int, max_images: int):
     """Inputs, mask and cache of TIME and PATCH tokens that follow the prompts."""
     batch, length = streams["tokens"].shape
     n = 1 + side**2
-    _, cache, start = prefill(model, streams, length + n, config.max_images)
+    _, cache, start = prefill(model, streams, length + n, max_images)
     stop = jnp.full((batch, n), length + n, jnp.int32).at[:, 0].set(length + 1)
     grid = jnp.stack(jnp.divmod(jnp.arange(side**2), side), -1)
     inputs = {

@@ -1,0 +1,151 @@
+"""The two losses against loops over rows, images and tokens; noise on denoised images alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from monoformer_jax.attention import interval_mask
+from monoformer_jax.batch import PATCH
+from monoformer_jax.data.documents import Image, build
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.models import monoformer
+from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+
+
+@pytest.fixture(scope="module")
+def batch(config):
+    return next(Batches(config, ByteTokenizer()).iterator)
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return monoformer.init(config.model, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def noise(config, batch):
+    return draw_noise(jax.random.key(1), batch, config)
+
+
+def compiled(config):
+    return jax.jit(lambda *arguments: loss_fn(*arguments, config))
+
+
+def test_losses_equal_loops_over_images_and_tokens(change, params, batch, noise):
+    config = change(loss={"text_weight": 0.5, "image_weight": 2.0})
+    rng = np.random.default_rng(0)
+    batch = dict(batch)
+    batch["target_weights"] = batch["target_weights"] * rng.uniform(0.5, 2, batch["tokens"].shape)
+    got, parts = compiled(config)(params, batch, noise, totals(batch, noise))
+
+    model = monoformer.bind(config.model, params)
+    noised = np.array(batch["patches"])
+    per_image = []
+    for b, l in np.argwhere(batch["kinds"] == PATCH):
+        t = noise.times[b, batch["image_ids"][b, l] - 1]
+        noised[b, l] = (1 - t) * batch["patches"][b, l] + t * noise.noise[b, l]
+    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    hidden, _ = model(batch | {"patches": noised}, noise.times, mask)
+    velocity = np.asarray(model.image_output(hidden, batch["image_ids"], noise.times))
+    for b in range(len(noised)):
+        for image in range(1, batch["image_ids"][b].max() + 1):
+            here = (batch["image_ids"][b] == image) & (batch["kinds"][b] == PATCH)
+            if batch["denoise"][b][here].all():
+                target = noise.noise[b][here] - batch["patches"][b][here]
+                per_image.append(np.mean((velocity[b][here] - target) ** 2))
+    logits = np.asarray(model.text_logits(hidden), np.float64)
+    nll, weight = 0.0, 0.0
+    for b, l in np.argwhere(batch["target_weights"] > 0):
+        row = logits[b, l]
+        log_sum = row.max() + np.log(np.exp(row - row.max()).sum())
+        nll += (log_sum - row[batch["targets"][b, l]]) * batch["target_weights"][b, l]
+        weight += batch["target_weights"][b, l]
+
+    assert len(per_image) > 3
+    np.testing.assert_allclose(parts["image_loss"], np.mean(per_image), rtol=1e-5)
+    np.testing.assert_allclose(parts["text_loss"], nll / weight, rtol=1e-5)
+    np.testing.assert_allclose(got, 0.5 * nll / weight + 2 * np.mean(per_image), rtol=1e-5)
+
+
+def test_context_images_are_clean_and_denoised_ones_are_not(batch, noise):
+    seen = set()
+    for b, l in np.argwhere(batch["kinds"] == PATCH):
+        t = float(noise.times[b, batch["image_ids"][b, l] - 1])
+        denoised = bool(batch["denoise"][b, l])
+        assert (0 < t < 1) if denoised else t == 0
+        seen.add(denoised)
+    assert seen == {True, False}
+
+
+def test_an_image_counts_once_whatever_its_size(config, params):
+    """Two images of different sizes: the loss is the mean of their two losses, not of their patches."""
+    tokenizer = ByteTokenizer()
+    rng = np.random.default_rng(0)
+
+    def one_row(images):
+        document = build([Image(x, True) for x in images], tokenizer, config.model)
+        n = len(document["tokens"])
+        row = {k: v[None] for k, v in document.items()}
+        row["segment_ids"] = np.ones((1, n), np.int32)
+        row["positions"] = np.arange(n, dtype=np.int32)[None]
+        starts = np.cumsum(document["kinds"] == 2)
+        row["image_ids"] = (starts * (document["kinds"] > 1))[None].astype(np.int32)
+        return row
+
+    small, large = rng.normal(size=(2, 2, 1)), rng.normal(size=(8, 6, 1))
+    both = one_row([small, large])
+    noise = draw_noise(jax.random.key(0), both, config)
+    loss = compiled(config)
+    _, parts = loss(params, both, noise, totals(both, noise))
+    alone = []
+    for image in (1, 2):
+        only = dict(both)
+        only["denoise"] = both["denoise"] & (both["image_ids"] == image)
+        whole = totals(only, noise).replace(images=jnp.float32(1))
+        alone.append(loss(params, only, noise, whole)[1]["image_loss"])
+    np.testing.assert_allclose(parts["image_loss"], np.mean(alone), rtol=1e-5)
+
+
+def test_a_batch_without_images_or_without_targets_has_loss_zero(config, params, batch, noise):
+    none = dict(batch) | {
+        "denoise": np.zeros_like(batch["denoise"]),
+        "target_weights": np.zeros_like(batch["target_weights"]),
+    }
+    noise = draw_noise(jax.random.key(1), none, config)
+    (loss, _), grads = jax.value_and_grad(compiled(config), has_aux=True)(
+        params, none, noise, totals(none, noise)
+    )
+    assert loss == 0
+    assert all((g == 0).all() for g in jax.tree.leaves(grads))
+
+
+def test_noise_does_not_depend_on_how_the_batch_is_cut(config, batch, params, noise):
+    """Micro-batches with the totals of the whole batch add up to its loss."""
+    whole = totals(batch, noise)
+    loss_of = compiled(config)
+    loss, _ = loss_of(params, batch, noise, whole)
+    halves = 0.0
+    for part in (slice(0, 2), slice(2, 4)):
+        cut = jax.tree.map(lambda x, part=part: x[part], (dict(batch), noise))
+        halves += loss_of(params, *cut, whole)[0]
+    np.testing.assert_allclose(halves, loss, rtol=1e-5)
+
+
+def test_the_time_path_is_alive(config, params, batch, noise):
+    """The image loss moves every parameter that the time goes through, at the start and after a step.
+
+    The original zeroes both layers of the time token's projector, so their gradient is zero for ever.
+    """
+
+    def image_loss(params):
+        return loss_fn(params, batch, noise, totals(batch, noise), config)[1]["image_loss"]
+
+    gradient = jax.jit(jax.grad(image_loss))
+    for _ in range(2):
+        grads = gradient(params)
+        for part in ("time_embedding", "time_token"):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(grads[part]):
+                assert jnp.abs(leaf).max() > 1e-8, (part, path)
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
