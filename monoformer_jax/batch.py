@@ -27,6 +27,8 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from monoformer_jax.config import require
+
 PAD, TEXT, TIME, PATCH = range(4)
 
 Batch = Mapping[str, "np.ndarray | jax.Array"]
@@ -92,11 +94,13 @@ def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
       patches float32 [n, P] with values in the order (C, ph, pw), and grid int32 [n, 2].
 
     Raises:
-      ValueError: a side is not divisible by `patch`.
+      InputError: a side is not divisible by `patch`.
     """
     height, width, _ = image.shape
-    if height % patch or width % patch:
-        raise ValueError(f"image of {height}×{width} cannot be cut into patches of side {patch}")
+    require(
+        height % patch == width % patch == 0,
+        f"image of {height}×{width} cannot be cut into patches of side {patch}",
+    )
     patches = rearrange(image, "(h p) (w q) c -> (h w) (c p q)", p=patch, q=patch)
     grid = np.stack(np.indices((height // patch, width // patch)), -1).reshape(-1, 2)
     return patches.astype(np.float32), grid.astype(np.int32)

@@ -181,6 +181,20 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
     assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
 
 
+def test_small_images_that_outnumber_the_rows_room_are_refused(change):
+    """A source may bring smaller images than data.image_size; more of them fit than are counted."""
+    from monoformer_jax.data import sources
+
+    def tiny(c):
+        return sources.Source(range(9), lambda i, rng: [Image(np.zeros((2, 2, 1)), True)] * 8)
+
+    config = change(data={"mixture": {"tiny": 1.0}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "tiny", tiny)
+        with pytest.raises(InputError, match=r"images came into one row, .* make room for 7"):
+            take(config, 1)
+
+
 def test_text_is_truncated_only_where_the_config_says_so(change):
     data = {"row_length": 24, "mixture": {"say": 1.0}, "truncate_text": True}
     made, batches = take(change(data=data), 12)

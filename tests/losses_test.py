@@ -145,7 +145,11 @@ def test_the_time_path_is_alive(config, params, batch, noise):
     gradient = jax.jit(jax.grad(image_loss))
     for _ in range(2):
         grads = gradient(params)
-        for part in ("time_embedding", "time_token"):
-            for path, leaf in jax.tree_util.tree_leaves_with_path(grads[part]):
-                assert jnp.abs(leaf).max() > 1e-8, (part, path)
+        time_path = [
+            grads["time_embedding"],
+            grads["time_token"],
+            grads["image_head"]["modulation"],
+        ]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(time_path):
+            assert jnp.abs(leaf).max() > 1e-8, path
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from monoformer_jax.batch import PATCH, TEXT, TIME, patchify
-from monoformer_jax.config import ModelConfig
+from monoformer_jax.config import ModelConfig, require
 from monoformer_jax.data.tokenizer import Tokenizer
 
 # The streams of the batch contract that do not depend on the row: [n, …] for n tokens.
@@ -52,7 +52,7 @@ def build(
       closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
 
     Raises:
-      ValueError: an image whose side is not divisible by the patch, or with other channels.
+      InputError: an image whose side is not divisible by the patch, or with other channels.
     """
     pieces = [_text([tokenizer.bos_id], model)]
     for part in parts:
@@ -105,8 +105,8 @@ def _text(ids: Sequence[int], model: ModelConfig) -> Document:
 
 
 def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
-    if image.pixels.ndim != 3 or image.pixels.shape[-1] != model.channels:
-        raise ValueError(f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
+    fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == model.channels
+    require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
     patches, grid = patchify(image.pixels, model.patch_size)
     n = 1 + len(patches)  # its time token stands in front
     return {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import grain
 import numpy as np
 
 from monoformer_jax.batch import PATCH, TIME
-from monoformer_jax.config import Config, InputError
+from monoformer_jax.config import Config, InputError, require
 from monoformer_jax.data.documents import Document
 
 _STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "targets", "target_weights")
@@ -35,6 +37,9 @@ def pack(documents: grain.IterDataset, config: Config, pad_id: int) -> grain.Ite
     """Rows of the batch contract, without the batch axis.
 
     `data.packing_bins` rows are filled at the same time; a document goes to the first that has room.
+
+    Raises:
+      InputError: with the row, if more images than the model counts came together in one.
     """
     rows = grain.experimental.FirstFitPackIterDataset(
         documents,
@@ -44,14 +49,21 @@ def pack(documents: grain.IterDataset, config: Config, pad_id: int) -> grain.Ite
         meta_features=_STREAMS[1:],  # packed and padded like tokens, which give the segments
         padding_struct=dict.fromkeys(_STREAMS, 0) | {"tokens": pad_id, "targets": pad_id},
     )
-    return rows.map(_finish)
+    return rows.map(functools.partial(_finish, config=config))
 
 
-def _finish(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _finish(row: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     row = dict(row)
     row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
     row["positions"] = row.pop("tokens_positions").astype(np.int32)
     kinds = row["kinds"]
     in_image = (kinds == TIME) | (kinds == PATCH)
     row["image_ids"] = (np.cumsum(kinds == TIME) * in_image).astype(np.int32)
+    images = row["image_ids"].max()
+    require(
+        images <= config.max_images,
+        f"{images} images came into one row, but data.row_length={config.data.row_length} and "
+        f"data.image_size={config.data.image_size} make room for {config.max_images}: image_size "
+        "must be that of the smallest image",
+    )
     return row

@@ -76,7 +76,7 @@ def _draw(c: DataConfig) -> Source:
         prompt = [] if rng.random() < c.prompt_dropout else [draw_prompt(label)]
         return [*prompt, Image(image, denoise=True)]
 
-    return Source(list(zip(*digits("train"))), write)
+    return Source(_training_digits(c), write)
 
 
 def _read(c: DataConfig) -> Source:
@@ -88,7 +88,12 @@ def _read(c: DataConfig) -> Source:
             NAMES[label],
         ]
 
-    return Source(list(zip(*digits("train"))), write)
+    return Source(_training_digits(c), write)
+
+
+def _training_digits(c: DataConfig) -> list[tuple[np.ndarray, int]]:
+    require(c.image_size == 8, f"data.image_size={c.image_size}, but the digits are 8×8")
+    return list(zip(*digits("train")))
 
 
 def _say(c: DataConfig) -> Source:
@@ -110,10 +115,9 @@ def open_sources(c: DataConfig) -> dict[str, Source]:
     """The sources of the mixture that have a weight.
 
     Raises:
-      InputError: a name that is none of `SOURCES`, or an image size that the digits do not have.
+      InputError: a name that is none of `SOURCES`, or what the source itself refuses.
     """
     for name in c.mixture:
         known = ", ".join(SOURCES)
         require(name in SOURCES, f"data.mixture.{name} is no source; there are {known}")
-    require(c.image_size == 8, f"data.image_size={c.image_size}, but the digits are 8×8")
     return {name: SOURCES[name](c) for name, weight in c.mixture.items() if weight > 0}

@@ -61,9 +61,11 @@ def _run(config, mesh, state, batches, checkpoints, report, tokenizer) -> None:
         state, metrics = train_step(state, put_batch(batch, mesh))
         # The step before is looked at only now, so that the device never waits for the host.
         watch.check(step, metrics, batch)
+        saves = step % config.checkpoint_every == 0 or step == config.steps
+        if saves or report.due(step):
+            watch.finish()  # what is saved or reported is a number
         report.add(step, metrics)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            watch.finish()  # a broken state must not replace a good one
+        if saves:
             checkpoints.save(state, batches.iterator, report.seconds)
 
 
@@ -129,12 +131,15 @@ class _Report:
         """Time spent in training steps, compiling included, over all starts of the run."""
         return self._before + time.monotonic() - self._started
 
+    def due(self, step: int) -> bool:
+        return step % self._config.log_every == 0 or step == self._config.steps
+
     def add(self, step: int, metrics: TrainMetrics) -> None:
-        self._window.append(metrics)
         if not self._speaks:
             return
         self._bar.update()
-        if step % self._config.log_every and step != self._config.steps:
+        self._window.append(metrics)
+        if not self.due(step):
             return
         merged = functools.reduce(TrainMetrics.merge, jax.device_get(self._window))
         self._window = []
