@@ -11,7 +11,7 @@ source launch/venv.sh demo
 
 workdir=runs/digits
 python -m monoformer_jax.train --config=configs/digits.py --workdir="$workdir"
-python -m monoformer_jax.evaluate --workdir="$workdir" --json="$workdir/scores.json"
 python -m monoformer_jax.sample --workdir="$workdir" --out="$workdir/seven.png" \
   --prompt="draw a seven" --prompt="two plus three is" --prompt="count from nine to four:"
 python -m monoformer_jax.sample --workdir="$workdir" --prompt="read this: " --image="$workdir/seven.png"
+python -m monoformer_jax.evaluate --workdir="$workdir" --json="$workdir/scores.json"

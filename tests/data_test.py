@@ -82,6 +82,8 @@ def test_unknown_sources_and_sizes_are_refused(change):
         open_sources(change(data={"mixture": {"dance": 1.0}}).data)
     with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
         open_sources(change(data={"image_size": 16}).data)
+    with pytest.raises(InputError, match=r"vocab_size=200 is smaller than the tokenizer's 262"):
+        Batches(change(model={"vocab_size": 200}), TOKENIZER)
 
 
 def take(config, n, **shard):

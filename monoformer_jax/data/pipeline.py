@@ -32,6 +32,11 @@ class Batches:
             config.batch_size % process_count == 0,
             f"batch_size={config.batch_size} is not a multiple of the {process_count} processes",
         )
+        require(
+            config.model.vocab_size >= tokenizer.vocab_size,
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            f"{tokenizer.vocab_size}",
+        )
         sources = open_sources(config.data)
         weights = np.array([config.data.mixture[name] for name in sources])
         documents = [
