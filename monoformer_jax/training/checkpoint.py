@@ -148,11 +148,14 @@ def read_config(workdir: Path) -> Config:
 def load_trained(workdir: Path) -> tuple[Config, dict, dict]:
     """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
 
+    The weights come to one device, whatever mesh they were trained on.
+
     Raises:
       InputError: no trained model there, or a checkpoint that cannot be read.
     """
     config = read_config(workdir)
-    target = abstract_state(config, make_mesh(MeshConfig())).ema
+    one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
+    target = abstract_state(config, one_device).ema
     with Checkpoints(workdir) as checkpoints:
         params, meta = checkpoints.restore_ema(target)
     return config, params, meta
