@@ -8,13 +8,14 @@ from monoformer_jax.config import base_config, named_size
 
 
 def get_config(size: str = "small"):
-    """Args:
-    size: "small", or "tiny" for a test of seconds: `--config=configs/digits.py:tiny`.
-    """
+    """`size` is "small", or "tiny" for a test of seconds: `--config=configs/digits.py:tiny`."""
     c = base_config()
     c.name = "digits"
-    c.steps = 1500
-    c.batch_size = 16
+    c.steps = 1400
+    c.batch_size = 12
+    c.checkpoint_every = 200
+    c.data.row_length = 160
+    c.optimizer.learning_rate = 1.5e-3
     c.model.update(named_size(size))
     if size == "tiny":
         c.steps, c.batch_size, c.log_every, c.checkpoint_every = 20, 4, 1, 10

@@ -151,7 +151,7 @@ class LossConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     mixture: Mapping[str, float] = dataclasses.field(
-        default_factory=lambda: {"draw": 0.5, "read": 0.3, "say": 0.2}
+        default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
     )  # weight of each source, a share of documents; see data.sources.SOURCES
     row_length: int = 128  # L, and the longest prompt plus answer when generating
     packing_bins: int = 64  # rows that are filled at the same time

@@ -41,7 +41,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.data.prompt_dropout=1.5"], "prompt_dropout=1.5 is not a share"),
         (["--config.data.mixture.draw=-1"], "mixture.draw=-1 must be 0 or more"),
         (["--config.data.mixture.draw=lots"], "mixture.draw='lots' is not a number"),
-        (["--config.optimizer.accumulation=3"], "batch_size=16 is not a multiple of"),
+        (["--config.optimizer.accumulation=5"], "batch_size=12 is not a multiple of"),
         (["--config.sampling.guidance_low=2.0"], "must be in order between 0 and 1"),
         (["--config.loss.text_weight=0", "--config.loss.image_weight=0"], "nothing to train"),
     ],

@@ -193,7 +193,7 @@ def test_small_images_that_outnumber_the_rows_room_are_refused(change):
     config = change(data={"mixture": {"tiny": 1.0}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.SOURCES, "tiny", tiny)
-        with pytest.raises(InputError, match=r"images came into one row, .* make room for 7"):
+        with pytest.raises(InputError, match=r"images came into one row, .* make room for 9"):
             take(config, 1)
 
 

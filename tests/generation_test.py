@@ -133,8 +133,8 @@ def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, pa
 def test_prompts_that_cannot_be_continued_are_refused(config, params):
     with pytest.raises(InputError, match="prompt 2 is empty"):
         generate_text(config, params, TOKENIZER, [["a"], [""]], max_tokens=4)
-    with pytest.raises(InputError, match="prompt 1 has 126 tokens and 4 are to follow"):
-        generate_text(config, params, TOKENIZER, [["a" * 125]], max_tokens=4)
-    with pytest.raises(InputError, match="prompt 1 has 127 tokens and 17 are to follow"):
+    with pytest.raises(InputError, match="prompt 1 has 158 tokens and 4 are to follow"):
+        generate_text(config, params, TOKENIZER, [["a" * 157]], max_tokens=4)
+    with pytest.raises(InputError, match="prompt 1 has 159 tokens and 17 are to follow"):
         sampling = dataclasses.replace(config.sampling, steps=1)
-        generate_images(config, params, TOKENIZER, [["a" * 125]], sampling=sampling)
+        generate_images(config, params, TOKENIZER, [["a" * 157]], sampling=sampling)
