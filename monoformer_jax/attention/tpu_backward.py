@@ -148,6 +148,47 @@ def _backward_chunk(
     )(chunk, *(x.reshape(-1) for x in bounds), *operands)
 
 
+def _delta_kernel(out_ref, dout_ref, dlse_ref, delta_ref, *, heads: Heads):
+    """out, dout [T, count · H]; dlse, delta [1, R]."""
+    product = out_ref[...].astype(jnp.float32) * dout_ref[...].astype(jnp.float32)
+    delta_ref[...] = heads.stack(product).T.sum(0, keepdims=True) - dlse_ref[...]
+
+
+def delta(
+    out: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    heads: Heads,
+    interpret: bool | pltpu.InterpretParams,
+) -> jax.Array:
+    """Σ_H out · dout - dlse, what every score's gradient is measured from.
+
+    A kernel of its own, because XLA would first copy the product into another layout.
+
+    Args:
+      out, dout: [B, L, N·H].
+      dlse: gradient of the natural log-sum-exp, float32 [B, head blocks, L // T, 1, R].
+
+    Returns:
+      Laid out like `dlse`.
+    """
+    batch, head_blocks, query_blocks, _, rows = dlse.shape
+    size = rows // heads.count
+    query = pl.BlockSpec((None, size, heads.count * heads.dim), lambda b, h, i: (b, i, h))
+    stat = pl.BlockSpec((None, None, None, 1, rows), lambda b, h, i: (b, h, i, 0, 0))
+    return pl.pallas_call(
+        functools.partial(_delta_kernel, heads=heads),
+        grid=(batch, head_blocks, query_blocks),
+        in_specs=[query, query, stat],
+        out_specs=stat,
+        out_shape=jax.ShapeDtypeStruct(dlse.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        interpret=interpret,
+        name="interval_attention_delta",
+    )(out, dout, dlse)
+
+
 def backward(
     q: jax.Array,
     k: jax.Array,
@@ -168,7 +209,7 @@ def backward(
         `blocks.keys`.
       mask: [B, L].
       lse: what `forward` kept, in rows of `blocks.queries` tokens: [B, head blocks, L // T, 1, R].
-      delta: Σ_H out · dout minus the gradient of the natural log-sum-exp, laid out like `lse`.
+      delta: see `delta`; laid out like `lse`.
       heads, blocks: layout of a grid step.
       **options: area, vmem_limit and interpret as for `forward`.
 

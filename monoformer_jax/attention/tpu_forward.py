@@ -167,7 +167,7 @@ def _forward_kernel(
         jnp.clip(ref[n], first, first + blocks.chunk // bk)
         for ref in (lo_ref, full_lo_ref, full_hi_ref, hi_ref)
     )
-    pairs = (full_hi - full_lo) // 2
+    pairs = lax.div(full_hi - full_lo, 2)
     lax.fori_loop(lo, full_lo, visit_edge, None)
     lax.fori_loop(0, pairs, visit_two, None)
     lax.fori_loop(full_lo + 2 * pairs, hi, visit_edge, None)
@@ -223,8 +223,8 @@ def forward(
         if chunks == 1:
             return b, 0, h
         n = b * query_blocks + i
-        last = jnp.maximum(hi_ref[n] - 1, lo_ref[n]) // per_chunk
-        return b, jnp.minimum(jnp.clip(c, lo_ref[n] // per_chunk, last), chunks - 1), h
+        last = lax.div(jnp.maximum(hi_ref[n] - 1, lo_ref[n]), per_chunk)
+        return b, jnp.minimum(jnp.clip(c, lax.div(lo_ref[n], per_chunk), last), chunks - 1), h
 
     query = pl.BlockSpec(
         (None, blocks.queries, heads.count * heads.dim), lambda b, h, i, c, *_: (b, i, h)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from monoformer_jax.attention.dense import EMPTY_LSE
 from monoformer_jax.attention.mask import IntervalMask
-from monoformer_jax.attention.tpu_backward import backward
+from monoformer_jax.attention.tpu_backward import backward, delta
 from monoformer_jax.attention.tpu_forward import LANES, LOG2E, NOTHING, Blocks, Heads, forward
 
 HEAD_DIMS = (64, 128, 256)
@@ -160,17 +160,18 @@ def _attention_forward(static: _Static, q, k, v, mask):
 def _attention_backward(static: _Static, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     dout, dlse = cotangents
-    plan, heads, (_, length, _) = static.plan, static.heads, q.shape
-    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).reshape(*dlse.shape, heads.dim)
-    delta = _pad(delta.sum(-1) - dlse, plan.chunk_queries)
-    delta = rearrange(
-        delta, "B (Q T) (J n) -> B J Q 1 (n T)", T=plan.queries, n=heads.count
-    )  # fmt: skip
-    missing = delta.shape[2] - lse.shape[2]
-    lse = jnp.pad(lse, [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)], constant_values=NOTHING)
+    plan, heads, length = static.plan, static.heads, q.shape[1]
+    dlse = _pad(dlse, plan.queries)
+    dlse = rearrange(dlse, "B (Q T) (J n) -> B J Q 1 (n T)", T=plan.queries, n=heads.count)
+    out, dout = _pad(out, plan.queries), _pad(dout, plan.queries)
+    delta_ = delta(out, dout, dlse, heads=heads, interpret=static.interpret)
+    missing = -lse.shape[2] % (plan.chunk_queries // plan.queries)
+    rows = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
+    lse = jnp.pad(lse, rows, constant_values=NOTHING)
     dq, dk, dv = backward(
         _pad(q, plan.chunk_queries), _pad(k, plan.keys_backward), _pad(v, plan.keys_backward),
-        _pad_mask(mask, plan.chunk_queries), lse, delta, _pad(dout, plan.chunk_queries),
+        _pad_mask(mask, plan.chunk_queries), lse, jnp.pad(delta_, rows),
+        _pad(dout, plan.chunk_queries),
         blocks=Blocks(plan.queries, plan.keys_backward, plan.chunk_queries), **static.options(),
     )  # fmt: skip
     return dq[:, :length], dk[:, : k.shape[1]], dv[:, : v.shape[1]], None
