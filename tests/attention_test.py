@@ -1,28 +1,35 @@
-"""The mask against the matrix drawn in its docstring, and dense attention against plain softmax."""
+"""The mask against the matrix of its docstring, dense attention against plain softmax, and every
+implementation against dense attention."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import CASES, all_rows, assert_within_limits, errors, last_queries, row, split
+from jax.experimental.pallas import tpu as pltpu
 
-from monoformer_jax.attention import IntervalMask, attend, dense_mask, interval_mask, mask
+from monoformer_jax.attention import (
+    IntervalMask,
+    attend,
+    check_mask,
+    choose,
+    dense_mask,
+    interval_mask,
+    mask,
+    mask_area,
+)
 from monoformer_jax.attention.dense import EMPTY_LSE, dense_attention
-from monoformer_jax.batch import PAD, PATCH, TEXT, TIME
+from monoformer_jax.attention.tpu_kernel import Plan, fit, tpu_attention
+from monoformer_jax.batch import PATCH
 
-
-def row(*documents, length):
-    """Streams of one row; in a document 0 is a text token and n > 0 an image of n patches."""
-    kinds, segments, images, image = [], [], [], 0
-    for number, document in enumerate(documents, 1):
-        for part in document:
-            new = [TEXT] if part == 0 else [TIME] + [PATCH] * part
-            image += part > 0
-            kinds += new
-            segments += [number] * len(new)
-            images += [image if part else 0] * len(new)
-    pad = length - len(kinds)
-    streams = (kinds + [PAD] * pad, segments + [0] * pad, images + [0] * pad)
-    return tuple(np.array([s], np.int32) for s in streams)
+# Several blocks and chunks a row, so that every loop and every edge between chunks is taken.
+SMALL = Plan(
+    queries=128, keys_forward=128, keys_backward=128, chunk_keys=256, chunk_queries=256, vmem_limit=0
+)
+interpreted = functools.partial(tpu_attention, chip="TPU v5e", plan=SMALL, interpret=True)
+ON_CPU = {"dense": dense_attention, "tpu": interpreted}
 
 
 ROWS = {
@@ -126,3 +133,10 @@ def test_attend_says_what_does_not_fit():
         attend(q, q, q, fits, impl="flash")
     with pytest.raises(ValueError, match="mask is"):
         attend(q, q, q, IntervalMask(fits.start[:, :2], fits.stop[:, :2]))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("impl", ON_CPU)
+def test_every_implementation_agrees_with_the_dense_oracle(impl, name):
+    """Output, log-sum-exp, dq, dk and dv, with gradients through both results."""
+    assert_within_limits(CASES[name], errors(CASES[name], ON_CPU[impl]))
