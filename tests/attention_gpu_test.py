@@ -39,3 +39,39 @@ def test_the_kernels_agree_with_the_dense_oracle(names):
     assert set(found) == set(names)
     for name in names:
         assert_within_limits(CASES[name], found[name])
+
+
+# Shared memory that a program may take, in KiB.
+SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (90, "bfloat16"),
+        *(
+            pytest.param(capability, dtype, marks=pytest.mark.slow)
+            for capability, dtype in [
+                (75, "bfloat16"),
+                (75, "float16"),
+                (80, "bfloat16"),
+                (100, "bfloat16"),
+                (80, "float32"),
+            ]  # fmt: skip
+        ),
+    ],
+)
+def test_the_kernels_compile_without_spilling(capability, dtype):
+    """Cubins for a T4 (7.5), A100 (8.0), H100 (9.0) and B200 (10.0) at the default tiles."""
+    found = json.loads(python("triton_compile.py", str(capability), dtype, "64", "128"))
+    assert len(found) == 6
+    for name, head_dim, cubin, spill, shared in found:
+        assert cubin > 0 and spill == 0, f"{name}, head dim {head_dim}: {spill} bytes spilled"
+        assert shared <= SHARED[capability] * 1024, f"{name}, head dim {head_dim}: {shared} bytes"
+
+
+@pytest.mark.slow
+def test_head_dim_256_compiles():
+    """Spilling is allowed here: no tile is free of it in every kernel."""
+    found = json.loads(python("triton_compile.py", "90", "bfloat16", "256"))
+    assert all(cubin > 0 and shared <= SHARED[90] * 1024 for _, _, cubin, _, shared in found)

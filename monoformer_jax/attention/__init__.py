@@ -151,7 +151,9 @@ def _on_mesh(run, mesh: Mesh, q: jax.Array, k: jax.Array):
     for axis in batch_axes:
         rows *= mesh.shape[axis]
     if q.shape[0] % rows:
-        raise ValueError(f"mesh axes {batch_axes} have size {rows}: they cut no batch of {q.shape[0]}")
+        raise ValueError(
+            f"mesh axes {batch_axes} have size {rows}: they cut no batch of {q.shape[0]}"
+        )
     head_axis = HEAD_AXIS if HEAD_AXIS in mesh.shape else None
     size = mesh.shape.get(HEAD_AXIS, 1)
     if k.shape[2] % size:

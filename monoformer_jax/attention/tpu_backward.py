@@ -25,6 +25,8 @@ from monoformer_jax.attention.mask import (
 )
 from monoformer_jax.attention.tpu_forward import LOG2E, MASKED, Blocks, Heads, matmul_precision
 
+FULL_PER_TURN = 2  # query blocks in one turn of the loop without the mask
+
 
 def _backward_kernel(
     _chunk_ref, lo_ref, full_lo_ref, full_hi_ref, hi_ref,
@@ -55,7 +57,7 @@ def _backward_kernel(
     k, v = k_ref[...], v_ref[...]
     key = block * blocks.keys + lax.broadcasted_iota(jnp.int32, (blocks.keys, 1), 0)
 
-    def visit(i, _, masked):
+    def visit(i, masked):
         at = pl.ds(pl.multiple_of(i * size, size), size)
         q, dout = heads.stack(q_ref[at, :]), heads.stack(dout_ref[at, :])
         s = dot(k, q, (((1,), (1,)), ((), ()))) * (scale * LOG2E)  # [bk, R]
@@ -73,11 +75,20 @@ def _backward_kernel(
             dq = jnp.concatenate([dq[: heads.dim, :half], dq[heads.dim :, half:]], axis=1)
         dq_acc[i] += dq
 
+    def visit_edge(i, _):
+        visit(i, masked=True)
+
+    def visit_full(i, _):
+        # More than one block in a body lets the compiler overlap them, as in the forward pass.
+        for j in range(FULL_PER_TURN):
+            visit(full_lo + i * FULL_PER_TURN + j, masked=False)
+
     n = pl.program_id(0) * key_blocks + block
     lo, full_lo, full_hi, hi = (r[n] for r in (lo_ref, full_lo_ref, full_hi_ref, hi_ref))
-    lax.fori_loop(lo, full_lo, functools.partial(visit, masked=True), None)
-    lax.fori_loop(full_lo, full_hi, functools.partial(visit, masked=False), None)
-    lax.fori_loop(full_hi, hi, functools.partial(visit, masked=True), None)
+    turns = lax.div(full_hi - full_lo, FULL_PER_TURN)
+    lax.fori_loop(lo, full_lo, visit_edge, None)
+    lax.fori_loop(0, turns, visit_full, None)
+    lax.fori_loop(full_lo + turns * FULL_PER_TURN, hi, visit_edge, None)
     dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 

@@ -85,12 +85,19 @@ class Blocks:
     """Tokens in a block of queries, in a block of keys, and in what stays in VMEM at once.
 
     `chunk` counts keys in the forward pass and queries in the backward pass; it is a multiple of
-    the block of that side.
+    the block of that side. `wide`, a multiple of `keys`, is how many keys the forward pass takes at
+    once where it needs no mask: small blocks skip more, wide ones keep the matrix units busier.
     """
 
     queries: int
     keys: int
     chunk: int
+    wide: int = 0
+
+    @property
+    def per_turn(self) -> int:
+        """Blocks of keys in one turn of the forward pass's loop without the mask."""
+        return 2 * self.wide // self.keys
 
 
 def replicate(x: jax.Array, width: int) -> jax.Array:
@@ -114,7 +121,7 @@ def _forward_kernel(
     scratch: max, sum [R, 128], acc [R, width], columns [T, 128]; R = count · T.
     """
     chunk, chunks = pl.program_id(3), pl.num_programs(3)
-    rows, width, bk = heads.count * blocks.queries, heads.width, blocks.keys
+    rows, bk = heads.count * blocks.queries, blocks.keys
     precision = matmul_precision(q_ref.dtype)
     q = heads.stack(q_ref[...])
 
@@ -126,9 +133,9 @@ def _forward_kernel(
         for row, col in ((start_ref, start_col), (stop_ref, stop_col)):
             col[...] = jnp.broadcast_to(row[...], (LANES, blocks.queries)).T
 
-    def visit(block, masked):
-        """Adds one block of keys, counted from the row's first, to the running softmax."""
-        at = pl.ds(pl.multiple_of(block * bk - chunk * blocks.chunk, bk), bk)
+    def visit(block, width, masked):
+        """Adds `width` keys from a block on, counted from the row's first, to the softmax."""
+        at = pl.ds(pl.multiple_of(block * bk - chunk * blocks.chunk, bk), width)
         k, v = k_ref[at, :], v_ref[at, :]
         s = lax.dot_general(
             q, k, (((1,), (1,)), ((), ())),
@@ -136,13 +143,13 @@ def _forward_kernel(
         )  # fmt: skip
         s = s * (scale * LOG2E)
         if masked:
-            key = block * bk + lax.broadcasted_iota(jnp.int32, (blocks.queries, bk), 1)
-            seen = (key >= replicate(start_col[...], bk)) & (key < replicate(stop_col[...], bk))
-            s = s.reshape(heads.count, blocks.queries, bk)
-            s = jnp.where(seen[None], s, MASKED).reshape(rows, bk)
+            key = block * bk + lax.broadcasted_iota(jnp.int32, (blocks.queries, width), 1)
+            start, stop = (replicate(x[...], width) for x in (start_col, stop_col))
+            s = s.reshape(heads.count, blocks.queries, width)
+            s = jnp.where(((key >= start) & (key < stop))[None], s, MASKED).reshape(rows, width)
         before = max_ref[...]
         top = jnp.maximum(before, s.max(1)[:, None])
-        p = jnp.exp2(s - replicate(top, bk))
+        p = jnp.exp2(s - replicate(top, width))
         decay = jnp.exp2(before - top)
         sum_ref[...] = decay * sum_ref[...] + p.sum(1)[:, None]
         max_ref[...] = top
@@ -150,16 +157,17 @@ def _forward_kernel(
             p.astype(v.dtype), v, (((1,), (0,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
-        acc_ref[...] = replicate(decay, width) * acc_ref[...] + seen_values
+        acc_ref[...] = replicate(decay, heads.width) * acc_ref[...] + seen_values
 
-    def visit_two(i, _):
-        # Two blocks in one body: the compiler overlaps the softmax of one with the products of
-        # the other, which a loop of single blocks does not allow.
-        for block in (full_lo + 2 * i, full_lo + 2 * i + 1):
-            visit(block, masked=False)
+    def visit_full(i, _):
+        # Two visits in one body: the compiler overlaps the softmax of one with the products of
+        # the other, which a loop of single visits does not allow.
+        block = full_lo + i * blocks.per_turn
+        visit(block, blocks.wide, masked=False)
+        visit(block + blocks.wide // bk, blocks.wide, masked=False)
 
     def visit_edge(block, _):
-        visit(block, masked=True)
+        visit(block, bk, masked=True)
 
     n = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     first = chunk * (blocks.chunk // bk)
@@ -167,17 +175,17 @@ def _forward_kernel(
         jnp.clip(ref[n], first, first + blocks.chunk // bk)
         for ref in (lo_ref, full_lo_ref, full_hi_ref, hi_ref)
     )
-    pairs = lax.div(full_hi - full_lo, 2)
+    turns = lax.div(full_hi - full_lo, blocks.per_turn)
     lax.fori_loop(lo, full_lo, visit_edge, None)
-    lax.fori_loop(0, pairs, visit_two, None)
-    lax.fori_loop(full_lo + 2 * pairs, hi, visit_edge, None)
+    lax.fori_loop(0, turns, visit_full, None)
+    lax.fori_loop(full_lo + turns * blocks.per_turn, hi, visit_edge, None)
 
     @pl.when(chunk == chunks - 1)
     def _():
         total = sum_ref[...]
         seen = total > 0
         safe = jnp.where(seen, total, 1.0)
-        out = acc_ref[...] * replicate(jnp.where(seen, 1.0 / safe, 0.0), width)
+        out = acc_ref[...] * replicate(jnp.where(seen, 1.0 / safe, 0.0), heads.width)
         out_ref[...] = heads.unstack(out).astype(out_ref.dtype)
         lse = jnp.where(seen, max_ref[...] + jnp.log2(safe), NOTHING)
         lse_ref[...] = lse.T[:1, :]

@@ -32,19 +32,22 @@ class Tuning:
     Args:
       vmem: VMEM of a core in bytes.
       rows: stacked rows (heads · queries) of a block; a block has at least 128 queries.
-      keys_forward, keys_backward: keys of a block; up to a quarter more where that divides S.
+      keys: keys of a block in bfloat16, half as many in float32; up to a quarter more where that
+        divides S. What blocks are skipped is decided in these.
+      wide: keys of a visit that needs no mask, in the forward pass.
     """
 
     vmem: int
     rows: int
-    keys_forward: int
-    keys_backward: int
+    keys: int
+    wide: int
 
 
-# By `device_kind` and head dim, chosen by the bundle counts of `bench attention --static`.
-_V4 = Tuning(16 * MIB, rows=512, keys_forward=512, keys_backward=512)
-_V5P = Tuning(64 * MIB, rows=1024, keys_forward=512, keys_backward=512)
-_V5E = Tuning(128 * MIB, rows=1024, keys_forward=512, keys_backward=512)
+# By `device_kind`, chosen by the bundle counts of `bench attention --static`; how heads fill the
+# rows (and so the head dim) then decides the number of queries in a block, see `plan_blocks`.
+_V4 = Tuning(16 * MIB, rows=512, keys=256, wide=512)
+_V5P = Tuning(64 * MIB, rows=1024, keys=256, wide=512)
+_V5E = Tuning(128 * MIB, rows=1024, keys=256, wide=512)
 TUNING = {
     "TPU v4": _V4,
     "TPU v5": _V5P,
@@ -62,8 +65,8 @@ class Plan:
     """Block sizes of both passes in tokens, and the VMEM that a kernel may take in bytes."""
 
     queries: int
-    keys_forward: int
-    keys_backward: int
+    keys: int
+    wide: int
     chunk_keys: int
     chunk_queries: int
     vmem_limit: int
@@ -93,7 +96,7 @@ def fit(size: int, most: int, unit: int) -> tuple[int, int]:
     """
     units, cap = -(-size // unit), max(most // unit, 1)
     block = max(d for d in range(1, cap + 1) if units % d == 0 or d == units)
-    if 2 * block <= min(cap, units):
+    if 2 * block < min(cap, units):
         block = cap
     return block * unit, -(-units // block) * block * unit
 
@@ -109,18 +112,20 @@ def plan_blocks(heads: Heads, length: int, keys: int, itemsize: int, chip: str) 
     tuning = TUNING[chip]
     most = max(tuning.rows // heads.count, LANES)
     queries, _ = fit(length, min(most, 512), LANES)
-    # Stacking many heads makes rows plenty, so fewer keys keep the products as efficient.
-    shrink = max(heads.count * queries // tuning.rows, 1) * (itemsize // 2)
     # float32 operands take twice the room.
-    forward_keys, padded = fit(keys, max(tuning.keys_forward // shrink * 5 // 4, LANES), LANES)
-    backward_keys, _ = fit(keys, max(tuning.keys_backward // shrink * 5 // 4, LANES), LANES)
+    narrow = itemsize // 2
+    block_keys, padded = fit(keys, tuning.keys // narrow * 5 // 4, LANES)
+    # Stacking many heads makes rows plenty: fewer keys a visit keep the products as efficient.
+    stacked = max(heads.count * queries // tuning.rows, 1)
+    wide = max(tuning.wide // narrow // stacked // block_keys, 1) * block_keys
     # Operands and results are buffered twice; half of the VMEM is theirs, the rest is for scores.
     lanes = heads.count * heads.dim
-    chunk_keys, _ = fit(padded, tuning.vmem // 2 // (4 * heads.width * itemsize), forward_keys)
+    room = tuning.vmem // 2 - 4 * queries * lanes * itemsize  # beside the queries and the output
+    chunk_keys, _ = fit(padded, room // (4 * heads.width * itemsize), block_keys)
     per_query = lanes * (3 * 2 * itemsize + 4)  # q, dout, dq; dq in float32
     chunk_queries, _ = fit(length, tuning.vmem // 2 // per_query, queries)
     limit = tuning.vmem * 15 // 16
-    return Plan(queries, forward_keys, backward_keys, chunk_keys, chunk_queries, limit)
+    return Plan(queries, block_keys, wide, chunk_keys, chunk_queries, limit)
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:
@@ -138,7 +143,7 @@ def _run_forward(static: _Static, q, k, v, mask):
     out, lse = forward(
         _pad(q, plan.queries), _pad(k, plan.chunk_keys), _pad(v, plan.chunk_keys),
         _pad_mask(mask, plan.queries),
-        blocks=Blocks(plan.queries, plan.keys_forward, plan.chunk_keys), **static.options(),
+        blocks=Blocks(plan.queries, plan.keys, plan.chunk_keys, plan.wide), **static.options(),
     )  # fmt: skip
     natural = jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
     heads = static.heads.count
@@ -169,10 +174,10 @@ def _attention_backward(static: _Static, residuals, cotangents):
     rows = [(0, 0), (0, 0), (0, missing), (0, 0), (0, 0)]
     lse = jnp.pad(lse, rows, constant_values=NOTHING)
     dq, dk, dv = backward(
-        _pad(q, plan.chunk_queries), _pad(k, plan.keys_backward), _pad(v, plan.keys_backward),
+        _pad(q, plan.chunk_queries), _pad(k, plan.keys), _pad(v, plan.keys),
         _pad_mask(mask, plan.chunk_queries), lse, jnp.pad(delta_, rows),
         _pad(dout, plan.chunk_queries),
-        blocks=Blocks(plan.queries, plan.keys_backward, plan.chunk_queries), **static.options(),
+        blocks=Blocks(plan.queries, plan.keys, plan.chunk_queries), **static.options(),
     )  # fmt: skip
     return dq[:, :length], dk[:, : k.shape[1]], dv[:, : v.shape[1]], None
 

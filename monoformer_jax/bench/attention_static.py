@@ -18,6 +18,7 @@ import tempfile
 import numpy as np
 
 from monoformer_jax.attention.mask import key_block_bounds, query_block_bounds
+from monoformer_jax.attention.tpu_backward import FULL_PER_TURN
 from monoformer_jax.attention.tpu_forward import Heads
 from monoformer_jax.attention.tpu_kernel import Plan, plan_blocks
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
@@ -42,7 +43,8 @@ class Schedule:
     Args:
       once: of a grid step outside its loops over blocks.
       edge: of a visit of a block with the mask applied.
-      full: of one turn of the loop without the mask: two blocks in the forward pass, else one.
+      full: of one turn of the loop without the mask: two wide visits in the forward pass,
+        `FULL_PER_TURN` blocks of queries in the backward pass.
       other: of one turn of loops without products (dq is cleared and written in such loops).
     """
 
@@ -123,14 +125,14 @@ def heads_of(head_dim: int) -> Heads:
 def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
     """Bundles of one pass over the rows of a mask, for one block of heads, a row on average."""
     rows, length = mask.start.shape
-    keys = plan.keys_forward if name == "forward" else plan.keys_backward
-    bounds = key_block_bounds(mask, plan.queries, keys)
+    bounds = key_block_bounds(mask, plan.queries, plan.keys)
     if name == "backward":
-        bounds = query_block_bounds(bounds, length // keys)
+        bounds = query_block_bounds(bounds, length // plan.keys)
     lo, full_lo, full_hi, hi = (np.asarray(x) for x in bounds)
     full = full_hi - full_lo
-    turns = full // 2 if name == "forward" else full
-    edges = (hi - lo) - (2 * turns if name == "forward" else turns)
+    per_turn = 2 * plan.wide // plan.keys if name == "forward" else FULL_PER_TURN
+    turns = full // per_turn
+    edges = (hi - lo) - per_turn * turns
     steps = schedule.once * lo.size + schedule.other * rows * (length // plan.queries)
     return float(steps + schedule.edge * edges.sum() + schedule.full * turns.sum()) / rows
 
@@ -150,9 +152,11 @@ def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
                 whole = type(mask)(np.zeros_like(mask.start), np.full_like(mask.stop, mix.length))
                 for name in PASSES:
                     schedule = schedules[mix.length][name]
-                    keys = 2 * plan.keys_forward if name == "forward" else plan.keys_backward
-                    products = (2 if name == "forward" else 5) * heads.width
-                    work = products * heads.count * plan.queries * keys
+                    if name == "forward":  # products, then the pairs of tokens in a full turn
+                        work = 2 * plan.queries * 2 * plan.wide
+                    else:
+                        work = 5 * plan.queries * FULL_PER_TURN * plan.keys
+                    work *= heads.width * heads.count
                     rows.append({
                         "chip": chip, "head_dim": head_dim, "pass": name, "mix": mix_name,
                         "loop_bundles": schedule.full,
