@@ -1,4 +1,4 @@
-"""The TPU kernels compiled ahead of time for every chip generation: no TPU is needed, or looked for.
+"""The TPU kernels compiled ahead of time for every chip generation: no TPU is needed.
 
 What is asserted is read from the compiled program: nothing of the size of q, k or v is copied into
 another layout around the kernels, and temporaries grow with L, not with L².

@@ -45,21 +45,12 @@ def test_the_kernels_agree_with_the_dense_oracle(names):
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
 
 
+TARGETS = [(75, "bfloat16"), (75, "float16"), (80, "bfloat16"), (80, "float32"), (100, "bfloat16")]
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype"),
-    [
-        (90, "bfloat16"),
-        *(
-            pytest.param(capability, dtype, marks=pytest.mark.slow)
-            for capability, dtype in [
-                (75, "bfloat16"),
-                (75, "float16"),
-                (80, "bfloat16"),
-                (100, "bfloat16"),
-                (80, "float32"),
-            ]  # fmt: skip
-        ),
-    ],
+    [(90, "bfloat16"), *(pytest.param(*target, marks=pytest.mark.slow) for target in TARGETS)],
 )
 def test_the_kernels_compile_without_spilling(capability, dtype):
     """Cubins for a T4 (7.5), A100 (8.0), H100 (9.0) and B200 (10.0) at the default tiles."""

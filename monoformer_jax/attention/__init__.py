@@ -152,7 +152,7 @@ def _on_mesh(run, mesh: Mesh, q: jax.Array, k: jax.Array):
         rows *= mesh.shape[axis]
     if q.shape[0] % rows:
         raise ValueError(
-            f"mesh axes {batch_axes} have size {rows}: they cut no batch of {q.shape[0]}"
+            f"mesh axes {batch_axes} have size {rows}: they do not divide the batch of {q.shape[0]}"
         )
     head_axis = HEAD_AXIS if HEAD_AXIS in mesh.shape else None
     size = mesh.shape.get(HEAD_AXIS, 1)

@@ -72,7 +72,7 @@ FLOAT32_TILES = {
 
 
 def product_dtype(dtype: jnp.dtype, capability: int) -> str:
-    """Dtype of the operands of the matrix products: the input's own where there are tensor cores."""
+    """Dtype of the operands of the matrix products: the input's own if tensor cores exist."""
     return "float32" if capability < 80 else jnp.dtype(dtype).name
 
 

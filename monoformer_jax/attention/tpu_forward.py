@@ -215,8 +215,8 @@ def forward(
       interpret: run in the Pallas interpreter.
 
     Returns:
-      Output [B, L, N·H] in q's dtype and the log-sum-exp in base 2 as the kernels keep it, float32
-      [B, blocks of heads, L // T, 1, R] with R = count · T rows; NOTHING where a query sees nothing.
+      Output [B, L, N·H] in q's dtype and the log-sum-exp in base 2 as the kernels keep it: float32
+      [B, blocks of heads, L // T, 1, R] with R = count · T rows, NOTHING if a query sees nothing.
     """
     batch, length, _ = q.shape
     keys = k.shape[1]
