@@ -193,7 +193,7 @@ def test_the_tpu_kernels_do_not_race():
     grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
     want = jax.grad(lambda *x: (dense_attention(*x, mask_)[0] ** 2).sum(), argnums=(0, 1, 2))
     for got, expected in zip(grads, want(q, k, v)):
-        np.testing.assert_allclose(got, expected, atol=2e-5)
+        np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
     assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
 
 
@@ -322,10 +322,9 @@ class FakeMesh:
 
 def test_on_a_mesh_every_device_has_its_rows_and_heads():
     """Four devices of a process of its own: data 2, tensor 2."""
-    program = (
-        "import jax, attention_test as t; jax.config.update('jax_num_cpu_devices', 4); t.on_mesh()"
-    )
-    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    program = "import attention_test; attention_test.on_mesh()"
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parent)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,
@@ -347,5 +346,5 @@ def on_mesh():
         sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
         placed = jax.device_put((q, k, v), sharding)
         got = jax.jit(run)(*placed, rows)[0]
-    assert len({shard.index for shard in got.addressable_shards}) == 4
+    assert len({str(shard.index) for shard in got.addressable_shards}) == 4
     np.testing.assert_allclose(got, dense_attention(q, k, v, rows)[0], atol=2e-6)

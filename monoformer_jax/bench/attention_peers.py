@@ -48,11 +48,12 @@ def jax_nn(mask: IntervalMask, implementation: str) -> Attention:
     if implementation == "cudnn" and platform() != "gpu":
         raise Missing("cuDNN needs a GPU")
     allowed = dense_mask(jax.tree.map(jnp.asarray, mask), mask.start.shape[1])[:, None]
+    some = jnp.asarray(mask.start < mask.stop)[..., None, None]
 
     def run(q, k, v):
         out = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=implementation)
         # A query that sees nothing gets the mean of v there; here it is 0.
-        return jnp.where(allowed.any(-1)[:, 0, :, None, None], out, 0).astype(q.dtype)
+        return jnp.where(some, out, 0).astype(q.dtype)
 
     return run
 
@@ -118,10 +119,11 @@ def tokamax(mask: IntervalMask) -> Attention:
     import tokamax as library
 
     allowed = dense_mask(jax.tree.map(jnp.asarray, mask), mask.start.shape[1])[:, None]
+    some = jnp.asarray(mask.start < mask.stop)[..., None, None]
 
     def run(q, k, v):
         out = library.dot_product_attention(q, k, v, mask=allowed)
-        return jnp.where(allowed.any(-1)[:, 0, :, None, None], out, 0).astype(q.dtype)
+        return jnp.where(some, out, 0).astype(q.dtype)
 
     return run
 
