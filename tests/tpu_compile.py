@@ -2,10 +2,11 @@
 
 Run as a program by `attention_compile_test`, so that libtpu is loaded in no other test's process.
 Arguments: topology, then cases "B,L,K,G,H,dtype,pass". Prints a JSON list of what was found in each
-compiled program: bytes of temporaries, relayout copies of q-, k- or v-sized arrays, kernels.
+compiled program: bytes of temporaries, copies of arrays as large as q or k, kernels.
 """
 
 import json
+import math
 import re
 import sys
 
@@ -25,6 +26,28 @@ def layer(head_dim: int, mesh):
         return out.reshape(*x.shape[:2], -1) @ wo
 
     return run
+
+
+def copies(text: str, sizes: tuple[int, ...]) -> dict[str, list[str]]:
+    """Copies of arrays of these sizes that stand alone: inside a fusion they cost nothing more.
+
+    Returns:
+      "relayout": those that change the order of the dimensions; "retile": those that keep it and
+      only regroup its rows.
+    """
+    layouts = dict(re.findall(r"(%[\w.-]+) = \w+\[[\d,]*\]\{([\d,]+)", text))
+    found = {"relayout": [], "retile": []}
+    for computation in re.split(r"\n(?=[%E]\S)", text):
+        if re.match(r"%\w*fus", computation):
+            continue
+        found["relayout"] += re.findall(r"fusion\(.*calls=%copy_fusion\S*", computation)
+        pattern = r"= (?:bf16|f32)\[([\d,]+)\]\{([\d,]+)\S* (copy|transpose)\((%[\w.-]+)"
+        for one in re.finditer(pattern, computation):
+            shape, layout, kind, operand = one.groups()
+            if math.prod(map(int, shape.split(","))) in sizes:
+                same = kind == "copy" and layouts.get(operand) == layout
+                found["retile" if same else "relayout"].append(one[0])
+    return found
 
 
 def compile_case(topology: str, case: str) -> dict:
@@ -48,17 +71,11 @@ def compile_case(topology: str, case: str) -> dict:
         function = run
     compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
-    copies = []
-    for found in re.finditer(r"= (bf16|f32)\[([\d,]+)\]\S* (?:copy|transpose)\(", text):
-        size = 1
-        for n in found[2].split(","):
-            size *= int(n)
-        if size in (batch * length * width, batch * length * kv_width):
-            copies.append(found[0])
+    sizes = (batch * length * width, batch * length * kv_width)
     return {
         "case": case,
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "copies": copies,
+        "copies": copies(text, sizes),
         "kernels": len(set(re.findall(r"interval_attention_(?:forward|backward|delta)", text))),
     }
 

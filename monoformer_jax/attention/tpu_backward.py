@@ -129,7 +129,10 @@ def _backward_chunk(
     stat = pl.BlockSpec(
         (None, None, count, 1, rows), lambda b, h, j, chunk, *_: (b, h, chunk[0], 0, 0)
     )
-    dkey = jax.ShapeDtypeStruct(k.shape, k.dtype if whole else jnp.float32)
+    # Parts of dk and dv are summed in float32. dq of a chunk is final, but stacking bfloat16 chunks
+    # in a loop crashes libtpu 0.0.51 for Ironwood, which confuses two tilings there.
+    dtype = q.dtype if whole else jnp.float32
+    dkey = jax.ShapeDtypeStruct(k.shape, dtype)
     pairs = batch * area * q.shape[2]
     return pl.pallas_call(
         functools.partial(_backward_kernel, heads=heads, blocks=blocks, scale=heads.dim**-0.5),
@@ -144,7 +147,7 @@ def _backward_chunk(
                 pltpu.VMEM((blocks.keys, heads.width), jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((batch, blocks.chunk, q.shape[2]), q.dtype), dkey, dkey],
+        out_shape=[jax.ShapeDtypeStruct((batch, blocks.chunk, q.shape[2]), dtype), dkey, dkey],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=vmem_limit,
@@ -249,4 +252,4 @@ def backward(
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     (dk, dv), dq = lax.scan(step, zeros, inputs)
     dq = dq.swapaxes(0, 1).reshape(batch, length, lanes)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -122,7 +122,7 @@ def plan_blocks(heads: Heads, length: int, keys: int, itemsize: int, chip: str) 
     lanes = heads.count * heads.dim
     room = tuning.vmem // 2 - 4 * queries * lanes * itemsize  # beside the queries and the output
     chunk_keys, _ = fit(padded, room // (4 * heads.width * itemsize), block_keys)
-    per_query = lanes * (3 * 2 * itemsize + 4)  # q, dout, dq; dq in float32
+    per_query = lanes * (2 * (2 * itemsize + 4) + 4)  # q, dout, dq; and the sum of dq
     chunk_queries, _ = fit(length, tuning.vmem // 2 // per_query, queries)
     limit = tuning.vmem * 15 // 16
     return Plan(queries, block_keys, wide, chunk_keys, chunk_queries, limit)
