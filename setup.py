@@ -4,6 +4,11 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+# They compile the attention kernels for chips that are not there; tests read what comes out.
+COMPILERS = [
+    "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'",
+    "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'",
+]
 DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8"]
 
 setup(
@@ -32,9 +37,9 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "ruff>=0.8", "tensorboard>=2.18"],
+        "test": [*DEMO, *COMPILERS, "pytest>=8", "ruff>=0.8", "tensorboard>=2.18"],
     },
     entry_points={"console_scripts": ["monoformer=monoformer_jax.__main__:main"]},
 )

@@ -1,28 +1,42 @@
-"""The mask against the matrix drawn in its docstring, and dense attention against plain softmax."""
+"""The mask against the matrix of its docstring, dense attention against plain softmax, and every
+implementation against dense attention."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import CASES, all_rows, assert_within_limits, errors, row, split
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from monoformer_jax.attention import IntervalMask, attend, dense_mask, interval_mask, mask
+import monoformer_jax.attention as attention_module
+from monoformer_jax.attention import (
+    IntervalMask,
+    attend,
+    check_mask,
+    choose,
+    dense_mask,
+    interval_mask,
+    mask,
+    mask_area,
+)
 from monoformer_jax.attention.dense import EMPTY_LSE, dense_attention
-from monoformer_jax.batch import PAD, PATCH, TEXT, TIME
+from monoformer_jax.attention.tpu_kernel import Plan, fit, tpu_attention
+from monoformer_jax.batch import PATCH
 
-
-def row(*documents, length):
-    """Streams of one row; in a document 0 is a text token and n > 0 an image of n patches."""
-    kinds, segments, images, image = [], [], [], 0
-    for number, document in enumerate(documents, 1):
-        for part in document:
-            new = [TEXT] if part == 0 else [TIME] + [PATCH] * part
-            image += part > 0
-            kinds += new
-            segments += [number] * len(new)
-            images += [image if part else 0] * len(new)
-    pad = length - len(kinds)
-    streams = (kinds + [PAD] * pad, segments + [0] * pad, images + [0] * pad)
-    return tuple(np.array([s], np.int32) for s in streams)
+# Several blocks and chunks a row, so that every loop and every edge between chunks is taken.
+SMALL = Plan(
+    queries=128, keys=128, wide=128, chunk_keys=256, chunk_queries=256, vmem_limit=0
+)  # fmt: skip
+interpreted = functools.partial(tpu_attention, chip="TPU v5e", plan=SMALL, interpret=True)
+ON_CPU = {"dense": dense_attention, "tpu": interpreted}
 
 
 ROWS = {
@@ -126,3 +140,211 @@ def test_attend_says_what_does_not_fit():
         attend(q, q, q, fits, impl="flash")
     with pytest.raises(ValueError, match="mask is"):
         attend(q, q, q, IntervalMask(fits.start[:, :2], fits.stop[:, :2]))
+
+
+FAST = ("groups of 1, pair of heads", "decode")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+])  # fmt: skip
+@pytest.mark.parametrize("impl", ON_CPU)
+def test_every_implementation_agrees_with_the_dense_oracle(impl, name):
+    """Output, log-sum-exp, dq, dk and dv, with gradients through both results."""
+    assert_within_limits(CASES[name], errors(CASES[name], ON_CPU[impl]))
+
+
+@pytest.mark.slow
+def test_the_chosen_blocks_agree_with_the_dense_oracle():
+    """The default plan, over rows long enough for every loop of it, in bfloat16."""
+    length, (kv_heads, groups, head_dim) = 2048, (1, 4, 128)
+    part = interval_mask(*row([0] * 40, [0] * 60 + [1024, 0, 256], [0] * 30, length=1536))
+    causal = jnp.arange(1536, length, dtype=jnp.int32)[None]
+    whole = IntervalMask(
+        jnp.concatenate([part.start, jnp.zeros_like(causal)], 1),
+        jnp.concatenate([part.stop, causal + 1], 1),
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(1, length, kv_heads * groups, head_dim), *[(1, length, kv_heads, head_dim)] * 2]
+    q, k, v = (jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes))
+    weight = jax.random.normal(keys[3], shapes[0])
+
+    def results(run, *qkv):
+        out, back = jax.vjp(lambda *x: run(*x, whole)[0].astype(jnp.float32), *qkv)
+        return out, *back(weight)
+
+    default = functools.partial(tpu_attention, chip="TPU v6 lite", interpret=True)
+    got = jax.jit(functools.partial(results, default))(q, k, v)
+    want = jax.jit(functools.partial(results, dense_attention))(*map(jnp.float32, (q, k, v)))
+    for x, y in zip(got, want):
+        assert float(jnp.abs(x - y).max()) <= 1e-2 * float(jnp.abs(y).max())
+
+
+def test_the_tpu_kernels_do_not_race():
+    """Pallas' TPU interpreter orders copies as the hardware may, and fills memory with NaN."""
+    mask_ = jax.tree.map(lambda x: x[1:2], all_rows())
+    q, k, v = random_qkv(300, 300, 2, 1, head_dim=128)
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    run = functools.partial(tpu_attention, chip="TPU v5e", plan=SMALL, interpret=params)
+
+    def loss(q, k, v):
+        return (run(q, k, v, mask_)[0] ** 2).sum()
+
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    want = jax.grad(lambda *x: (dense_attention(*x, mask_)[0] ** 2).sum(), argnums=(0, 1, 2))
+    for got, expected in zip(grads, want(q, k, v)):
+        np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
+    assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
+
+
+def test_a_union_is_attention_over_all_its_keys():
+    """Two ranges merged by log-sum-exp are the softmax over both, written with a dense mask."""
+    first = jax.tree.map(lambda x: x[:2], all_rows())
+    one, two = split(first)
+    q, k, v = random_qkv(300, 300, 2, 2)
+    q, k, v = (jnp.concatenate([x, -x]) for x in (q, k, v))
+    allowed = dense_mask(one, 300) | dense_mask(two, 300)
+    scores = jnp.einsum("BLNH,BSNH->BNLS", q, k, precision="highest") * 8**-0.5
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -1e30), axis=-1)
+    weights = jnp.where(allowed[:, None], weights, 0.0)
+    want = jnp.einsum("BNLS,BSNH->BLNH", weights, v, precision="highest")
+    np.testing.assert_allclose(attend(q, k, v, (one, two)), want, atol=2e-6)
+
+
+@pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (4, 20), (60, 4), (300, 300), (20, 60)])
+def test_block_bounds_hold_every_visible_pair(block_q, block_k):
+    """Nothing visible is skipped, what counts as full is full, and monotone rows skip exactly."""
+    rows = all_rows()
+    length = rows.start.shape[1]
+    by_query = mask.key_block_bounds(rows, block_q, block_k)
+    by_key = mask.query_block_bounds(by_query, length // block_k)
+    seen = np.asarray(dense_mask(rows, length))
+    blocks = seen.reshape(len(seen), length // block_q, block_q, length // block_k, block_k)
+    some, every = blocks.any((2, 4)), blocks.all((2, 4))
+    for bounds, axes in [(by_query, (0, 1, 2)), (by_key, (0, 2, 1))]:
+        any_seen, all_seen = some.transpose(axes), every.transpose(axes)
+        lo, full_lo, full_hi, hi = (np.asarray(x)[..., None] for x in bounds)
+        assert ((lo <= full_lo) & (full_lo <= full_hi) & (full_hi <= hi)).all()
+        other = np.arange(any_seen.shape[2])
+        inside, full = (lo <= other) & (other < hi), (full_lo <= other) & (other < full_hi)
+        assert inside[any_seen].all() and all_seen[full].all()
+        monotone = slice(0, -1)  # the last row jumps about
+        np.testing.assert_array_equal(full[monotone], all_seen[monotone])
+
+
+def test_mask_area_counts_the_pairs():
+    rows = all_rows()
+    np.testing.assert_array_equal(mask_area(rows), dense_mask(rows, 300).sum((1, 2)))
+
+
+def test_blocks_divide_what_they_can():
+    assert fit(2048, 640, 128) == (512, 2048)
+    assert fit(1280, 640, 128) == (640, 1280)
+    assert fit(300, 640, 128) == (384, 384)
+    assert fit(13 * 128, 640, 128) == (640, 1920)  # a block of 128 would cost more than padding
+
+
+def ranges(*pairs):
+    """A mask of one row from (start, stop) pairs."""
+    return IntervalMask(*(jnp.asarray([x], jnp.int32) for x in zip(*pairs)))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (ranges((0, 1), (3, 2)), r"row 0, query 1 sees \[3, 2\): start lies behind stop"),
+        (ranges((0, 1), (0, 5)), r"query 1 sees \[0, 5\): .* outside the 4 keys"),
+        (ranges((-1, 1), (0, 1)), r"query 0 sees \[-1, 1\): .* outside the 4 keys"),
+        (
+            (ranges((0, 1), (0, 3)), ranges((1, 2), (2, 4))),
+            r"query 1 sees \[0, 3\), \[2, 4\): .*overlap",
+        ),
+    ],
+)
+def test_an_unsound_mask_is_named(masks, message):
+    with pytest.raises(ValueError, match=message):
+        check_mask(masks, 4)
+    q, k, _ = random_qkv(2, 4, 1, 1)
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, k, masks, debug_checks=True)
+    checked = jax.jit(functools.partial(attend, debug_checks=True))
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(checked(q, k, k, masks))
+        jax.effects_barrier()
+
+
+def test_what_cannot_run_says_why():
+    q, k, v = random_qkv(4, 4, 2, 2, head_dim=64)
+    fits = ranges(*[(0, 1)] * 4)
+    for impl in ("tpu", "gpu"):
+        with pytest.raises(ValueError, match=f"impl '{impl}' cannot run on platform 'cpu'"):
+            attend(q, k, v, fits, impl=impl)
+    small = random_qkv(4, 4, 2, 2, head_dim=32)
+    with pytest.raises(ValueError, match="impl 'tpu': head dim 32 is none of 64, 128, 256"):
+        choose(*small[:2], "tpu", "tpu")
+    with pytest.raises(ValueError, match="impl 'gpu': head dim 32"):
+        choose(*small[:2], "gpu", "cuda")
+    half = [x.astype(jnp.float16) for x in (q, k)]
+    with pytest.raises(ValueError, match="dtypes float16 and float16 are not both"):
+        choose(*half, "tpu", "tpu")
+    with pytest.raises(ValueError, match="32 query heads for a key/value head are more than 16"):
+        choose(*random_qkv(4, 4, 32, 1, head_dim=128)[:2], "tpu", "tpu")
+    with pytest.raises(ValueError, match="knows no block sizes for chip 'TPU v2'"):
+        tpu_attention(q, k, v, fits, chip="TPU v2")
+    with pytest.raises(ValueError, match="empty tuple"):
+        attend(q, k, v, ())
+
+
+def test_auto_goes_by_platform_and_shape():
+    q, k, _ = random_qkv(128, 128, 2, 2, head_dim=64)
+    assert [choose(q, k, "auto", p) for p in ("cpu", "tpu", "cuda")] == ["dense", "tpu", "gpu"]
+    assert choose(q[:, :1], k, "auto", "tpu") == "dense"
+    assert choose(q[..., :32], k[..., :32], "auto", "tpu") == "dense"
+
+
+def test_a_mesh_that_does_not_divide_rows_or_heads_is_named():
+    devices = np.array(jax.devices("cpu")[:1] * 4)
+    q, k, _ = random_qkv(4, 4, 3, 3, head_dim=64)
+    uneven = FakeMesh({"data": 1, "fsdp": 2, "tensor": 2}, devices)
+    with pytest.raises(ValueError, match=r"axes .* have size 2: they do not divide the batch of 1"):
+        attention_module._on_mesh(interpreted, uneven, q, k)
+    uneven = FakeMesh({"data": 1, "fsdp": 1, "tensor": 2}, devices)
+    with pytest.raises(ValueError, match="'tensor' has size 2: it does not divide the 3"):
+        attention_module._on_mesh(interpreted, uneven, q, k)
+
+
+class FakeMesh:
+    """The shape of a mesh, for the checks that come before any device is used."""
+
+    def __init__(self, shape, devices):
+        self.shape, self.devices = shape, devices
+
+
+def test_on_a_mesh_every_device_has_its_rows_and_heads():
+    """Four devices of a process of its own: data 2, tensor 2."""
+    program = "import attention_test; attention_test.on_mesh()"
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    environment["PYTHONPATH"] = str(pathlib.Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_mesh():
+    """What the test above runs: the kernel under shard_map and jit, against dense attention."""
+    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    rows = jax.tree.map(lambda x: x[:2, :128], all_rows())
+    rows = IntervalMask(jnp.minimum(rows.start, 128), jnp.minimum(rows.stop, 128))
+    q, k, v = random_qkv(128, 128, 4, 2, head_dim=128)
+    q, k, v = (jnp.concatenate([x, x + 1]) for x in (q, k, v))
+    run = attention_module._on_mesh(interpreted, mesh, q, k)
+    with mesh:
+        sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+        placed = jax.device_put((q, k, v), sharding)
+        got = jax.jit(run)(*placed, rows)[0]
+    assert len({str(shard.index) for shard in got.addressable_shards}) == 4
+    np.testing.assert_allclose(got, dense_attention(q, k, v, rows)[0], atol=2e-6)

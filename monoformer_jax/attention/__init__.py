@@ -2,41 +2,170 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from monoformer_jax.attention.dense import dense_attention
-from monoformer_jax.attention.mask import IntervalMask, dense_mask, interval_mask
+from monoformer_jax.attention import gpu_kernel, tpu_kernel
+from monoformer_jax.attention.dense import EMPTY_LSE, dense_attention
+from monoformer_jax.attention.mask import (
+    IntervalMask,
+    check_mask,
+    dense_mask,
+    interval_mask,
+    mask_area,
+)
 
-__all__ = ["IMPLEMENTATIONS", "IntervalMask", "attend", "dense_mask", "interval_mask"]
+__all__ = [
+    "EMPTY_LSE", "IMPLEMENTATIONS", "IntervalMask", "attend", "check_mask", "choose",
+    "dense_attention", "dense_mask", "interval_mask", "mask_area", "merge",
+]  # fmt: skip
 
-IMPLEMENTATIONS = ("auto", "dense")
+IMPLEMENTATIONS = ("auto", "dense", "tpu", "gpu")
+# Under this many queries (decoding) the score matrix is small and a block would be mostly padding.
+SHORTEST_FOR_KERNELS = 128
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: IntervalMask, *, impl: str = "auto"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: IntervalMask | tuple[IntervalMask, ...],
+    *,
+    impl: str = "auto",
+    mesh: Mesh | None = None,
+    debug_checks: bool = False,
 ) -> jax.Array:
     """Grouped-query attention in which query l of row b sees the keys [start, stop) of the mask.
 
     Args:
       q: [B, L, N, H].
       k, v: [B, S, K, H]; N must be a multiple of K.
-      mask: ranges over the S keys; required, so that no caller can forget it.
-      impl: "dense" is plain XLA; "auto" picks what fits the platform.
+      mask: ranges over the S keys; required, so that no caller can forget it. A tuple of masks
+        means their union: the ranges of one query must not overlap.
+      impl: "dense" is plain XLA, "tpu" and "gpu" are the kernels; "auto" picks, see `choose`.
+      mesh: the mesh that the arrays live on, where there is more than one device: the kernels run
+        on each device's own rows ("data", "fsdp") and heads ("tensor"). Dense attention does not
+        need it.
+      debug_checks: check the ranges, also under `jit` (a callback to the host, so it is slow).
 
     Returns:
       [B, L, N, H] in q's dtype; exactly 0 for a query that sees nothing.
 
     Raises:
-      ValueError: shapes that do not fit together, or an unknown `impl`.
+      ValueError: shapes that do not fit together, an unknown `impl`, something that the chosen
+        kernel or the mesh cannot do, or (under `debug_checks`) an unsound mask.
+    """
+    masks = mask if isinstance(mask, tuple) else (mask,)
+    _check_shapes(q, k, v, masks)
+    if debug_checks:
+        _check_ranges(masks, k.shape[1])
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    run = _runner(choose(q, k, impl, device.platform), device)
+    if mesh is not None and run is not dense_attention:
+        run = _on_mesh(run, mesh, q, k)
+    parts = [run(q, k, v, one) for one in masks]
+    return parts[0][0] if len(parts) == 1 else merge(parts)
+
+
+def choose(q: jax.Array, k: jax.Array, impl: str, platform: str) -> str:
+    """The implementation that `impl` stands for on a platform: "dense", "tpu" or "gpu".
+
+    "auto" is the platform's kernel wherever it takes this head dim, dtype and group size and there
+    are at least `SHORTEST_FOR_KERNELS` queries; otherwise, and on a CPU, it is "dense", which
+    computes the same thing with an L × S matrix.
+
+    Raises:
+      ValueError: unknown `impl`, or a kernel asked for by name that cannot run here.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+    platform = {"cuda": "gpu"}.get(platform, platform)
+    kernels = {"tpu": tpu_kernel, "gpu": gpu_kernel}
+    if impl == "auto":
+        short = q.shape[1] < SHORTEST_FOR_KERNELS
+        return platform if platform in kernels and not short and not (
+            kernels[platform].unsupported(q, k)
+        ) else "dense"  # fmt: skip
+    if impl in kernels and impl != platform:
+        raise ValueError(f"attention impl {impl!r} cannot run on platform {platform!r}")
+    if impl in kernels and (reason := kernels[impl].unsupported(q, k)):
+        raise ValueError(f"attention impl {impl!r}: {reason}")
+    return impl
+
+
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """Attention over the union of disjoint ranges from (output, log-sum-exp) over each: exact.
+
+    Args:
+      parts: output [B, L, N, H] and log-sum-exp float32 [B, L, N], `EMPTY_LSE` where nothing is
+        seen.
+    """
+    outs, lses = (jnp.stack(x) for x in zip(*parts))
+    top = jax.lax.stop_gradient(lses.max(0))
+    # A part that sees nothing weighs exp(-huge) = 0; where all do, every output is 0 anyway.
+    weights = jnp.exp(lses - top)
+    weights = weights / weights.sum(0)
+    return (weights[..., None] * outs.astype(jnp.float32)).sum(0).astype(outs.dtype)
+
+
+def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, masks: tuple[IntervalMask, ...]):
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     if k.shape != v.shape or k.shape != (batch, keys, kv_heads, head_dim):
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-    if mask.start.shape != (batch, length) or mask.stop.shape != (batch, length):
-        raise ValueError(f"mask is {mask.start.shape}, {mask.stop.shape} for q {q.shape}")
-    return dense_attention(q, k, v, mask)[0]
+    if not masks:
+        raise ValueError("mask is an empty tuple: a union needs at least one mask")
+    for one in masks:
+        if one.start.shape != (batch, length) or one.stop.shape != (batch, length):
+            raise ValueError(f"mask is {one.start.shape}, {one.stop.shape} for q {q.shape}")
+
+
+def _check_ranges(masks: tuple[IntervalMask, ...], keys: int) -> None:
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(masks)):
+        jax.debug.callback(lambda *masks: check_mask(masks, keys), *masks)
+    else:
+        check_mask(masks, keys)
+
+
+def _runner(impl: str, device: jax.Device):
+    """(q, k, v, mask) -> (output, log-sum-exp) on a device of this kind."""
+    if impl == "tpu":
+        return functools.partial(tpu_kernel.tpu_attention, chip=device.device_kind)
+    if impl == "gpu":
+        capability = round(10 * float(device.compute_capability))
+        return functools.partial(gpu_kernel.gpu_attention, capability=capability)
+    return dense_attention
+
+
+def _on_mesh(run, mesh: Mesh, q: jax.Array, k: jax.Array):
+    """The kernel on each device's rows and heads: XLA cannot cut a custom call by itself."""
+    batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    rows = 1
+    for axis in batch_axes:
+        rows *= mesh.shape[axis]
+    if q.shape[0] % rows:
+        raise ValueError(
+            f"mesh axes {batch_axes} have size {rows}: they do not divide the batch of {q.shape[0]}"
+        )
+    head_axis = HEAD_AXIS if HEAD_AXIS in mesh.shape else None
+    size = mesh.shape.get(HEAD_AXIS, 1)
+    if k.shape[2] % size:
+        raise ValueError(
+            f"mesh axis {HEAD_AXIS!r} has size {size}: it does not divide the {k.shape[2]} "
+            "key/value heads"
+        )
+    array, row = P(batch_axes, None, head_axis, None), P(batch_axes, None)
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(array, array, array, row),
+        out_specs=(array, P(batch_axes, None, head_axis)),
+        check_vma=False,
+    )

@@ -24,9 +24,12 @@ too: this is what lets a kernel skip blocks in both passes with two int32 vector
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from monoformer_jax.batch import PAD, PATCH
 
@@ -62,3 +65,92 @@ def dense_mask(mask: IntervalMask, keys: int) -> jax.Array:
     """The same mask as bool [B, L, keys]."""
     key = jnp.arange(keys, dtype=jnp.int32)
     return (mask.start[..., None] <= key) & (key < mask.stop[..., None])
+
+
+class BlockBounds(NamedTuple):
+    """The blocks that one block of the other side has to visit: [lo, hi), all int32.
+
+    Those in [full_lo, full_hi) are seen whole, so a kernel visits [lo, full_lo) and [full_hi, hi)
+    with the mask applied and what lies between without it. lo <= full_lo <= full_hi <= hi.
+    """
+
+    lo: jax.Array
+    full_lo: jax.Array
+    full_hi: jax.Array
+    hi: jax.Array
+
+
+def key_block_bounds(mask: IntervalMask, block_q: int, block_k: int) -> BlockBounds:
+    """For each block of queries the blocks of keys it sees: int32 [B, L // block_q] each.
+
+    Right for any start <= stop; monotone rows are what gives short runs.
+
+    Args:
+      mask: [B, L] with L a multiple of `block_q`.
+      block_q, block_k: tokens in a block of queries and of keys.
+    """
+    batch, length = mask.start.shape
+    blocks = (batch, length // block_q, block_q)
+    start, stop = mask.start.reshape(blocks), mask.stop.reshape(blocks)
+    sees = start < stop
+    first = jnp.where(sees, start, np.iinfo(np.int32).max).min(-1) // block_k
+    hi = -(-jnp.where(sees, stop, 0).max(-1) // block_k)  # 0 for a block that sees nothing
+    lo = jnp.minimum(first, hi)
+    full_lo = jnp.clip(-(-start.max(-1) // block_k), lo, hi)
+    full_hi = jnp.clip(jnp.where(sees.all(-1), stop.min(-1) // block_k, 0), full_lo, hi)
+    return BlockBounds(*(x.astype(jnp.int32) for x in (lo, full_lo, full_hi, hi)))
+
+
+def query_block_bounds(bounds: BlockBounds, key_blocks: int) -> BlockBounds:
+    """The same table read the other way: for each block of keys the blocks of queries that see it.
+
+    Args:
+      bounds: of the query blocks, [B, Q].
+      key_blocks: number of key blocks J.
+
+    Returns:
+      int32 [B, J] each. A run may hold query blocks that see nothing of this key block (rows that
+      are not monotone, PAD in the middle); the mask takes care of those. If the blocks seen whole
+      are not one run, only the first such run counts as full.
+    """
+    number = bounds.lo.shape[1]
+    key = jnp.arange(key_blocks, dtype=jnp.int32)[None, :, None]
+    query = jnp.arange(number, dtype=jnp.int32)
+    lo, full_lo, full_hi, hi = (x[:, None, :] for x in bounds)
+    touched = (lo <= key) & (key < hi)  # [B, J, Q]
+    full = (full_lo <= key) & (key < full_hi)
+    end = jnp.where(touched, query + 1, 0).max(-1)
+    begin = jnp.minimum(jnp.where(touched, query, number).min(-1), end)
+    run = jnp.minimum(jnp.where(full, query, number).min(-1), end)
+    after = jnp.where((query >= run[..., None]) & ~full, query, number).min(-1)
+    return BlockBounds(begin, run, jnp.minimum(after, end), end)
+
+
+def mask_area(mask: IntervalMask) -> jax.Array:
+    """Number of (query, key) pairs that the mask lets through: int32 [B]."""
+    return (mask.stop - mask.start).sum(-1)
+
+
+def check_mask(masks: IntervalMask | tuple[IntervalMask, ...], keys: int) -> None:
+    """Raises ValueError, naming row and query, unless every range is sound. For the host.
+
+    Args:
+      masks: one mask, or the disjoint masks of a union.
+      keys: number of keys S that the ranges may point at.
+    """
+    masks = masks if isinstance(masks, tuple) else (masks,)
+    ends = [(np.asarray(m.start), np.asarray(m.stop)) for m in masks]
+
+    def stop_at(broken: np.ndarray, text: str) -> None:
+        if broken.any():
+            row, query = np.argwhere(broken)[0]
+            ranges = ", ".join(f"[{a[row, query]}, {b[row, query]})" for a, b in ends)
+            raise ValueError(f"mask row {row}, query {query} sees {ranges}: {text}")
+
+    for start, stop in ends:
+        stop_at(start > stop, "start lies behind stop")
+        stop_at((start < 0) | (stop > keys), f"a range reaches outside the {keys} keys")
+    for i, (start, stop) in enumerate(ends):
+        for other_start, other_stop in ends[:i]:
+            shared = np.minimum(stop, other_stop) - np.maximum(start, other_start)
+            stop_at(shared > 0, "the ranges of a union overlap")

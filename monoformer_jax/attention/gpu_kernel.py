@@ -1,0 +1,226 @@
+"""Interval attention on NVIDIA GPUs: the differentiable operation around the Triton kernels.
+
+The kernels are called through `jax_triton`, imported when the first call is traced: it needs the
+CUDA plugin of JAX. Both passes visit the blocks that the mask's bounds name and no others. The
+backward is two kernels, one for dq and one for dk and dv, so nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from monoformer_jax.attention.dense import EMPTY_LSE
+from monoformer_jax.attention.mask import IntervalMask, key_block_bounds, query_block_bounds
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+LOWEST_CAPABILITY = 75
+NOTHING = 1e30  # log-sum-exp of a query that sees nothing, as the kernels keep it
+LOG2E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Tokens in a block of queries and of keys, warps of a program, stages of its load pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """One tile for each of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+
+# By generation (the highest entry at or under the compute capability) and head dim. Chosen so that
+# the compiler spills no register for the head dims 64 and 128; nothing here was timed on a device.
+TILES = {
+    80: {
+        64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    90: {
+        64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+    },
+    100: {
+        64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 1)),
+        256: Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+    },
+}
+# float32 products, which run on the ordinary units. Triton drives no tensor core of a generation
+# before 80, so there this is the path of every dtype.
+FLOAT32_TILES = {
+    64: Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
+    128: Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+
+
+def product_dtype(dtype: jnp.dtype, capability: int) -> str:
+    """Dtype of the operands of the matrix products: the input's own if tensor cores exist."""
+    return "float32" if capability < 80 else jnp.dtype(dtype).name
+
+
+def choose_tiles(dtype: jnp.dtype, head_dim: int, capability: int) -> Tiles:
+    """The table's tiles for a device of compute capability 10 · major + minor.
+
+    Raises:
+      ValueError: the device is too old.
+    """
+    if capability < LOWEST_CAPABILITY:
+        raise ValueError(
+            f"attention impl 'gpu': compute capability {capability / 10} is below "
+            f"{LOWEST_CAPABILITY / 10}"
+        )
+    if product_dtype(dtype, capability) == "float32":
+        return FLOAT32_TILES[head_dim]
+    return TILES[max((c for c in TILES if c <= capability), default=80)][head_dim]
+
+
+def _launch(name, arrays, outputs, grid, tile: Tile, constants: dict) -> list[jax.Array]:
+    """Calls a kernel of `gpu_triton` on a GPU through jax_triton."""
+    import jax_triton
+
+    from monoformer_jax.attention import gpu_triton
+
+    return jax_triton.triton_call(
+        *arrays,
+        kernel=getattr(gpu_triton, name),
+        out_shape=outputs,
+        grid=grid,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        name=f"interval_attention_{name}",
+        **constants,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    capability: int
+    tiles: Tiles
+
+    def constants(self, q: jax.Array, k: jax.Array, tile: Tile) -> dict:
+        """What a kernel is compiled for; see `gpu_triton` for the names."""
+        import triton.language as tl
+
+        (batch, length, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
+        dot = getattr(tl, product_dtype(q.dtype, self.capability))
+        return {
+            "B": batch, "L": length, "S": keys, "N": heads, "K": kv_heads, "H": head_dim,
+            "QB": tile.queries, "KB": tile.keys, "DOT": dot, "PRECISION": "ieee",
+        }  # fmt: skip
+
+
+def _bounds(mask: IntervalMask, tile: Tile):
+    """Of the query blocks; the tail of the last one sees nothing."""
+    extra = -mask.start.shape[1] % tile.queries
+    ends = (jnp.pad(x, ((0, 0), (0, extra))) for x in (mask.start, mask.stop))
+    return key_block_bounds(IntervalMask(*ends), tile.queries, tile.keys)
+
+
+def _run_forward(static: _Static, q, k, v, mask):
+    tile, (batch, length, heads, _) = static.tiles.forward, q.shape
+    bounds = jnp.stack(_bounds(mask, tile))
+    outputs = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+    ]
+    out, lse = _launch(
+        "forward_kernel", (q, k, v, mask.start, mask.stop, bounds), outputs,
+        (bounds.shape[2], batch * heads, 1), tile, static.constants(q, k, tile),
+    )  # fmt: skip
+    natural = jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
+    return out, rearrange(natural, "B N L -> B L N"), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: _Static, q, k, v, mask):
+    return _run_forward(static, q, k, v, mask)[:2]
+
+
+def _attention_forward(static: _Static, q, k, v, mask):
+    out, natural, lse = _run_forward(static, q, k, v, mask)
+    return (out, natural), (q, k, v, mask, out, lse)
+
+
+def _attention_backward(static: _Static, residuals, cotangents):
+    q, k, v, mask, out, lse = residuals
+    dout, dlse = cotangents
+    (batch, _, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse
+    delta = rearrange(delta, "B L N -> B N L")
+
+    tile = static.tiles.dq
+    bounds = jnp.stack(_bounds(mask, tile))
+    shared = (q, k, v, dout, mask.start, mask.stop)
+    (dq,) = _launch(
+        "dq_kernel", (*shared, bounds, lse, delta), [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        (bounds.shape[2], batch * heads, 1), tile, static.constants(q, k, tile),
+    )  # fmt: skip
+
+    tile = static.tiles.dkv
+    key_blocks = -(-keys // tile.keys)
+    bounds = jnp.stack(query_block_bounds(_bounds(mask, tile), key_blocks))
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    dk, dv = _launch(
+        "dkv_kernel", (*shared, bounds, lse, delta), outputs,
+        (key_blocks, batch * kv_heads, 1), tile, static.constants(q, k, tile),
+    )  # fmt: skip
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def unsupported(q: jax.Array, k: jax.Array) -> str | None:
+    """Why the kernel cannot take q [B, L, N, H] and k [B, S, K, H], or None."""
+    if q.shape[3] not in HEAD_DIMS:
+        return f"head dim {q.shape[3]} is none of {', '.join(map(str, HEAD_DIMS))}"
+    if q.dtype not in DTYPES or q.dtype != k.dtype:
+        return f"dtypes {q.dtype} and {k.dtype} are not both bfloat16, float16 or float32"
+    return None
+
+
+def gpu_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: IntervalMask,
+    *,
+    capability: int,
+    tiles: Tiles | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over one key range a query; differentiable in both results.
+
+    Args:
+      q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K. bfloat16, float16 or float32.
+      mask: ranges over the S keys.
+      capability: compute capability of the device, 10 · major + minor.
+      tiles: blocks to take instead of the table's.
+
+    Returns:
+      Output [B, L, N, H] in q's dtype and log-sum-exp float32 [B, L, N], as `dense_attention`.
+
+    Raises:
+      ValueError: head dim, dtype or device outside what the kernels do.
+    """
+    if reason := unsupported(q, k):
+        raise ValueError(f"attention impl 'gpu': {reason}")
+    tiles = tiles or choose_tiles(q.dtype, q.shape[3], capability)
+    return _attention(_Static(capability, tiles), q, k, v, mask)

@@ -1,0 +1,1 @@
+"""What is fast and how fast: every bench prints a table and writes the same rows as JSON."""

@@ -1,0 +1,26 @@
+"""`python -m monoformer_jax.bench NAME …`: one module for each bench."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHES = {"attention": "the interval attention kernels against their peers, or --static counts"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the bench that the first argument names; returns the exit code."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    usage = "usage: python -m monoformer_jax.bench NAME [options]   (NAME --help tells more)\n\n"
+    usage += "".join(f"  {key:16}{text}\n" for key, text in BENCHES.items())
+    if name in ("-h", "--help"):
+        print(usage, end="")
+        return 0
+    if name not in BENCHES:
+        print(f"bench {name!r} is none of {', '.join(BENCHES)}\n\n{usage}", end="", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"monoformer_jax.bench.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

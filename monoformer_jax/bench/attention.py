@@ -1,0 +1,206 @@
+"""How fast interval attention is on this machine, next to whatever else is installed.
+
+    python -m monoformer_jax.bench attention            every mix, forward and backward
+    python -m monoformer_jax.bench attention --static   compiler counts for TPU, no TPU needed
+
+Numbers are checked before they are timed: an implementation that is not within 2e-2 of the float32
+oracle (relative to its largest value) is reported as wrong and not timed. TFLOP/s are useful ones:
+products of visible pairs only, so skipping shows and padding does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from monoformer_jax.attention import IntervalMask, dense_attention, mask_area
+from monoformer_jax.bench import attention_flex
+from monoformer_jax.bench.attention_peers import PEERS, Missing, platform
+from monoformer_jax.bench.attention_rows import MIXES, sample_rows
+
+FLOPS = {"forward": 4, "backward": 10, "both": 14}  # a visible pair and value of the head dim
+LARGEST_ERROR = 2e-2
+TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # in a call
+HEADS = {"cpu": "4x1x64", "gpu": "16x4x128", "tpu": "16x4x128"}
+CPU_MIXES = ["text to image 256, 512 unpacked", "text to image 256, packed 2048"]
+
+
+def milliseconds(call, repeats: int) -> float:
+    """Mean time of a call, after one that compiles, waiting once at the end."""
+    jax.block_until_ready(call())
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / repeats * 1e3
+
+
+def matmul_tflops(repeats: int) -> float:
+    """Rate of a large bfloat16 matrix product (float32 on a CPU): the ceiling to compare with."""
+    size, dtype = (1024, jnp.float32) if platform() == "cpu" else (8192, jnp.bfloat16)
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 / milliseconds(lambda: product(x, x), repeats) / 1e9
+
+
+def make_inputs(heads: str, mask: IntervalMask, dtype) -> list[jax.Array]:
+    """q, k, v and the output's gradient for heads given as "NxKxH"."""
+    query_heads, kv_heads, head_dim = map(int, heads.split("x"))
+    batch, length = mask.start.shape
+    shapes = [(batch, length, n, head_dim) for n in (query_heads, kv_heads, kv_heads, query_heads)]
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, s).astype(dtype) for key, s in zip(keys, shapes)]
+
+
+def relative_error(out: np.ndarray, inputs: list[jax.Array], mask: IntervalMask) -> float:
+    """Largest error of the first row over the oracle's largest value."""
+    row = jax.tree.map(lambda x: jnp.asarray(x[:1]), mask)
+    q, k, v = (x[:1].astype(jnp.float32) for x in inputs[:3])
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(jax.jit(dense_attention)(q, k, v, row)[0])
+    return float(np.abs(np.asarray(out[:1], np.float32) - want).max() / np.abs(want).max())
+
+
+def time_passes(run, inputs: list[jax.Array], repeats: int) -> dict[str, float]:
+    """Milliseconds of the forward pass, of the backward pass alone, and of both in one program."""
+    *qkv, dout = inputs
+    forward = jax.jit(run)
+    # The function that jax.vjp returns is a pytree of residuals, so it can leave one program and
+    # enter another.
+    residuals = jax.jit(lambda *x: jax.vjp(run, *x)[1])(*qkv)
+    backward = jax.jit(lambda pull, gradient: pull(gradient))
+    both = jax.jit(lambda gradient, *x: jax.vjp(run, *x)[1](gradient))
+    return {
+        "forward": milliseconds(lambda: forward(*qkv), repeats),
+        "backward": milliseconds(lambda: backward(residuals, dout), repeats),
+        "both": milliseconds(lambda: both(dout, *qkv), repeats),
+    }
+
+
+def bench_mix(name: str, options: argparse.Namespace) -> list[dict]:
+    """Rows of every implementation that runs here, for one mix; prints why others do not."""
+    mix = MIXES[name]
+    count = max(options.tokens // mix.length, 1)
+    # Equal rows, so that peers which fix the mask when tracing can take part.
+    mask = jax.tree.map(lambda x: np.repeat(x, count, 0), sample_rows(mix, 1))
+    dtype = jnp.float32 if platform() == "cpu" else jnp.bfloat16
+    inputs = make_inputs(options.heads, mask, dtype)
+    query_heads, _, head_dim = map(int, options.heads.split("x"))
+    useful = int(np.asarray(mask_area(mask)).sum()) * query_heads * head_dim
+    rows = []
+    for impl in [*PEERS, "torch flex"]:
+        try:
+            if impl == "torch flex":
+                host = [np.asarray(x, np.float32) for x in inputs]
+                out, found = attention_flex.times(*host, mask, options.repeats)
+                error = relative_error(out, inputs, mask)
+            else:
+                run = PEERS[impl](mask)
+                error = relative_error(jax.jit(run)(*inputs[:3]), inputs, mask)
+                found = {}
+                if error <= LARGEST_ERROR:
+                    found = time_passes(run, inputs, options.repeats)
+        except Missing as reason:
+            print(f"  {impl:14}not run: {reason}")
+            continue
+        except Exception as failure:
+            print(f"  {impl:14}failed: {type(failure).__name__}: {str(failure)[:160]}")
+            continue
+        if error > LARGEST_ERROR:
+            print(f"  {impl:14}wrong: relative error {error:.1e}; not timed")
+            continue
+        for pass_, ms in found.items():
+            tflops = FLOPS[pass_] * useful / ms / 1e9
+            rows.append(
+                {"impl": impl, "mix": name, "pass": pass_, "ms": ms, "useful_tflops": tflops,
+                 "max_error": error}
+            )  # fmt: skip
+    return rows
+
+
+def print_rows(rows: list[dict], ceiling: float) -> None:
+    """One line for each implementation and pass; the ratio is the time of ours over its time."""
+    subject = "dense" if platform() == "cpu" else "ours"
+    mine = {row["pass"]: row["ms"] for row in rows if row["impl"] == subject}
+    for row in rows:
+        ratio = row["ms"] / mine[row["pass"]] if row["pass"] in mine else float("nan")
+        print(
+            f"  {row['impl']:14}{row['pass']:10}{row['ms']:10.3f} ms"
+            f"{row['useful_tflops']:9.3f} useful TFLOP/s{ratio:7.2f}x the time of {subject}"
+            f"{row['useful_tflops'] / ceiling:8.1%} of a matmul   error {row['max_error']:.0e}"
+        )
+
+
+def live(options: argparse.Namespace) -> dict:
+    """Times everything on this machine and prints it."""
+    device = jax.devices()[0]
+    ceiling = matmul_tflops(options.repeats)
+    print(f"{device.device_kind}, jax {jax.__version__}: matmul {ceiling:.3f} TFLOP/s")
+    rows = []
+    for name in options.mixes:
+        print(f"{name}, heads {options.heads} (N x K x H)")
+        found = bench_mix(name, options)
+        print_rows(found, ceiling)
+        rows += found
+    return {"device": device.device_kind, "matmul_tflops": ceiling, "rows": rows}
+
+
+def static(options: argparse.Namespace) -> dict:
+    """Prints the compiler's counts."""
+    from monoformer_jax.bench import attention_static
+
+    print("static estimate: bundles that libtpu schedules, nothing was run or timed")
+    print(f"{'chip':6}{'H':>4}  {'pass':10}{'mix':36}{'bundles':>8}{'of MXU':>8}{'of dense':>10}")
+    rows = attention_static.static_rows(options.chips, options.head_dims)
+    for row in rows:
+        print(
+            f"{row['chip']:6}{row['head_dim']:4}  {row['pass']:10}{row['mix']:36}"
+            f"{row['loop_bundles']:8}{row['mxu_share']:8.1%}{row['cost_vs_dense']:10.1%}"
+        )
+    return {"rows": rows}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Options, with defaults that suit the platform."""
+    parser = argparse.ArgumentParser(
+        "python -m monoformer_jax.bench attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help="row mixes to time")
+    parser.add_argument("--heads", help="NxKxH, e.g. 32x4x64; default by platform")
+    parser.add_argument("--tokens", type=int, help="tokens in a call; default by platform")
+    parser.add_argument("--repeats", type=int, default=20, help="calls that are timed")
+    parser.add_argument("--static", action="store_true", help="count TPU bundles; time nothing")
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"], help="for --static")
+    parser.add_argument(
+        "--head-dims", nargs="+", type=int, default=[64, 128], choices=(64, 128, 256),
+        help="for --static",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.static:
+        from monoformer_jax.bench.attention_static import CHIPS
+
+        if unknown := set(options.chips) - set(CHIPS):
+            parser.error(f"--chips: {', '.join(sorted(unknown))} is none of {', '.join(CHIPS)}")
+        return options
+    options.mixes = options.mixes or (CPU_MIXES if platform() == "cpu" else list(MIXES))
+    options.heads = options.heads or HEADS[platform()]
+    options.tokens = options.tokens or TOKENS[platform()]
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the bench; returns the exit code."""
+    options = parse(arguments)
+    found = static(options) if options.static else live(options)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+    return 0

@@ -1,0 +1,32 @@
+"""TPU chips that are not there, to compile for."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def one_chip(topology: str) -> Mesh:
+    """A mesh of the first device of a topology such as "v5e:2x2".
+
+    libtpu must be installed; it looks for no TPU and lets several processes compile at once.
+    """
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """An array on every device of the mesh, whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

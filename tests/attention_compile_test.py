@@ -1,0 +1,73 @@
+"""The TPU kernels compiled ahead of time for every chip generation: no TPU is needed.
+
+What is asserted is read from the compiled program: nothing of the size of q, k or v is copied into
+another layout around the kernels, and temporaries grow with L, not with L².
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+
+TOPOLOGIES = {
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "Ironwood": "tpu7x:2x2x1",
+}
+# B, L, K, G, H, dtype, pass.
+FAST = ["1,512,2,4,128,bfloat16,both"]
+CASES = [
+    "2,512,4,8,64,bfloat16,forward",
+    "2,4096,2,1,256,bfloat16,both",
+    "1,4096,1,4,128,float32,both",
+    "1,32768,1,4,128,bfloat16,forward",
+    "1,32768,1,4,128,bfloat16,both",
+    "1,32768,2,8,64,bfloat16,both",
+]
+
+
+def compiled(topology: str, cases: list[str]) -> list[dict]:
+    """What `tpu_compile` found, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "tpu_compile.py"), topology, *cases],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(topology: str, found: list[dict]) -> None:
+    """Kernels are there; no copies; O(L) temporaries."""
+    for program in found:
+        batch, length, kv_heads, groups, head_dim = map(int, program["case"].split(",")[:5])
+        itemsize = 4 if "float32" in program["case"] else 2
+        assert program["kernels"] == (3 if program["case"].endswith("both") else 1), program
+        assert not program["copies"]["relayout"], program
+        # Ironwood's compiler groups the rows of a kernel's results by 16 and wants operands by 8.
+        assert len(program["copies"]["retile"]) <= ("tpu7x" in topology), program
+        # q, out, dq, dout and float32 dk, dv with room to spare: any of them is O(L).
+        operands = batch * length * (kv_heads * groups + 2 * kv_heads) * head_dim * itemsize
+        assert program["temp_bytes"] <= 6 * operands + 2**20, program
+
+
+@pytest.mark.parametrize("chip", ["v5e"])
+def test_a_layer_compiles(chip):
+    """The smallest program, on one chip."""
+    check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], FAST))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_every_chip_compiles_rows_up_to_32k(chip):
+    """Forward and both passes, 512 to 32768 tokens, all head dims, both dtypes."""
+    check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], CASES))

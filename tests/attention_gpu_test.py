@@ -1,0 +1,68 @@
+"""The Triton kernels without a GPU: interpreted for numbers, compiled for registers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from attention_cases import CASES, assert_within_limits
+
+HERE = pathlib.Path(__file__).parent
+pytest.importorskip("triton", reason="triton is for Linux only")
+
+
+def python(program: str, *arguments: str, **environment: str) -> str:
+    """Output of a program of this directory, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / program), *arguments],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+FAST = ("groups of 4", "decode")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [FAST, pytest.param([n for n in CASES if n not in FAST], marks=pytest.mark.slow)],
+    ids=["fast", "all others"],
+)
+def test_the_kernels_agree_with_the_dense_oracle(names):
+    """The cases of the TPU kernel, interpreted."""
+    found = json.loads(python("triton_interpreter.py", *names, TRITON_INTERPRET="1"))
+    assert set(found) == set(names)
+    for name in names:
+        assert_within_limits(CASES[name], found[name])
+
+
+# Shared memory that a program may take, in KiB.
+SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
+
+
+TARGETS = [(75, "bfloat16"), (75, "float16"), (80, "bfloat16"), (80, "float32"), (100, "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [(90, "bfloat16"), *(pytest.param(*target, marks=pytest.mark.slow) for target in TARGETS)],
+)
+def test_the_kernels_compile_without_spilling(capability, dtype):
+    """Cubins for a T4 (7.5), A100 (8.0), H100 (9.0) and B200 (10.0) at the default tiles."""
+    found = json.loads(python("triton_compile.py", str(capability), dtype, "64", "128"))
+    assert len(found) == 6
+    for name, head_dim, cubin, spill, shared in found:
+        assert cubin > 0 and spill == 0, f"{name}, head dim {head_dim}: {spill} bytes spilled"
+        assert shared <= SHARED[capability] * 1024, f"{name}, head dim {head_dim}: {shared} bytes"
+
+
+@pytest.mark.slow
+def test_head_dim_256_compiles():
+    """Spilling is allowed here: no tile is free of it in every kernel."""
+    found = json.loads(python("triton_compile.py", "90", "bfloat16", "256"))
+    assert all(cubin > 0 and shared <= SHARED[90] * 1024 for _, _, cubin, _, shared in found)

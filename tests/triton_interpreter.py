@@ -1,0 +1,72 @@
+"""Runs the Triton kernels on the CPU, in Triton's interpreter, over cases of the shared table.
+
+Run as a program by `attention_gpu_test`: the interpreter is chosen by TRITON_INTERPRET=1 before
+triton is imported, for the whole process. Prints one JSON object: errors of each case.
+"""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+from attention_cases import CASES, errors
+
+from monoformer_jax.attention import gpu_kernel, gpu_triton
+from monoformer_jax.attention.gpu_kernel import Tile, Tiles
+
+# Small and unequal, so that every loop is taken and no two block sizes can be mixed up.
+TILES = Tiles(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
+
+
+class Tensor:
+    """As much of a torch tensor as the interpreter asks for, around a numpy array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "Tensor":
+        return self
+
+    def cpu(self) -> "Tensor":
+        return self
+
+    def new_empty(self, *_, **__) -> "Tensor":
+        return Tensor(self.array)
+
+    def set_(self, storage, *_) -> None:
+        self.array = storage.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return self.array.strides
+
+    def copy_(self, _) -> None:
+        """The interpreter wrote into the array itself."""
+
+
+def launch(name, arrays, outputs, grid, tile, constants):
+    """Stands in for `gpu_kernel._launch`."""
+
+    def run(*inputs):
+        results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
+        tensors = [Tensor(np.array(x)) for x in inputs] + [Tensor(x) for x in results]
+        getattr(gpu_triton, name)[grid](*tensors, **constants)
+        return results
+
+    return jax.pure_callback(run, outputs, *arrays)
+
+
+if __name__ == "__main__":
+    gpu_kernel._launch = launch
+    # The interpreter multiplies no bfloat16; a T4 does not either, and takes the float32 path.
+    run = functools.partial(gpu_kernel.gpu_attention, capability=75, tiles=TILES)
+    print(json.dumps({name: errors(CASES[name], run) for name in sys.argv[1:]}))
