@@ -74,7 +74,7 @@ class ModelConfig:
             f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
         )
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("model.attention", self.attention, ("auto", "dense"))
+        _one_of("model.attention", self.attention, ("auto", "dense", "tpu", "gpu"))
         _one_of("model.remat", self.remat, REMAT_POLICIES)
 
     @property

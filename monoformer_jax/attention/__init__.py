@@ -6,7 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from monoformer_jax.attention import gpu_kernel, tpu_kernel
@@ -37,10 +37,13 @@ def attend(
     mask: IntervalMask | tuple[IntervalMask, ...],
     *,
     impl: str = "auto",
-    mesh: Mesh | None = None,
     debug_checks: bool = False,
 ) -> jax.Array:
     """Grouped-query attention in which query l of row b sees the keys [start, stop) of the mask.
+
+    Under `jax.set_mesh` the kernels run on each device's own rows (axes "data" and "fsdp") and heads
+    ("tensor"); with more than one device and no mesh set they cannot be cut. Dense attention is
+    ordinary XLA and does not care.
 
     Args:
       q: [B, L, N, H].
@@ -48,9 +51,6 @@ def attend(
       mask: ranges over the S keys; required, so that no caller can forget it. A tuple of masks
         means their union: the ranges of one query must not overlap.
       impl: "dense" is plain XLA, "tpu" and "gpu" are the kernels; "auto" picks, see `choose`.
-      mesh: the mesh that the arrays live on, where there is more than one device: the kernels run
-        on each device's own rows ("data", "fsdp") and heads ("tensor"). Dense attention does not
-        need it.
       debug_checks: check the ranges, also under `jit` (a callback to the host, so it is slow).
 
     Returns:
@@ -64,9 +64,11 @@ def attend(
     _check_shapes(q, k, v, masks)
     if debug_checks:
         _check_ranges(masks, k.shape[1])
-    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
-    run = _runner(choose(q, k, impl, device.platform), device)
-    if mesh is not None and run is not dense_attention:
+    mesh = jax.sharding.get_abstract_mesh()
+    # The mesh may be of chips that are only compiled for, so it knows better than jax.devices().
+    device = jax.devices()[0] if mesh.empty else mesh.abstract_device
+    run = _runner(choose(q, k, impl, device.platform), device.device_kind)
+    if not mesh.empty and run is not dense_attention:
         run = _on_mesh(run, mesh, q, k)
     parts = [run(q, k, v, one) for one in masks]
     return parts[0][0] if len(parts) == 1 else merge(parts)
@@ -134,17 +136,17 @@ def _check_ranges(masks: tuple[IntervalMask, ...], keys: int) -> None:
         check_mask(masks, keys)
 
 
-def _runner(impl: str, device: jax.Device):
+def _runner(impl: str, device_kind: str):
     """(q, k, v, mask) -> (output, log-sum-exp) on a device of this kind."""
     if impl == "tpu":
-        return functools.partial(tpu_kernel.tpu_attention, chip=device.device_kind)
+        return functools.partial(tpu_kernel.tpu_attention, chip=device_kind)
     if impl == "gpu":
-        capability = round(10 * float(device.compute_capability))
+        capability = round(10 * float(jax.devices("gpu")[0].compute_capability))
         return functools.partial(gpu_kernel.gpu_attention, capability=capability)
     return dense_attention
 
 
-def _on_mesh(run, mesh: Mesh, q: jax.Array, k: jax.Array):
+def _on_mesh(run, mesh: AbstractMesh, q: jax.Array, k: jax.Array):
     """The kernel on each device's rows and heads: XLA cannot cut a custom call by itself."""
     batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
     rows = 1
@@ -164,7 +166,6 @@ def _on_mesh(run, mesh: Mesh, q: jax.Array, k: jax.Array):
     array, row = P(batch_axes, None, head_axis, None), P(batch_axes, None)
     return jax.shard_map(
         run,
-        mesh=mesh,
         in_specs=(array, array, array, row),
         out_specs=(array, P(batch_axes, None, head_axis)),
         check_vma=False,

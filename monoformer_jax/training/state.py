@@ -66,7 +66,12 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """The compiled step; it takes over the memory of the state that it is given."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
-    step = functools.partial(_train_step, config=config)
+
+    def step(state: TrainState, batch: Batch):
+        # The attention kernels are cut along the mesh by hand, and ask for it here.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _train_step(state, batch, config)
+
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
