@@ -144,14 +144,16 @@ def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
         _, kind, per_bundle = CHIPS[chip]
         for head_dim in head_dims:
             heads = heads_of(head_dim)
-            lengths = sorted({mix.length for mix in MIXES.values()})
-            schedules = {n: compile_and_dump(chip, head_dim, n) for n in lengths}
+            schedules = {}  # rows with the same blocks run the same program
             for mix_name, mix in MIXES.items():
                 plan = plan_blocks(heads, mix.length, mix.length, 2, kind)
+                blocks = (plan.queries, plan.keys, plan.wide)
+                if blocks not in schedules:
+                    schedules[blocks] = compile_and_dump(chip, head_dim, mix.length)
                 mask = sample_rows(mix, ROWS_PER_MIX)
                 whole = type(mask)(np.zeros_like(mask.start), np.full_like(mask.stop, mix.length))
                 for name in PASSES:
-                    schedule = schedules[mix.length][name]
+                    schedule = schedules[blocks][name]
                     if name == "forward":  # products, then the pairs of tokens in a full turn
                         work = 2 * plan.queries * 2 * plan.wide
                     else:
