@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from attention_cases import CASES, assert_within_limits
+
+from monoformer_jax.attention import IntervalMask
+from monoformer_jax.attention.gpu_kernel import gpu_attention
 
 HERE = pathlib.Path(__file__).parent
 pytest.importorskip("triton", reason="triton is for Linux only")
@@ -47,7 +51,6 @@ SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
 
 TARGETS = [
     (75, "bfloat16", 64, 128),
-    (75, "float16", 64, 128),
     (80, "bfloat16", 64, 128),
     (80, "float32", 64, 128),
     (90, "bfloat16", 128),
@@ -75,3 +78,14 @@ def test_head_dim_256_compiles():
     """Spilling is allowed here: no tile is free of it in every kernel."""
     found = json.loads(python("triton_compile.py", "90", "bfloat16", "256"))
     assert all(cubin > 0 and shared <= SHARED[90] * 1024 for _, _, cubin, _, shared in found)
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    """Not a fall-back to something slower without a word."""
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    q = jnp.zeros((1, 128, 2, 64))
+    rows = IntervalMask(*[jnp.zeros((1, 128), jnp.int32)] * 2)
+    with pytest.raises(ValueError, match=r"'gpu' needs triton.language, of the extra \[cuda\]"):
+        gpu_attention(q, q, q, rows, capability=90)
+    with pytest.raises(ValueError, match=r"capability 7\.0 is below 7\.5"):
+        gpu_attention(q, q, q, rows, capability=70)
