@@ -6,8 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from attention_cases import CASES, assert_within_limits
+
+from monoformer_jax.attention import IntervalMask
+from monoformer_jax.attention.gpu_kernel import gpu_attention
 
 HERE = pathlib.Path(__file__).parent
 pytest.importorskip("triton", reason="triton is for Linux only")
@@ -25,7 +29,7 @@ def python(program: str, *arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-FAST = ("groups of 4", "decode")
+FAST = ("groups of 1, pair of heads", "decode")
 
 
 @pytest.mark.parametrize(
@@ -45,17 +49,25 @@ def test_the_kernels_agree_with_the_dense_oracle(names):
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
 
 
-TARGETS = [(75, "bfloat16"), (75, "float16"), (80, "bfloat16"), (80, "float32"), (100, "bfloat16")]
+TARGETS = [
+    (75, "bfloat16", 64, 128),
+    (80, "bfloat16", 64, 128),
+    (80, "float32", 64, 128),
+    (90, "bfloat16", 128),
+    (100, "bfloat16", 64, 128),
+]
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [(90, "bfloat16"), *(pytest.param(*target, marks=pytest.mark.slow) for target in TARGETS)],
+    "target",
+    [(90, "bfloat16", 64), *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS)],
+    ids=str,
 )
-def test_the_kernels_compile_without_spilling(capability, dtype):
+def test_the_kernels_compile_without_spilling(target):
     """Cubins for a T4 (7.5), A100 (8.0), H100 (9.0) and B200 (10.0) at the default tiles."""
-    found = json.loads(python("triton_compile.py", str(capability), dtype, "64", "128"))
-    assert len(found) == 6
+    capability, *_ = target
+    found = json.loads(python("triton_compile.py", *map(str, target)))
+    assert len(found) == 3 * len(target[2:])
     for name, head_dim, cubin, spill, shared in found:
         assert cubin > 0 and spill == 0, f"{name}, head dim {head_dim}: {spill} bytes spilled"
         assert shared <= SHARED[capability] * 1024, f"{name}, head dim {head_dim}: {shared} bytes"
@@ -66,3 +78,14 @@ def test_head_dim_256_compiles():
     """Spilling is allowed here: no tile is free of it in every kernel."""
     found = json.loads(python("triton_compile.py", "90", "bfloat16", "256"))
     assert all(cubin > 0 and shared <= SHARED[90] * 1024 for _, _, cubin, _, shared in found)
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    """Not a fall-back to something slower without a word."""
+    monkeypatch.setitem(sys.modules, "triton.language", None)
+    q = jnp.zeros((1, 128, 2, 64))
+    rows = IntervalMask(*[jnp.zeros((1, 128), jnp.int32)] * 2)
+    with pytest.raises(ValueError, match=r"'gpu' needs triton.language, of the extra \[cuda\]"):
+        gpu_attention(q, q, q, rows, capability=90)
+    with pytest.raises(ValueError, match=r"capability 7\.0 is below 7\.5"):
+        gpu_attention(q, q, q, rows, capability=70)

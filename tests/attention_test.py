@@ -298,6 +298,8 @@ def test_what_cannot_run_says_why():
 def test_auto_goes_by_platform_and_shape():
     q, k, _ = random_qkv(128, 128, 2, 2, head_dim=64)
     assert [choose(q, k, "auto", p) for p in ("cpu", "tpu", "cuda")] == ["dense", "tpu", "gpu"]
+    assert choose(q, k, "auto", "tpu", "TPU v5 lite") == "tpu"
+    assert choose(q, k, "auto", "tpu", "TPU v2") == "dense"
     assert choose(q[:, :1], k, "auto", "tpu") == "dense"
     assert choose(q[..., :32], k[..., :32], "auto", "tpu") == "dense"
 

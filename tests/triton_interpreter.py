@@ -16,7 +16,7 @@ from monoformer_jax.attention import gpu_kernel, gpu_triton
 from monoformer_jax.attention.gpu_kernel import Tile, Tiles
 
 # Small and unequal, so that every loop is taken and no two block sizes can be mixed up.
-TILES = Tiles(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
+TILES = Tiles(Tile(128, 64, 4, 1), Tile(64, 128, 4, 1), Tile(64, 128, 4, 1))
 
 
 class Tensor:

@@ -67,19 +67,19 @@ def attend(
     mesh = jax.sharding.get_abstract_mesh()
     # The mesh may be of chips that are only compiled for, so it knows better than jax.devices().
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
-    run = _runner(choose(q, k, impl, device.platform), device.device_kind)
+    run = _runner(choose(q, k, impl, device.platform, device.device_kind), device.device_kind)
     if not mesh.empty and run is not dense_attention:
         run = _on_mesh(run, mesh, q, k)
     parts = [run(q, k, v, one) for one in masks]
     return parts[0][0] if len(parts) == 1 else merge(parts)
 
 
-def choose(q: jax.Array, k: jax.Array, impl: str, platform: str) -> str:
+def choose(q: jax.Array, k: jax.Array, impl: str, platform: str, chip: str | None = None) -> str:
     """The implementation that `impl` stands for on a platform: "dense", "tpu" or "gpu".
 
     "auto" is the platform's kernel wherever it takes this head dim, dtype and group size and there
-    are at least `SHORTEST_FOR_KERNELS` queries; otherwise, and on a CPU, it is "dense", which
-    computes the same thing with an L × S matrix.
+    are at least `SHORTEST_FOR_KERNELS` queries. Otherwise, on a CPU, and on a TPU whose `chip` (its
+    `device_kind`) has no block sizes, it is "dense": the same thing with an L × S matrix.
 
     Raises:
       ValueError: unknown `impl`, or a kernel asked for by name that cannot run here.
@@ -89,10 +89,10 @@ def choose(q: jax.Array, k: jax.Array, impl: str, platform: str) -> str:
     platform = {"cuda": "gpu"}.get(platform, platform)
     kernels = {"tpu": tpu_kernel, "gpu": gpu_kernel}
     if impl == "auto":
-        short = q.shape[1] < SHORTEST_FOR_KERNELS
-        return platform if platform in kernels and not short and not (
-            kernels[platform].unsupported(q, k)
-        ) else "dense"  # fmt: skip
+        unknown = platform == "tpu" and chip is not None and chip not in tpu_kernel.TUNING
+        if platform not in kernels or unknown or q.shape[1] < SHORTEST_FOR_KERNELS:
+            return "dense"
+        return "dense" if kernels[platform].unsupported(q, k) else platform
     if impl in kernels and impl != platform:
         raise ValueError(f"attention impl {impl!r} cannot run on platform {platform!r}")
     if impl in kernels and (reason := kernels[impl].unsupported(q, k)):

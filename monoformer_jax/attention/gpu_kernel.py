@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -92,15 +93,25 @@ def choose_tiles(dtype: jnp.dtype, head_dim: int, capability: int) -> Tiles:
     return TILES[max((c for c in TILES if c <= capability), default=80)][head_dim]
 
 
+def _needed(module: str):
+    """Imports what only GPUs need.
+
+    Raises:
+      ValueError: it is not there; the text says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"attention impl 'gpu' needs {module}, of the extra [cuda]: {error}"
+        ) from error
+
+
 def _launch(name, arrays, outputs, grid, tile: Tile, constants: dict) -> list[jax.Array]:
     """Calls a kernel of `gpu_triton` on a GPU through jax_triton."""
-    import jax_triton
-
-    from monoformer_jax.attention import gpu_triton
-
-    return jax_triton.triton_call(
+    return _needed("jax_triton").triton_call(
         *arrays,
-        kernel=getattr(gpu_triton, name),
+        kernel=getattr(_needed("monoformer_jax.attention.gpu_triton"), name),
         out_shape=outputs,
         grid=grid,
         num_warps=tile.warps,
@@ -117,8 +128,7 @@ class _Static:
 
     def constants(self, q: jax.Array, k: jax.Array, tile: Tile) -> dict:
         """What a kernel is compiled for; see `gpu_triton` for the names."""
-        import triton.language as tl
-
+        tl = _needed("triton.language")
         (batch, length, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
         dot = getattr(tl, product_dtype(q.dtype, self.capability))
         return {

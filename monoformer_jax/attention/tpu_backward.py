@@ -129,8 +129,8 @@ def _backward_chunk(
     stat = pl.BlockSpec(
         (None, None, count, 1, rows), lambda b, h, j, chunk, *_: (b, h, chunk[0], 0, 0)
     )
-    # Parts of dk and dv are summed in float32. dq of a chunk is final, but stacking bfloat16 chunks
-    # in a loop crashes libtpu 0.0.51 for Ironwood, which confuses two tilings there.
+    # Parts of dk and dv are summed in float32. dq of a chunk is final, but putting bfloat16 chunks
+    # together in a loop crashes libtpu 0.0.51 for Ironwood, which confuses two tilings there.
     dtype = q.dtype if whole else jnp.float32
     dkey = jax.ShapeDtypeStruct(k.shape, dtype)
     pairs = batch * area * q.shape[2]
@@ -230,7 +230,7 @@ def backward(
     Returns:
       dq, dk, dv with the shapes and dtypes of q, k and v.
     """
-    batch, length, lanes = q.shape
+    batch, length, _ = q.shape
     chunks, count = length // blocks.chunk, blocks.chunk // blocks.queries
     rows = (batch, length // blocks.queries, 1, blocks.queries)
     operands = (q, dout, k, v, mask.start.reshape(rows), mask.stop.reshape(rows), lse, delta)
@@ -244,12 +244,12 @@ def backward(
     def step(sums, inputs):
         chunk, bounds = inputs
         bounds = query_block_bounds(bounds, key_blocks)
-        dq, *parts = _backward_chunk(chunk[None], bounds, operands, **options)
-        return tuple(a + b for a, b in zip(sums, parts)), dq
+        part, *parts = _backward_chunk(chunk[None], bounds, operands, **options)
+        dq = lax.dynamic_update_slice_in_dim(sums[0], part, chunk * blocks.chunk, axis=1)
+        return (dq, *(a + b for a, b in zip(sums[1:], parts))), None
 
     per_chunk = [x.reshape(batch, chunks, count).swapaxes(0, 1) for x in bounds]
     inputs = (jnp.arange(chunks, dtype=jnp.int32), BlockBounds(*per_chunk))
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
-    (dk, dv), dq = lax.scan(step, zeros, inputs)
-    dq = dq.swapaxes(0, 1).reshape(batch, length, lanes)
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    (dq, dk, dv), _ = lax.scan(step, zeros, inputs)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)

@@ -138,34 +138,43 @@ def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
 
 
 def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
-    """One row for each chip, head dim, pass and mix; see the README for the keys."""
+    """One row for each chip, head dim, mix and pass; in "both" the two passes are added up."""
     rows = []
     for chip in chips:
         _, kind, per_bundle = CHIPS[chip]
         for head_dim in head_dims:
             heads = heads_of(head_dim)
-            lengths = sorted({mix.length for mix in MIXES.values()})
-            schedules = {n: compile_and_dump(chip, head_dim, n) for n in lengths}
+            schedules = {}  # rows with the same blocks run the same program
             for mix_name, mix in MIXES.items():
                 plan = plan_blocks(heads, mix.length, mix.length, 2, kind)
+                blocks = (plan.queries, plan.keys, plan.wide)
+                if blocks not in schedules:
+                    schedules[blocks] = compile_and_dump(chip, head_dim, mix.length)
                 mask = sample_rows(mix, ROWS_PER_MIX)
                 whole = type(mask)(np.zeros_like(mask.start), np.full_like(mask.stop, mix.length))
+                counts = {}
                 for name in PASSES:
-                    schedule = schedules[mix.length][name]
-                    if name == "forward":  # products, then the pairs of tokens in a full turn
-                        work = 2 * plan.queries * 2 * plan.wide
-                    else:
-                        work = 5 * plan.queries * FULL_PER_TURN * plan.keys
-                    work *= heads.width * heads.count
+                    schedule = schedules[blocks][name]
+                    costs = [bundles(name, schedule, x, plan) for x in (mask, whole)]
+                    counts[name] = np.array([schedule.full, work(name, heads, plan), *costs])
+                counts["both"] = counts["forward"] + counts["backward"]
+                for name, (full, products, cost, dense) in counts.items():
                     rows.append({
                         "chip": chip, "head_dim": head_dim, "pass": name, "mix": mix_name,
-                        "loop_bundles": schedule.full,
-                        # In a pair of 64-wide heads half of the products meet zeros.
-                        "mxu_share": work / heads.pair / schedule.full / per_bundle,
-                        "cost_vs_dense": bundles(name, schedule, mask, plan)
-                        / bundles(name, schedule, whole, plan),
+                        "loop_bundles": int(full), "mxu_share": products / full / per_bundle,
+                        "cost_vs_dense": cost / dense,
                     })  # fmt: skip
     return rows
+
+
+def work(name: str, heads: Heads, plan: Plan) -> int:
+    """Useful multiply-adds in one turn of a pass's loop without the mask."""
+    if name == "forward":
+        pairs = 2 * plan.queries * 2 * plan.wide
+    else:
+        pairs = 5 * plan.queries * FULL_PER_TURN * plan.keys
+    # Of a pair of 64-wide heads only one is met: the other half of the products are with zeros.
+    return pairs * heads.count * heads.dim
 
 
 def compile_for(chip: str, head_dim: int, length: int) -> None:
