@@ -81,6 +81,13 @@ def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images
             raise ValueError(f"batch row {row}, token {token}: {rule}")
 
 
+def number_images(kinds: np.ndarray) -> np.ndarray:
+    """image_ids int32 [L] of one row; between two images there is always text."""
+    in_image = (kinds == TIME) | (kinds == PATCH)
+    begins = in_image & ~np.append(False, in_image[:-1])
+    return (np.cumsum(begins) * in_image).astype(np.int32)
+
+
 def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
     """Cuts an image into patches in raster order.
 

@@ -55,6 +55,19 @@ class ModelConfig:
     channels: int = 1  # of the image or latent
     patch_size: int = 2
     learn_sigma: bool = False  # the image head gives P more values a patch (DDPM weights need them)
+    # How an image learns of its noise level: "token" puts a time token before its patches,
+    # "modulation" shifts and scales the patches by it and has no such token.
+    time_conditioning: str = "token"
+    # The head's use of the noise level: "adaln" norms, shifts and scales; "add" only adds.
+    image_head: str = "adaln"
+    position_embedding: str = "input"  # 2-D, of patches; or "every_layer", or "none"
+    # "like_painted": images to look at are seen in both directions, with their 2-D positions.
+    # "causal" is what the original's weights expect: read as text is, without 2-D positions.
+    context_images: str = "like_painted"
+    bidirectional_images: bool = True  # False makes every image causal, also the painted ones
+    feature_dim: int = (
+        0  # of a vision encoder, whose features images to look at are made of; 0: none
+    )
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
     remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none"
     attention: str = "auto"  # see attention.attend
@@ -74,6 +87,12 @@ class ModelConfig:
             f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
         )
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.time_conditioning", self.time_conditioning, ("token", "modulation"))
+        _one_of("model.image_head", self.image_head, ("adaln", "add"))
+        _one_of("model.position_embedding", self.position_embedding,
+                ("input", "every_layer", "none"))  # fmt: skip
+        _one_of("model.context_images", self.context_images, ("like_painted", "causal"))
+        _at_least(self, "model", "feature_dim", 0)
         _one_of("model.attention", self.attention, ("auto", "dense"))
         _one_of("model.remat", self.remat, REMAT_POLICIES)
 
@@ -86,6 +105,11 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """P, the number of values in a patch."""
         return self.patch_size**2 * self.channels
+
+    @property
+    def time_tokens(self) -> int:
+        """Tokens that stand before the patches of an image."""
+        return 1 if self.time_conditioning == "token" else 0
 
 
 REMAT_POLICIES = (
@@ -274,8 +298,8 @@ class Config:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of an image: its time token and its patches."""
-        return 1 + (self.data.image_size // self.model.patch_size) ** 2
+        """Tokens of an image: its patches, and its time token where it has one."""
+        return self.model.time_tokens + (self.data.image_size // self.model.patch_size) ** 2
 
     @property
     def max_images(self) -> int:

@@ -108,11 +108,12 @@ def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
     if image.pixels.ndim != 3 or image.pixels.shape[-1] != model.channels:
         raise ValueError(f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
     patches, grid = patchify(image.pixels, model.patch_size)
-    n = 1 + len(patches)  # its time token stands in front
+    first = model.time_tokens  # which stand in front
+    n = first + len(patches)
     return {
         "tokens": np.full(n, tokenizer.image_id, np.int32),
-        "kinds": np.array([TIME] + [PATCH] * (n - 1), np.int32),
+        "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
         "denoise": np.full(n, image.denoise),
-        "patches": np.pad(patches, ((1, 0), (0, 0))),
-        "grid": np.pad(grid, ((1, 0), (0, 0))),
+        "patches": np.pad(patches, ((first, 0), (0, 0))),
+        "grid": np.pad(grid, ((first, 0), (0, 0))),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grain
 import numpy as np
 
-from monoformer_jax.batch import PATCH, TIME
+from monoformer_jax.batch import number_images
 from monoformer_jax.config import Config, InputError
 from monoformer_jax.data.documents import Document
 
@@ -51,7 +51,5 @@ def _finish(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     row = dict(row)
     row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
     row["positions"] = row.pop("tokens_positions").astype(np.int32)
-    kinds = row["kinds"]
-    in_image = (kinds == TIME) | (kinds == PATCH)
-    row["image_ids"] = (np.cumsum(kinds == TIME) * in_image).astype(np.int32)
+    row["image_ids"] = number_images(row["kinds"])
     return row

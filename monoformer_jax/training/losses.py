@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
@@ -66,7 +65,7 @@ def loss_fn(
     image_of = monoformer.image_one_hot(batch["image_ids"], config.max_images, jnp.float32)
     t = monoformer.to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
     inputs = dict(batch) | {"patches": interpolate(batch["patches"], noise.noise, t)}
-    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    mask = monoformer.attention_mask(config.model, batch)
     hidden, _ = model(inputs, noise.times, mask)
 
     logits = model.text_logits(hidden)
