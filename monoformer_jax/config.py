@@ -140,16 +140,25 @@ def named_size(name: str) -> dict[str, Any]:
     return SIZES[name]
 
 
+# Which solvers walk from noise to image, for each objective.
+SOLVERS_OF = {"rectified_flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Rectified flow: how the noise level t in [0, 1] of an image is drawn (t = 1 is noise)."""
+    """What the image head learns, and how the noise level t in [0, 1] is drawn (t = 1 is noise).
+
+    "ddpm" draws one of its 1000 steps evenly; the other keys are of "rectified_flow".
+    """
 
     t_sampler: str = "logit_normal"  # or "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0  # > 1 moves t towards noise, for images of many patches
+    kind: str = "rectified_flow"  # velocity; or "ddpm": noise, and its variance with learn_sigma
 
     def __post_init__(self):
+        _one_of("objective.kind", self.kind, tuple(SOLVERS_OF))
         _one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
         _positive(self, "objective", "logit_std")
         _positive(self, "objective", "shift")
@@ -211,9 +220,11 @@ class OptimizerConfig:
     final_fraction: float = 0.0  # of the learning rate, at the end of the cosine
     b1: float = 0.9
     b2: float = 0.95
-    weight_decay: float = 0.05  # on matrices only
+    weight_decay: float = 0.05
+    decay_everything: bool = False  # the original's way; False spares norms and biases
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    ema_ramp: bool = True  # a shorter memory at first, so that the random start is forgotten
     accumulation: int = 1  # micro-batches a step
 
     def __post_init__(self):
@@ -240,15 +251,19 @@ class MeshConfig:
 class SamplingConfig:
     """Defaults of `sample` and `evaluate`; their flags override them."""
 
-    solver: str = "heun"  # or "euler"
+    solver: str = "heun"  # or "euler"; with objective.kind="ddpm": "ddpm" (ancestral) or "ddim"
     steps: int = 20
     guidance: float = 2.0  # 1 is no guidance
+    # "first_three" leaves the other channels unguided, as the original does with its four.
+    guidance_channels: str = "all"
     guidance_low: float = 0.0  # guidance acts where low <= t <= high
     guidance_high: float = 1.0
     shift: float = 1.0  # of the time grid, as objective.shift
+    clip: bool = False  # keep the image that DDPM sees within [-1, 1]; for pixels, not for latents
 
     def __post_init__(self):
-        _one_of("sampling.solver", self.solver, ("euler", "heun"))
+        _one_of("sampling.solver", self.solver, sum(SOLVERS_OF.values(), ()))
+        _one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
         _positive(self, "sampling", "steps")
         _positive(self, "sampling", "shift")
         _at_least(self, "sampling", "guidance", 0)
@@ -283,6 +298,11 @@ class Config:
             self.batch_size % self.optimizer.accumulation == 0,
             f"batch_size={self.batch_size} is not a multiple of "
             f"optimizer.accumulation={self.optimizer.accumulation}",
+        )
+        require(
+            self.sampling.solver in SOLVERS_OF[self.objective.kind],
+            f"sampling.solver={self.sampling.solver!r} does not sample objective.kind="
+            f"{self.objective.kind!r}; {' and '.join(SOLVERS_OF[self.objective.kind])} do",
         )
         require(
             self.data.image_size % self.model.patch_size == 0,

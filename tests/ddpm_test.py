@@ -39,6 +39,7 @@ def test_the_clock_gives_every_step_back():
     again = np.asarray(1000.0 * ddpm.clock(steps))
     assert (again != steps).sum() <= 10
     np.testing.assert_allclose(again, steps, rtol=1.2e-7)
+    np.testing.assert_array_equal(ddpm.step_at(ddpm.clock(steps)), steps)
 
 
 @pytest.mark.parametrize("sections", ["0", "1001", "ten", "ddim0", "ddim999", "ddim", "10,900,1"])

@@ -9,7 +9,16 @@ from monoformer_jax.batch import number_images
 from monoformer_jax.config import Config, InputError
 from monoformer_jax.data.documents import Document
 
-_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "targets", "target_weights")
+_STREAMS = (
+    "tokens",
+    "kinds",
+    "denoise",
+    "patches",
+    "grid",
+    "features",
+    "targets",
+    "target_weights",
+)
 _PROBE = 1000  # documents that may all be too long before it is called an error
 
 

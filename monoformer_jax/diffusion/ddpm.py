@@ -35,6 +35,11 @@ def clock(step: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(np.arange(STEPS, dtype=np.float32) / np.float32(STEPS))[step]
 
 
+def step_at(t: jax.Array) -> jax.Array:
+    """The step that `clock` put at t."""
+    return jnp.rint(STEPS * t).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """Tables of a chain, float64 [steps]; they are looked up as float32.
@@ -221,9 +226,10 @@ def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
 
     def below(edge):  # Page's tanh approximation of the normal distribution function
         z = jnp.exp(-log_scale) * (x - mean + edge)
-        # XLA's float32 tanh is coarse near -1 and 1, where a bin's mass is a small difference.
-        tanh = 2 * jax.nn.sigmoid(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)) - 1
-        return 0.5 * (1 + tanh)
+        angle = np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)
+        # XLA's own float32 tanh is coarse near -1 and 1, where a bin's mass is a small difference.
+        small = jnp.exp(-2 * jnp.abs(angle))
+        return 0.5 * (1 + jnp.sign(angle) * (1 - 2 * small / (1 + small)))
 
     upper, lower = below(1 / 255), below(-1 / 255)
     mass = jnp.where(x < -0.999, upper, jnp.where(x > 0.999, 1 - lower, upper - lower))

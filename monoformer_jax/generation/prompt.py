@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from monoformer_jax.batch import TEXT, number_images
-from monoformer_jax.config import Config, require
-from monoformer_jax.data.documents import Document, Image, build
+from monoformer_jax.config import Config, ModelConfig, require
+from monoformer_jax.data.documents import Document, Part, build
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.models.monoformer import MonoFormer, attention_mask
 from monoformer_jax.nn.decoder import KVCache
 
-Parts = Sequence[str | Image]
-_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid")
+Parts = Sequence[Part]
+_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "features")
 _BUCKET = 16  # prompt lengths are rounded up to this, so that few of them are compiled
 
 
@@ -86,7 +86,7 @@ def prefill(
     return hidden[:, -1], cache, length - streams["segment_ids"].sum(1)
 
 
-def text_inputs(tokens: jax.Array, positions: jax.Array, patch_dim: int) -> dict[str, jax.Array]:
+def text_inputs(tokens: jax.Array, positions: jax.Array, c: ModelConfig) -> dict[str, jax.Array]:
     """Model inputs of plain text, tokens and positions int32 [B, L]."""
     shape = tokens.shape
     return {
@@ -95,6 +95,7 @@ def text_inputs(tokens: jax.Array, positions: jax.Array, patch_dim: int) -> dict
         "positions": positions,
         "image_ids": jnp.zeros(shape, jnp.int32),
         "denoise": jnp.zeros(shape, bool),
-        "patches": jnp.zeros((*shape, patch_dim)),
+        "patches": jnp.zeros((*shape, c.patch_dim)),
+        "features": jnp.zeros((*shape, c.feature_dim)),
         "grid": jnp.zeros((*shape, 2), jnp.int32),
     }

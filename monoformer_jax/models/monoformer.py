@@ -12,10 +12,12 @@ token's projector is not initialised to zero, which in the original keeps the to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from monoformer_jax.attention import IntervalMask, interval_mask
@@ -43,6 +45,12 @@ def grid_embedding(grid: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
+# The original rounds the exponent to float32 first. At 1000 t near 1000 a frequency that is one unit
+# in the last place off turns the angle by 6e-5, which is seen in the logits of a time token.
+_EXPONENTS = np.float32(-math.log(10_000.0)) * np.arange(TIME_FEATURES // 2, dtype=np.float32)
+_TIME_FREQUENCIES = np.exp(np.float64(_EXPONENTS / np.float32(TIME_FEATURES // 2)))
+
+
 class TimeEmbedding(nnx.Module):
     """Noise level t in [0, 1] -> [..., D]; the features see 1000 t, the clock of DDPM weights."""
 
@@ -51,7 +59,7 @@ class TimeEmbedding(nnx.Module):
         self.out = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
 
     def __call__(self, t: jax.Array, dtype) -> jax.Array:
-        angle = angles(1000.0 * t, TIME_FEATURES // 2)
+        angle = (1000.0 * t)[..., None] * jnp.asarray(_TIME_FREQUENCIES, jnp.float32)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
         return self.out(jax.nn.silu(self.hidden(features.astype(dtype))))
 
@@ -163,7 +171,10 @@ class MonoFormer(nnx.Module):
         embedding = self.time_embedding(times, dtype)
         image_of = image_one_hot(inputs["image_ids"], times.shape[1], dtype)
         if not c.time_tokens:
-            patch = modulate(patch, self.input_modulation, embedding, image_of)
+            modulated = image_of
+            if c.context_images == "causal":
+                modulated = image_of * inputs["denoise"][..., None]
+            patch = modulate(patch, self.input_modulation, embedding, modulated)
         if c.feature_dim:
             features = self.feature_projector(inputs["features"].astype(dtype))
             patch = jnp.where(inputs["denoise"][..., None], patch, features)
@@ -195,6 +206,13 @@ class MonoFormer(nnx.Module):
         """[B, L, D] -> float32 [B, L, P] (2P with learned sigma); only PATCH tokens mean anything."""
         image_of = image_one_hot(image_ids, times.shape[1], hidden.dtype)
         return self.image_head(hidden, self.time_embedding(times, hidden.dtype), image_of)
+
+
+def split_output(output: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
+    """What the image head predicts [..., P], and the numbers of its variance where it has them."""
+    if not c.learn_sigma:
+        return output, None
+    return output[..., : c.patch_dim], output[..., c.patch_dim :]
 
 
 def attention_mask(c: ModelConfig, inputs: Mapping[str, jax.Array]) -> IntervalMask:
