@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits) and test."""
+"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits), hub and test."""
 
 import pathlib
 
@@ -34,11 +34,14 @@ setup(
         "einops>=0.8",
         "pillow>=10",
         "tqdm>=4.66",
+        "safetensors>=0.5",
+        "tokenizers>=0.20",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "demo": DEMO,
+        "hub": ["huggingface_hub>=0.24"],
         "test": [*DEMO, *COMPILERS, "pytest>=8", "ruff>=0.8", "tensorboard>=2.18"],
     },
     entry_points={"console_scripts": ["monoformer=monoformer_jax.__main__:main"]},

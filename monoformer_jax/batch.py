@@ -12,11 +12,13 @@ stream, so shapes are static, nothing is ragged and nothing loops over rows.
     denoise         bool [B, L]       TIME and PATCH of an image that is noised and has the loss
     patches         float32 [B, L, P] clean values at PATCH, in the order (C, ph, pw); 0 elsewhere
     grid            int32 [B, L, 2]   row and column of the patch in its image
+    features        float32 [B, L, F] a vision encoder's, at PATCH of context images; F may be 0
     targets         int32 [B, L]      the token that this position must predict
     target_weights  float32 [B, L]    its weight in the text loss; 0 where nothing is predicted
 
 Axis legend of the whole library: B batch, L tokens, S keys, D embed, N query heads, K key/value
-heads, H head dim, F mlp, V vocabulary, P patch values, C channels, I images in a row.
+heads, H head dim, F mlp (or features of a vision encoder),
+V vocabulary, P patch values, C channels, I images in a row.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ PAD, TEXT, TIME, PATCH = range(4)
 Batch = Mapping[str, "np.ndarray | jax.Array"]
 
 
-def spec(batch_size: int, length: int, patch_dim: int) -> dict[str, jax.ShapeDtypeStruct]:
+def spec(
+    batch_size: int, length: int, patch_dim: int, feature_dim: int = 0
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every field of a batch of `batch_size` rows of `length` tokens."""
     row = (batch_size, length)
     shapes = {
@@ -46,6 +50,7 @@ def spec(batch_size: int, length: int, patch_dim: int) -> dict[str, jax.ShapeDty
         "denoise": (row, np.bool_),
         "patches": ((*row, patch_dim), np.float32),
         "grid": ((*row, 2), np.int32),
+        "features": ((*row, feature_dim), np.float32),
         "targets": (row, np.int32),
         "target_weights": (row, np.float32),
     }
@@ -81,6 +86,13 @@ def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images
         if broken.any():
             row, token = np.argwhere(broken)[0]
             raise ValueError(f"batch row {row}, token {token}: {rule}")
+
+
+def number_images(kinds: np.ndarray) -> np.ndarray:
+    """image_ids int32 [L] of one row; between two images there is always text."""
+    in_image = (kinds == TIME) | (kinds == PATCH)
+    begins = in_image & ~np.append(False, in_image[:-1])
+    return (np.cumsum(begins) * in_image).astype(np.int32)
 
 
 def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,19 @@ class ModelConfig:
     channels: int = 1  # of the image or latent
     patch_size: int = 2
     learn_sigma: bool = False  # the image head gives P more values a patch (DDPM weights need them)
+    # How an image learns of its noise level: "token" puts a time token before its patches,
+    # "modulation" shifts and scales the patches by it and has no such token.
+    time_conditioning: str = "token"
+    # The head's use of the noise level: "adaln" norms, shifts and scales; "add" only adds.
+    image_head: str = "adaln"
+    position_embedding: str = "input"  # 2-D, of patches; or "every_layer", or "none"
+    # "like_painted": images to look at are seen in both directions, with their 2-D positions.
+    # "causal" is what the original's weights expect: read as text is, without 2-D positions.
+    context_images: str = "like_painted"
+    bidirectional_images: bool = True  # False makes every image causal, also the painted ones
+    feature_dim: int = (
+        0  # of a vision encoder, whose features images to look at are made of; 0: none
+    )
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
     remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none"
     attention: str = "auto"  # see attention.attend
@@ -74,6 +87,12 @@ class ModelConfig:
             f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
         )
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("model.time_conditioning", self.time_conditioning, ("token", "modulation"))
+        _one_of("model.image_head", self.image_head, ("adaln", "add"))
+        _one_of("model.position_embedding", self.position_embedding,
+                ("input", "every_layer", "none"))  # fmt: skip
+        _one_of("model.context_images", self.context_images, ("like_painted", "causal"))
+        _at_least(self, "model", "feature_dim", 0)
         _one_of("model.attention", self.attention, ("auto", "dense", "tpu", "gpu"))
         _one_of("model.remat", self.remat, REMAT_POLICIES)
 
@@ -86,6 +105,11 @@ class ModelConfig:
     def patch_dim(self) -> int:
         """P, the number of values in a patch."""
         return self.patch_size**2 * self.channels
+
+    @property
+    def time_tokens(self) -> int:
+        """Tokens that stand before the patches of an image."""
+        return 1 if self.time_conditioning == "token" else 0
 
 
 REMAT_POLICIES = (
@@ -116,16 +140,25 @@ def named_size(name: str) -> dict[str, Any]:
     return SIZES[name]
 
 
+# Which solvers walk from noise to image, for each objective.
+SOLVERS_OF = {"rectified_flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Rectified flow: how the noise level t in [0, 1] of an image is drawn (t = 1 is noise)."""
+    """What the image head learns, and how the noise level t in [0, 1] is drawn (t = 1 is noise).
+
+    "ddpm" draws one of its 1000 steps evenly; the other keys are of "rectified_flow".
+    """
 
     t_sampler: str = "logit_normal"  # or "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
     shift: float = 1.0  # > 1 moves t towards noise, for images of many patches
+    kind: str = "rectified_flow"  # velocity; or "ddpm": noise, and its variance with learn_sigma
 
     def __post_init__(self):
+        _one_of("objective.kind", self.kind, tuple(SOLVERS_OF))
         _one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
         _positive(self, "objective", "logit_std")
         _positive(self, "objective", "shift")
@@ -187,9 +220,11 @@ class OptimizerConfig:
     final_fraction: float = 0.0  # of the learning rate, at the end of the cosine
     b1: float = 0.9
     b2: float = 0.95
-    weight_decay: float = 0.05  # on matrices only
+    weight_decay: float = 0.05
+    decay_everything: bool = False  # the original's way; False spares norms and biases
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    ema_ramp: bool = True  # a shorter memory at first, so that the random start is forgotten
     accumulation: int = 1  # micro-batches a step
 
     def __post_init__(self):
@@ -216,15 +251,19 @@ class MeshConfig:
 class SamplingConfig:
     """Defaults of `sample` and `evaluate`; their flags override them."""
 
-    solver: str = "heun"  # or "euler"
+    solver: str = "heun"  # or "euler"; with objective.kind="ddpm": "ddpm" (ancestral) or "ddim"
     steps: int = 20
     guidance: float = 2.0  # 1 is no guidance
+    # "first_three" leaves the other channels unguided, as the original does with its four.
+    guidance_channels: str = "all"
     guidance_low: float = 0.0  # guidance acts where low <= t <= high
     guidance_high: float = 1.0
     shift: float = 1.0  # of the time grid, as objective.shift
+    clip: bool = False  # keep the image that DDPM sees within [-1, 1]; for pixels, not for latents
 
     def __post_init__(self):
-        _one_of("sampling.solver", self.solver, ("euler", "heun"))
+        _one_of("sampling.solver", self.solver, sum(SOLVERS_OF.values(), ()))
+        _one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
         _positive(self, "sampling", "steps")
         _positive(self, "sampling", "shift")
         _at_least(self, "sampling", "guidance", 0)
@@ -261,6 +300,11 @@ class Config:
             f"optimizer.accumulation={self.optimizer.accumulation}",
         )
         require(
+            self.sampling.solver in SOLVERS_OF[self.objective.kind],
+            f"sampling.solver={self.sampling.solver!r} does not sample objective.kind="
+            f"{self.objective.kind!r}; {' and '.join(SOLVERS_OF[self.objective.kind])} do",
+        )
+        require(
             self.data.image_size % self.model.patch_size == 0,
             f"data.image_size={self.data.image_size} is not divisible by "
             f"model.patch_size={self.model.patch_size}",
@@ -274,8 +318,8 @@ class Config:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of an image: its time token and its patches."""
-        return 1 + (self.data.image_size // self.model.patch_size) ** 2
+        """Tokens of an image: its patches, and its time token where it has one."""
+        return self.model.time_tokens + (self.data.image_size // self.model.patch_size) ** 2
 
     @property
     def max_images(self) -> int:

@@ -23,6 +23,7 @@ from monoformer_jax.cli import load_config
 jax.config.update("jax_num_cpu_devices", 4)
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "tests" / "data" / "reference"  # recorded outputs of the original
 
 
 @pytest.fixture(scope="session")

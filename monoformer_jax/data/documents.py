@@ -34,8 +34,18 @@ class Image:
     denoise: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """An image to look at as a vision encoder sees it: the only kind in a model that has one."""
+
+    values: np.ndarray  # float [n, F]
+
+
+Part = str | Image | Features
+
+
 def build(
-    parts: Sequence[str | Image],
+    parts: Sequence[Part],
     tokenizer: Tokenizer,
     model: ModelConfig,
     *,
@@ -45,20 +55,23 @@ def build(
     """Streams of one document.
 
     Args:
-      parts: texts and images in reading order; an image brings its <|im_start|> and <|im_end|>.
+      parts: texts, images and features in reading order; an image brings its <|im_start|> and
+        <|im_end|>.
       tokenizer: gives the ids.
       model: gives the patch size and the channels.
       text_beside_images: False gives no text loss in a document with a denoised image.
       closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
 
     Raises:
-      InputError: an image whose side is not divisible by the patch, or with other channels.
+      InputError: an image whose side is not divisible by the patch, or with other channels, or
+        an image to look at that is not in the form which this model sees.
     """
     pieces = [_text([tokenizer.bos_id], model)]
     for part in parts:
-        if isinstance(part, Image):
+        if not isinstance(part, str):
             pieces.append(_text([tokenizer.im_start_id], model))
-            pieces.append(_image(part, tokenizer, model))
+            image = _image if isinstance(part, Image) else _features
+            pieces.append(image(part, tokenizer, model))
             pieces.append(_text([tokenizer.im_end_id], model))
         else:
             pieces.append(_text(tokenizer.encode(part), model))
@@ -101,18 +114,36 @@ def _text(ids: Sequence[int], model: ModelConfig) -> Document:
         "denoise": np.zeros(n, np.bool_),
         "patches": np.zeros((n, model.patch_dim), np.float32),
         "grid": np.zeros((n, 2), np.int32),
+        "features": np.zeros((n, model.feature_dim), np.float32),
     }
 
 
 def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
     fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == model.channels
     require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
+    require(
+        image.denoise or not model.feature_dim,
+        "this model looks at images through its vision encoder: give Features",
+    )
     patches, grid = patchify(image.pixels, model.patch_size)
-    n = 1 + len(patches)  # its time token stands in front
+    first = model.time_tokens  # which stand in front
+    n = first + len(patches)
     return {
         "tokens": np.full(n, tokenizer.image_id, np.int32),
-        "kinds": np.array([TIME] + [PATCH] * (n - 1), np.int32),
+        "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
         "denoise": np.full(n, image.denoise),
-        "patches": np.pad(patches, ((1, 0), (0, 0))),
-        "grid": np.pad(grid, ((1, 0), (0, 0))),
+        "patches": np.pad(patches, ((first, 0), (0, 0))),
+        "grid": np.pad(grid, ((first, 0), (0, 0))),
+        "features": np.zeros((n, model.feature_dim), np.float32),
+    }
+
+
+def _features(image: Features, tokenizer: Tokenizer, model: ModelConfig) -> Document:
+    fits = image.values.ndim == 2 and image.values.shape[1] == model.feature_dim
+    require(fits, f"features {image.values.shape} are not [n, {model.feature_dim}]")
+    first = model.time_tokens
+    n = first + len(image.values)
+    return _text([tokenizer.image_id] * n, model) | {
+        "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
+        "features": np.pad(image.values, ((first, 0), (0, 0))).astype(np.float32),
     }

@@ -7,11 +7,20 @@ import functools
 import grain
 import numpy as np
 
-from monoformer_jax.batch import PATCH, TIME
+from monoformer_jax.batch import number_images
 from monoformer_jax.config import Config, InputError, require
 from monoformer_jax.data.documents import Document
 
-_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "targets", "target_weights")
+_STREAMS = (
+    "tokens",
+    "kinds",
+    "denoise",
+    "patches",
+    "grid",
+    "features",
+    "targets",
+    "target_weights",
+)
 _PROBE = 1000  # documents that may all be too long before it is called an error
 
 
@@ -56,9 +65,7 @@ def _finish(row: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]
     row = dict(row)
     row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
     row["positions"] = row.pop("tokens_positions").astype(np.int32)
-    kinds = row["kinds"]
-    in_image = (kinds == TIME) | (kinds == PATCH)
-    row["image_ids"] = (np.cumsum(kinds == TIME) * in_image).astype(np.int32)
+    row["image_ids"] = number_images(row["kinds"])
     images = row["image_ids"].max()
     require(
         images <= config.max_images,

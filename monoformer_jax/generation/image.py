@@ -14,6 +14,7 @@ from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PATCH, TIME, unpatchify
 from monoformer_jax.config import Config, ModelConfig, SamplingConfig
 from monoformer_jax.data.tokenizer import Tokenizer
+from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.guidance import guide
 from monoformer_jax.diffusion.solvers import SOLVERS, time_grid
 from monoformer_jax.generation.prompt import Parts, prefill, stack_prompts
@@ -67,39 +68,84 @@ class _Static:
 @functools.partial(jax.jit, static_argnames="static")
 def _paint(params, streams, keys, static: _Static) -> jax.Array:
     """Patches [B, n, P] of the prompts in the first B rows; any others are their unprompted twins."""
-    model, sampling, side = monoformer.bind(static.model, params), static.sampling, static.side
-    patch_dim = static.model.patch_dim
-    branches = streams["tokens"].shape[0] // len(keys)
-    inputs, mask, cache = _image_block(model, streams, side, static.max_images)
+    model, sampling = monoformer.bind(static.model, params), static.sampling
+    predict = predictor(model, streams, len(keys), static.side, static.max_images, sampling)
+    shape = (static.side**2, static.model.patch_dim)
 
-    def velocity(x, t):
+    def normal(keys):
+        return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+    if sampling.solver in SOLVERS:
+        times = time_grid(sampling.steps, sampling.shift)
+        return SOLVERS[sampling.solver](lambda x, t: predict(x, t)[0], normal(keys), times)
+    schedule = ddpm.make_schedule(sampling.steps)
+    if sampling.solver == "ddim":
+        return ddpm.ddim(predict, normal(keys), schedule, sampling.clip)
+
+    def draw(step):
+        return normal(jax.vmap(jax.random.fold_in, (0, None))(keys, step))
+
+    return ddpm.ancestral(predict, normal(keys), draw, schedule, sampling.clip)
+
+
+def predictor(
+    model: monoformer.MonoFormer,
+    streams: dict[str, jax.Array],
+    images: int,
+    side: int,
+    max_images: int,
+    sampling: SamplingConfig,
+) -> ddpm.Predictor:
+    """The model as a function of patches [B, n, P] and t, with the prompts run once and guidance.
+
+    Args:
+      streams: of B prompts, and with guidance of as many unprompted twins after them.
+      images: B.
+      side: of the image in patches.
+      max_images: images in a prompt at most.
+
+    Returns:
+      (x, t) -> what the image head predicts, guided, and the variance numbers of the prompted rows.
+    """
+    branches = streams["tokens"].shape[0] // images
+    inputs, mask, cache = _image_block(model, streams, side, max_images)
+    first, c = model.config.time_tokens, model.config
+    guided = 3 * c.patch_size**2 if sampling.guidance_channels == "first_three" else None
+
+    def predict(x, t):
         # The cache is read and never kept: every evaluation writes the same slots anew.
-        x = jnp.tile(jnp.pad(x, ((0, 0), (1, 0), (0, 0))), (branches, 1, 1))
+        x = jnp.tile(jnp.pad(x, ((0, 0), (first, 0), (0, 0))), (branches, 1, 1))
         times = jnp.full((x.shape[0], 1), t)
         hidden, _ = model(inputs | {"patches": x}, times, mask, cache)
-        v = model.image_output(hidden, inputs["image_ids"], times)[:, 1:, :patch_dim]
+        output = model.image_output(hidden, inputs["image_ids"], times)[:, first:]
+        predicted, variance = monoformer.split_output(output, c)
         if branches == 1:
-            return v
+            return predicted, variance
         interval = (sampling.guidance_low, sampling.guidance_high)
-        return guide(*jnp.split(v, 2), t, sampling.guidance, interval)
+        both = jnp.split(predicted, 2)
+        predicted = guide(*both, t, sampling.guidance, interval, guided)
+        return predicted, None if variance is None else variance[:images]
 
-    shape = (side**2, patch_dim)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    return SOLVERS[sampling.solver](velocity, noise, time_grid(sampling.steps, sampling.shift))
+    return predict
 
 
 def _image_block(model, streams, side: int, max_images: int):
     """Inputs, mask and cache of TIME and PATCH tokens that follow the prompts."""
     batch, length = streams["tokens"].shape
-    n = 1 + side**2
+    c = model.config
+    first, n = c.time_tokens, c.time_tokens + side**2
     _, cache, start = prefill(model, streams, length + n, max_images)
-    stop = jnp.full((batch, n), length + n, jnp.int32).at[:, 0].set(length + 1)
+    index = jnp.arange(n)
+    sees_all = (index >= first) & c.bidirectional_images
+    stop = jnp.broadcast_to(length + jnp.where(sees_all, n, index + 1), (batch, n))
     grid = jnp.stack(jnp.divmod(jnp.arange(side**2), side), -1)
     inputs = {
         "tokens": jnp.zeros((batch, n), jnp.int32),  # not looked at where there is an image
-        "kinds": jnp.full((batch, n), PATCH, jnp.int32).at[:, 0].set(TIME),
-        "positions": (length - start)[:, None] + jnp.arange(n),
+        "kinds": jnp.broadcast_to(jnp.where(index < first, TIME, PATCH), (batch, n)),
+        "positions": (length - start)[:, None] + index,
         "image_ids": jnp.ones((batch, n), jnp.int32),
-        "grid": jnp.broadcast_to(jnp.pad(grid, ((1, 0), (0, 0))), (batch, n, 2)),
+        "denoise": jnp.ones((batch, n), bool),
+        "grid": jnp.broadcast_to(jnp.pad(grid, ((first, 0), (0, 0))), (batch, n, 2)),
+        "features": jnp.zeros((batch, n, c.feature_dim)),
     }
     return inputs, IntervalMask(jnp.broadcast_to(start[:, None], (batch, n)), stop), cache

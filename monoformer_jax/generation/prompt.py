@@ -8,16 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.attention import interval_mask
-from monoformer_jax.batch import PATCH, TEXT, TIME
-from monoformer_jax.config import Config, require
-from monoformer_jax.data.documents import Document, Image, build
+from monoformer_jax.batch import TEXT, number_images
+from monoformer_jax.config import Config, ModelConfig, require
+from monoformer_jax.data.documents import Document, Part, build
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.models.monoformer import MonoFormer
+from monoformer_jax.models.monoformer import MonoFormer, attention_mask
 from monoformer_jax.nn.decoder import KVCache
 
-Parts = Sequence[str | Image]
-_STREAMS = ("tokens", "kinds", "patches", "grid")
+Parts = Sequence[Part]
+_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "features")
 _BUCKET = 16  # prompt lengths are rounded up to this, so that few of them are compiled
 
 
@@ -66,8 +65,7 @@ def _left_pad(document: Document, slots: int, pad_id: int) -> dict[str, np.ndarr
         row[name] = np.pad(document[name], widths, constant_values=fill)
     row["segment_ids"] = np.pad(np.ones(n, np.int32), (slots - n, 0))
     row["positions"] = np.pad(np.arange(n, dtype=np.int32), (slots - n, 0))
-    in_image = (row["kinds"] == TIME) | (row["kinds"] == PATCH)
-    row["image_ids"] = (np.cumsum(row["kinds"] == TIME) * in_image).astype(np.int32)
+    row["image_ids"] = number_images(row["kinds"])
     return row
 
 
@@ -81,14 +79,14 @@ def prefill(
       slot [B] of every prompt.
     """
     batch, length = streams["tokens"].shape
-    mask = interval_mask(streams["kinds"], streams["segment_ids"], streams["image_ids"])
+    mask = attention_mask(model.config, streams)
     cache = KVCache.create(model.config, batch, slots)
     times = jnp.zeros((batch, max_images))
     hidden, cache = model(streams, times, mask, cache)
     return hidden[:, -1], cache, length - streams["segment_ids"].sum(1)
 
 
-def text_inputs(tokens: jax.Array, positions: jax.Array, patch_dim: int) -> dict[str, jax.Array]:
+def text_inputs(tokens: jax.Array, positions: jax.Array, c: ModelConfig) -> dict[str, jax.Array]:
     """Model inputs of plain text, tokens and positions int32 [B, L]."""
     shape = tokens.shape
     return {
@@ -96,6 +94,8 @@ def text_inputs(tokens: jax.Array, positions: jax.Array, patch_dim: int) -> dict
         "kinds": jnp.full(shape, TEXT, jnp.int32),
         "positions": positions,
         "image_ids": jnp.zeros(shape, jnp.int32),
-        "patches": jnp.zeros((*shape, patch_dim)),
+        "denoise": jnp.zeros(shape, bool),
+        "patches": jnp.zeros((*shape, c.patch_dim)),
+        "features": jnp.zeros((*shape, c.feature_dim)),
         "grid": jnp.zeros((*shape, 2), jnp.int32),
     }

@@ -87,7 +87,7 @@ def _decode(params, streams, key, temperature, static: _Static) -> jax.Array:
         tokens = tokens.at[:, i].set(token)
         done = done | jnp.isin(token, jnp.array(static.stops))
         slot = cache.index
-        inputs = text_inputs(token[:, None], (slot - start)[:, None], static.model.patch_dim)
+        inputs = text_inputs(token[:, None], (slot - start)[:, None], static.model)
         mask = IntervalMask(start[:, None], jnp.broadcast_to(slot + 1, (batch, 1)))
         hidden, cache = model(inputs, jnp.zeros((batch, 1)), mask, cache)
         return i + 1, hidden[:, -1], done, tokens, cache

@@ -12,17 +12,19 @@ token's projector is not initialised to zero, which in the original keeps the to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from monoformer_jax.attention import IntervalMask
-from monoformer_jax.batch import PATCH, TIME
+from monoformer_jax.attention import IntervalMask, interval_mask
+from monoformer_jax.batch import PATCH, TEXT, TIME
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn.decoder import Decoder, KVCache
-from monoformer_jax.nn.layers import Linear, parameter
+from monoformer_jax.nn.layers import Axes, Linear, parameter
 
 TIME_FEATURES = 256
 
@@ -43,6 +45,12 @@ def grid_embedding(grid: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
+# The original rounds the exponent to float32 first. At 1000 t near 1000 a frequency that is one unit
+# in the last place off turns the angle by 6e-5, which is seen in the logits of a time token.
+_EXPONENTS = np.float32(-math.log(10_000.0)) * np.arange(TIME_FEATURES // 2, dtype=np.float32)
+_TIME_FREQUENCIES = np.exp(np.float64(_EXPONENTS / np.float32(TIME_FEATURES // 2)))
+
+
 class TimeEmbedding(nnx.Module):
     """Noise level t in [0, 1] -> [..., D]; the features see 1000 t, the clock of DDPM weights."""
 
@@ -51,37 +59,50 @@ class TimeEmbedding(nnx.Module):
         self.out = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
 
     def __call__(self, t: jax.Array, dtype) -> jax.Array:
-        angle = angles(1000.0 * t, TIME_FEATURES // 2)
+        angle = (1000.0 * t)[..., None] * jnp.asarray(_TIME_FREQUENCIES, jnp.float32)
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
         return self.out(jax.nn.silu(self.hidden(features.astype(dtype))))
 
 
-class TimeToken(nnx.Module):
-    """Time embedding -> the token that stands before an image's patches."""
+class Projector(nnx.Module):
+    """Linear, GELU, linear: makes tokens of time embeddings, or of a vision encoder's features."""
 
-    def __init__(self, dim: int, rngs: nnx.Rngs):
-        self.hidden = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
+    def __init__(self, d_in: int, dim: int, axes: Axes, rngs: nnx.Rngs):
+        self.hidden = Linear(d_in, dim, axes, rngs=rngs)
         self.out = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
 
-    def __call__(self, embedding: jax.Array) -> jax.Array:
-        return self.out(jax.nn.gelu(self.hidden(embedding), approximate=False))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
+
+
+def modulate(x: jax.Array, modulation: Linear, embedding: jax.Array, image_of: jax.Array):
+    """x [B, L, D] scaled and shifted by its image's time embedding [B, I, D]."""
+    both = to_tokens(modulation(jax.nn.silu(embedding)), image_of)
+    shift, scale = jnp.split(both, 2, axis=-1)
+    return x * (1 + scale) + shift
 
 
 class ImageHead(nnx.Module):
-    """LayerNorm without affine, shift and scale from the time embedding (adaLN), linear."""
+    """adaLN: LayerNorm without affine, shift and scale from the time embedding; then linear.
+
+    With image_head="add" the time embedding, through one layer, is added and nothing is normed.
+    """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.modulation = Linear(c.embed_dim, 2 * c.embed_dim, ("embed", "embed_out"), rngs=rngs)
+        self.adaln = c.image_head == "adaln"
+        width = c.embed_dim * (2 if self.adaln else 1)
+        self.modulation = Linear(c.embed_dim, width, ("embed", "embed_out"), rngs=rngs)
         out = c.patch_dim * (2 if c.learn_sigma else 1)
         self.out = Linear(c.embed_dim, out, ("embed", None), rngs=rngs)
 
     def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
+        if not self.adaln:
+            x = x + to_tokens(self.modulation(jax.nn.silu(embedding)), image_of)
+            return self.out(x).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-        modulation = self.modulation(jax.nn.silu(embedding))  # [B, I, 2D]
-        shift, scale = jnp.split(to_tokens(modulation, image_of), 2, axis=-1)
-        return self.out(y * (1 + scale) + shift).astype(jnp.float32)
+        return self.out(modulate(y, self.modulation, embedding, image_of)).astype(jnp.float32)
 
 
 def image_one_hot(image_ids: jax.Array, images: int, dtype) -> jax.Array:
@@ -104,7 +125,12 @@ class MonoFormer(nnx.Module):
         self.token_embedding = parameter(rngs, (V, D), ("vocab", "embed"), 1.0)
         self.patch_embedding = Linear(c.patch_dim, D, (None, "embed_out"), rngs=rngs)
         self.time_embedding = TimeEmbedding(D, rngs)
-        self.time_token = TimeToken(D, rngs)
+        if c.time_tokens:
+            self.time_token = Projector(D, D, ("embed", "embed_out"), rngs)
+        else:
+            self.input_modulation = Linear(D, 2 * D, ("embed", "embed_out"), rngs=rngs)
+        if c.feature_dim:
+            self.feature_projector = Projector(c.feature_dim, D, (None, "embed_out"), rngs)
         self.decoder = Decoder(c, rngs)
         self.text_head = parameter(rngs, (D, V), ("embed", "vocab"), D**-0.5)
         self.image_head = ImageHead(c, rngs)
@@ -119,8 +145,9 @@ class MonoFormer(nnx.Module):
         """Embeds a stream and runs the decoder over it.
 
         Args:
-          inputs: the fields tokens, kinds, positions, image_ids, grid [B, L] and patches [B, L, P] of
-            the batch contract; patches as the model shall see them, noised where denoised.
+          inputs: the fields tokens, kinds, positions, image_ids, denoise, grid [B, L] and patches
+            [B, L, P] of the batch contract; patches as the model shall see them, noised where
+            denoised. With a vision encoder, features [B, L, F] at the patches of context images.
           times: float [B, I], noise level of each image of the row; image i is times[:, i - 1].
           mask: ranges over the L tokens, or over the cache's slots.
           cache: the tokens are appended to it, from cache.index on.
@@ -129,17 +156,45 @@ class MonoFormer(nnx.Module):
           Hidden states [B, L, D] in the compute dtype for the two heads, and the new cache.
         """
         hidden = self.embed(inputs, times)
-        return self.decoder(hidden, inputs["positions"], mask, cache)
+        again = None
+        if self.config.position_embedding == "every_layer":
+            again = self.position(inputs, hidden.dtype)
+        return self.decoder(hidden, inputs["positions"], mask, cache, again)
 
     def embed(self, inputs: Mapping[str, jax.Array], times: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.config.dtype)
+        c, dtype = self.config, jnp.dtype(self.config.dtype)
         kinds = inputs["kinds"][..., None]
         text = self.token_embedding[...].astype(dtype)[inputs["tokens"]]
+        patch = self.patch_embedding(inputs["patches"].astype(dtype))
+        if c.position_embedding != "none":
+            patch = patch + self.position(inputs, dtype)
+        embedding = self.time_embedding(times, dtype)
+        image_of = image_one_hot(inputs["image_ids"], times.shape[1], dtype)
+        if not c.time_tokens:
+            modulated = image_of
+            if c.context_images == "causal":
+                modulated = image_of * inputs["denoise"][..., None]
+            patch = modulate(patch, self.input_modulation, embedding, modulated)
+        if c.feature_dim:
+            features = self.feature_projector(inputs["features"].astype(dtype))
+            patch = jnp.where(inputs["denoise"][..., None], patch, features)
+        hidden = jnp.where(kinds == PATCH, patch, text)
+        if c.time_tokens:
+            hidden = jnp.where(
+                kinds == TIME, to_tokens(self.time_token(embedding), image_of), hidden
+            )
+        return hidden
+
+    def position(self, inputs: Mapping[str, jax.Array], dtype) -> jax.Array:
+        """2-D embedding [B, L, D] of the patches that have one; what it says elsewhere is not read."""
         position = grid_embedding(inputs["grid"], self.config.embed_dim).astype(dtype)
-        patch = self.patch_embedding(inputs["patches"].astype(dtype)) + position
-        time = self.time_token(self.time_embedding(times, dtype))
-        time = to_tokens(time, image_one_hot(inputs["image_ids"], times.shape[1], dtype))
-        return jnp.where(kinds == PATCH, patch, jnp.where(kinds == TIME, time, text))
+        c, has = self.config, None
+        if c.context_images == "causal":
+            has = inputs["denoise"]
+        if c.position_embedding == "every_layer":
+            painted = inputs["kinds"] == PATCH
+            has = painted if has is None else painted & has
+        return position if has is None else jnp.where(has[..., None], position, 0)
 
     def text_logits(self, hidden: jax.Array) -> jax.Array:
         """[B, L, D] -> float32 [B, L, V]; the padding of the vocabulary gets probability 0."""
@@ -151,6 +206,23 @@ class MonoFormer(nnx.Module):
         """[B, L, D] -> float32 [B, L, P] (2P with learned sigma); only PATCH tokens mean anything."""
         image_of = image_one_hot(image_ids, times.shape[1], hidden.dtype)
         return self.image_head(hidden, self.time_embedding(times, hidden.dtype), image_of)
+
+
+def split_output(output: jax.Array, c: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
+    """What the image head predicts [..., P], and the numbers of its variance where it has them."""
+    if not c.learn_sigma:
+        return output, None
+    return output[..., : c.patch_dim], output[..., c.patch_dim :]
+
+
+def attention_mask(c: ModelConfig, inputs: Mapping[str, jax.Array]) -> IntervalMask:
+    """Who sees whom in whole rows of the batch contract; see `attention.mask`."""
+    kinds = inputs["kinds"]
+    if not c.bidirectional_images:
+        kinds = jnp.where(kinds == PATCH, TEXT, kinds)
+    elif c.context_images == "causal":
+        kinds = jnp.where((kinds == PATCH) & ~inputs["denoise"], TEXT, kinds)
+    return interval_mask(kinds, inputs["segment_ids"], inputs["image_ids"])
 
 
 def init(c: ModelConfig, key: jax.Array) -> dict:

@@ -48,23 +48,34 @@ class Decoder(nnx.Module):
         build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Block(c, rngs)))
         self.layers = build(rngs)
         self.norm = RMSNorm(c.embed_dim, c.norm_eps)
-        self.remat = c.remat
+        self.remat, self.num_layers = c.remat, c.num_layers
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: IntervalMask, cache: KVCache | None = None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: IntervalMask,
+        cache: KVCache | None = None,
+        again: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs the blocks; with a cache the L tokens go to its slots from cache.index on."""
+        """Runs the blocks; with a cache the L tokens go to its slots from cache.index on.
+
+        What is given as `again`, [B, L, D], is added before every block but the first.
+        """
         index = None if cache is None else cache.index
 
         def body(x, layer):
-            block, kv = layer
+            block, kv, share = layer
+            if again is not None:
+                x = x + share * again
             return block(x, positions, mask, kv, index)
 
         if self.remat != "none" and cache is None:
             policy = getattr(jax.checkpoint_policies, self.remat)
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
-        x, kv = jax.lax.scan(body, x, (self.layers, kv))
+        shares = None if again is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
+        x, kv = jax.lax.scan(body, x, (self.layers, kv, shares))
         if cache is not None:
             cache = KVCache(*kv, cache.index + x.shape[1])
         return self.norm(x), cache

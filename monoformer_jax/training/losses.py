@@ -1,4 +1,4 @@
-"""The two losses of one forward pass: next token, and rectified flow on denoised images."""
+"""The two losses of one forward pass: next token, and the noise in denoised images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, Batch
 from monoformer_jax.config import Config
+from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
 from monoformer_jax.models import monoformer
 
@@ -32,17 +32,24 @@ class Totals:
 
 def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
     time_key, noise_key = jax.random.split(key)
-    image_of = monoformer.image_one_hot(batch["image_ids"], config.max_images, jnp.float32)
-    denoised = jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
-    times = sample_times(time_key, denoised.shape, config.objective)
+    denoised = _denoised(batch, config.max_images)
+    if config.objective.kind == "ddpm":
+        times = ddpm.clock(jax.random.randint(time_key, denoised.shape, 0, ddpm.STEPS))
+    else:
+        times = sample_times(time_key, denoised.shape, config.objective)
     noise = jax.random.normal(noise_key, batch["patches"].shape)
     return Noise(jnp.where(denoised, times, 0.0), noise)
 
 
+def _denoised(batch: Batch, images: int) -> jax.Array:
+    """Bool [B, I], the images of each row that are noised."""
+    image_of = monoformer.image_one_hot(batch["image_ids"], images, jnp.float32)
+    return jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
+
+
 def totals(batch: Batch, noise: Noise) -> Totals:
-    # Every drawn time is above 0, so this counts the denoised images. An image-free or text-free
-    # batch has loss 0, not NaN.
-    images = jnp.sum(noise.times > 0).astype(jnp.float32)
+    # An image-free or text-free batch has loss 0, not NaN.
+    images = jnp.sum(_denoised(batch, noise.times.shape[1])).astype(jnp.float32)
     return Totals(jnp.maximum(batch["target_weights"].sum(), 1e-6), jnp.maximum(images, 1.0))
 
 
@@ -51,9 +58,9 @@ def loss_fn(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a (micro-)batch, as its share of the global batch's: micro-batches add up.
 
-    The image loss is the mean squared error of the velocity over the values of an image, then the
-    mean over images, so that a large image counts as much as a small one. The text loss is the mean
-    cross-entropy weighted by target_weights.
+    The image loss is the mean over the values of an image, then the mean over images, so that a
+    large image counts as much as a small one: squared error of the velocity, or DDPM's hybrid loss.
+    The text loss is the mean cross-entropy weighted by target_weights.
 
     Args:
       params: nested dict of `monoformer.init`.
@@ -63,18 +70,18 @@ def loss_fn(
       The weighted loss, and {"text_loss", "image_loss"} before weighting.
     """
     model = monoformer.bind(config.model, params)
-    image_of = monoformer.image_one_hot(batch["image_ids"], config.max_images, jnp.float32)
+    image_of = monoformer.image_one_hot(batch["image_ids"], noise.times.shape[1], jnp.float32)
     t = monoformer.to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
-    inputs = dict(batch) | {"patches": interpolate(batch["patches"], noise.noise, t)}
-    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    inputs = dict(batch) | {"patches": _noised(batch, noise.noise, t, config)}
+    mask = monoformer.attention_mask(config.model, batch)
     hidden, _ = model(inputs, noise.times, mask)
 
     logits = model.text_logits(hidden)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     text = jnp.sum(nll * batch["target_weights"]) / totals.text
 
-    velocity = model.image_output(hidden, batch["image_ids"], noise.times)
-    error = jnp.square(velocity - velocity_target(batch["patches"], noise.noise)).mean(-1)
+    output = model.image_output(hidden, batch["image_ids"], noise.times)
+    error = _error(output, batch["patches"], noise.noise, t, config).mean(-1)
     painted = (batch["denoise"] & (batch["kinds"] == PATCH)).astype(jnp.float32)
     patches = jnp.einsum("BL,BLI->BI", painted, image_of)
     per_image = jnp.einsum("BL,BLI->BI", painted * error, image_of) / jnp.maximum(patches, 1.0)
@@ -82,3 +89,21 @@ def loss_fn(
 
     loss = config.loss.text_weight * text + config.loss.image_weight * image
     return loss, {"text_loss": text, "image_loss": image}
+
+
+def _noised(batch: Batch, noise: jax.Array, t: jax.Array, config: Config) -> jax.Array:
+    """Patches [B, L, P] as the model sees them; those of context images are clean."""
+    if config.objective.kind == "rectified_flow":
+        return interpolate(batch["patches"], noise, t)
+    noised = ddpm.add_noise(batch["patches"], noise, ddpm.step_at(t), ddpm.make_schedule())
+    return jnp.where(batch["denoise"][..., None], noised, batch["patches"])
+
+
+def _error(output, clean, noise, t, config: Config) -> jax.Array:
+    """Loss [B, L, P] of every patch value, whether it is noised or not."""
+    predicted, variance = monoformer.split_output(output, config.model)
+    if config.objective.kind == "rectified_flow":
+        return jnp.square(predicted - velocity_target(clean, noise))
+    step, schedule = ddpm.step_at(t), ddpm.make_schedule()
+    squared, bound = ddpm.losses(clean, noise, predicted, variance, step, schedule)
+    return squared + bound

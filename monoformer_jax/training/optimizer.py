@@ -25,10 +25,10 @@ def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
     """
     c = config.optimizer
 
-    def is_matrix(names):
-        return sum(name != "layers" for name in names) > 1
+    def decays(names):
+        return c.decay_everything or sum(name != "layers" for name in names) > 1
 
-    mask = jax.tree.map(is_matrix, axes, is_leaf=lambda x: isinstance(x, tuple))
+    mask = jax.tree.map(decays, axes, is_leaf=lambda x: isinstance(x, tuple))
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(learning_rate(config), c.b1, c.b2, weight_decay=c.weight_decay, mask=mask),

@@ -84,8 +84,9 @@ def _train_step(state: TrainState, batch: Batch, config: Config):
     optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    # A short ramp, or the average would remember the random start.
-    decay = jnp.minimum(c.ema_decay, (1 + state.step) / (10 + state.step))
+    decay = c.ema_decay
+    if c.ema_ramp:
+        decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
     ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
     metrics = TrainMetrics.single_from_model_output(
         loss=loss,

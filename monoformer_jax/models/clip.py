@@ -1,0 +1,141 @@
+"""The vision tower of CLIP: pictures to one feature vector a patch, as LLaVA-like models see them.
+
+The features are the states before the last layer, without the class token and without the final norm.
+Source: Radford et al. (arXiv 2103.00020); layer by layer the same as the published weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from einops import rearrange
+from flax import nnx
+
+from monoformer_jax.config import require
+from monoformer_jax.nn.layers import Linear, parameter
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """The defaults are ViT-L/14 at 224 pixels: 256 patches of 1024 features."""
+
+    width: int = 1024
+    mlp_dim: int = 4096
+    num_layers: int = 24
+    num_heads: int = 16
+    patch_size: int = 14
+    image_size: int = 224
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        for whole, part in (("width", "num_heads"), ("image_size", "patch_size")):
+            a, b = getattr(self, whole), getattr(self, part)
+            require(a % b == 0, f"CLIP {whole}={a} is not a multiple of {part}={b}")
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(dim), axes=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x - x.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return y * self.scale[...] + self.bias[...]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention over all tokens and an MLP with the quick GELU, x σ(1.702 x)."""
+
+    def __init__(self, c: ClipConfig, rngs: nnx.Rngs):
+        D, F = c.width, c.mlp_dim
+        self.heads = c.num_heads
+        self.norm1 = LayerNorm(D, c.norm_eps)
+        self.q, self.k, self.v, self.out = (
+            Linear(D, D, ("embed", "embed_out"), rngs=rngs) for _ in range(4)
+        )
+        self.norm2 = LayerNorm(D, c.norm_eps)
+        self.up = Linear(D, F, ("embed", "mlp"), rngs=rngs)
+        self.down = Linear(F, D, ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.norm1(x)
+        q, k, v = (
+            rearrange(part(y), "B L (N H) -> B L N H", N=self.heads)
+            for part in (self.q, self.k, self.v)
+        )
+        scores = jnp.einsum("BLNH,BSNH->BNLS", q, k) * q.shape[-1] ** -0.5
+        out = jnp.einsum("BNLS,BSNH->BLNH", jax.nn.softmax(scores), v)
+        x = x + self.out(rearrange(out, "B L N H -> B L (N H)"))
+        y = self.up(self.norm2(x))
+        return x + self.down(y * jax.nn.sigmoid(1.702 * y))
+
+
+class ClipVision(nnx.Module):
+    """[B, h, w, 3] -> states of every layer; float32."""
+
+    def __init__(self, c: ClipConfig, *, rngs: nnx.Rngs):
+        D, pixels = c.width, 3 * c.patch_size**2
+        self.config = c
+        self.patch_embedding = parameter(rngs, (pixels, D), (None, "embed_out"), pixels**-0.5)
+        self.class_embedding = parameter(rngs, (D,), ("embed",), D**-0.5)
+        self.position_embedding = parameter(rngs, (1 + c.patches, D), (None, "embed"), D**-0.5)
+        self.norm_in = LayerNorm(D, c.norm_eps)
+        build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Layer(c, rngs)))
+        self.layers = build(rngs)
+        self.norm_out = LayerNorm(
+            D, c.norm_eps
+        )  # only of the pooled output, which is not used here
+
+    def states(self, images: jax.Array) -> jax.Array:
+        """[B, h, w, 3] as `preprocess` makes them -> [layers + 1, B, 1 + patches, D]."""
+        p = self.config.patch_size
+        x = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
+        x = x @ self.patch_embedding[...]
+        first = jnp.broadcast_to(self.class_embedding[...], (x.shape[0], 1, x.shape[2]))
+        x = jnp.concatenate([first, x], 1) + self.position_embedding[...]
+        x = self.norm_in(x)
+
+        def body(x, layer):
+            x = layer(x)
+            return x, x
+
+        _, states = jax.lax.scan(body, x, self.layers)
+        return jnp.concatenate([x[None], states])
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """[B, h, w, 3] -> [B, patches, D]."""
+        return self.states(images)[-2][:, 1:]
+
+
+def preprocess(image: PIL.Image.Image, c: ClipConfig) -> np.ndarray:
+    """Float32 [size, size, 3]: shorter side to `size` (bicubic), its centre, normalised."""
+    image = image.convert("RGB")
+    size, (width, height) = c.image_size, image.size
+    short = min(width, height)
+    image = image.resize((size * width // short, size * height // short), PIL.Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image, np.float32)[top : top + size, left : left + size] / 255
+    return (pixels - np.float32(MEAN)) / np.float32(STD)
+
+
+def init(c: ClipConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(ClipVision(c, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def bind(c: ClipConfig, params: dict) -> ClipVision:
+    """The model with these parameters; nothing is copied or computed."""
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: ClipVision(c, rngs=nnx.Rngs(0)))), params)

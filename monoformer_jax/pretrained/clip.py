@@ -1,0 +1,90 @@
+"""Key table of transformers' CLIPVisionModel, and its config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+
+from monoformer_jax.config import require
+from monoformer_jax.models.clip import ClipConfig
+from monoformer_jax.pretrained.table import Entry, transpose
+
+# The text half of a whole CLIP, and a buffer of older versions.
+IGNORED = r"text_model\..*|.*_projection\.weight|logit_scale|.*\.position_ids"
+
+
+def read_config(values: dict[str, Any], where: str | Path = "config.json") -> ClipConfig:
+    """Of the vision tower, alone or inside a whole CLIP.
+
+    Raises:
+      InputError: it is another kind of model.
+    """
+    values = values.get("vision_config", values)
+    require(
+        values.get("model_type") == "clip_vision_model",
+        f"{where}: model_type {values.get('model_type')!r} is not clip_vision_model",
+    )
+    act = values.get("hidden_act", "quick_gelu")
+    require(act == "quick_gelu", f"{where}: hidden_act must be quick_gelu, not {act!r}")
+    require(values.get("num_channels", 3) == 3, f"{where}: num_channels must be 3")
+    return ClipConfig(
+        width=values["hidden_size"],
+        mlp_dim=values["intermediate_size"],
+        num_layers=values["num_hidden_layers"],
+        num_heads=values["num_attention_heads"],
+        patch_size=values["patch_size"],
+        image_size=values["image_size"],
+        norm_eps=values.get("layer_norm_eps", 1e-5),
+    )
+
+
+def write_config(c: ClipConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "hidden_act": "quick_gelu",
+        "hidden_size": c.width,
+        "image_size": c.image_size,
+        "intermediate_size": c.mlp_dim,
+        "layer_norm_eps": c.norm_eps,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": c.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": c.num_layers,
+        "patch_size": c.patch_size,
+    }
+
+
+def table(c: ClipConfig) -> list[Entry]:
+    """An entry for every parameter of `clip.init`."""
+    p, top, layer = c.patch_size, "vision_model", "vision_model.encoder.layers.{}"
+
+    def read(x):
+        return rearrange(x, "D c p q -> (p q c) D")
+
+    def write(x):
+        return rearrange(x, "(p q c) D -> D c p q", p=p, q=p)
+
+    entries = [
+        Entry("patch_embedding", f"{top}.embeddings.patch_embedding.weight", read, write),
+        Entry("class_embedding", f"{top}.embeddings.class_embedding"),
+        Entry("position_embedding", f"{top}.embeddings.position_embedding.weight"),
+    ]
+    # "layrnorm" is how the published weights spell it.
+    norms = {
+        "norm_in": f"{top}.pre_layrnorm",
+        "norm_out": f"{top}.post_layernorm",
+        "layers/norm1": f"{layer}.layer_norm1",
+        "layers/norm2": f"{layer}.layer_norm2",
+    }
+    for ours, theirs in norms.items():
+        entries.append(Entry(f"{ours}/scale", f"{theirs}.weight"))
+        entries.append(Entry(f"{ours}/bias", f"{theirs}.bias"))
+    linears = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+               "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
+    for ours, theirs in linears.items():
+        name = f"{layer}.{theirs}"
+        entries.append(Entry(f"layers/{ours}/kernel", f"{name}.weight", transpose, transpose))
+        entries.append(Entry(f"layers/{ours}/bias", f"{name}.bias"))
+    return entries

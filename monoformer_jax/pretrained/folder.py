@@ -1,0 +1,135 @@
+"""Folders of weights as Hugging Face lays them out: reading any kind, and writing safetensors.
+
+model.safetensors                 or in shards, with model.safetensors.index.json
+pytorch_model.bin                 or in shards, with pytorch_model.bin.index.json
+diffusion_pytorch_model.*         the names that diffusers uses
+config.json
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from monoformer_jax.config import InputError, require
+from monoformer_jax.pretrained.table import Tensor
+from monoformer_jax.pretrained.torch_file import open_torch_file
+
+_STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "weights")
+_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+    "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises InputError where the file is missing or no JSON object."""
+    require(path.is_file(), f"{path.parent} has no {path.name}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is no JSON ({error})") from error
+    require(isinstance(values, dict), f"{path} is no JSON object")
+    return values
+
+
+def open_weights(folder: Path) -> dict[str, Tensor]:
+    """Name -> tensor of all the weights in a folder; values are read when asked for.
+
+    Raises:
+      InputError: no weights there, a missing or damaged shard, or a .bin with code in it.
+    """
+    require(folder.is_dir(), f"{folder} is no folder")
+    for end, reader in ((".safetensors", open_safetensors), (".bin", open_torch_file)):
+        for stem in _STEMS:
+            index = folder / f"{stem}{end}.index.json"
+            if index.is_file():
+                return _open_shards(index, reader)
+            file = folder / f"{stem}{end}"
+            if file.is_file():
+                return reader(file)
+    raise InputError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
+
+
+def _open_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    where = read_json(index).get("weight_map")
+    require(isinstance(where, dict), f"{index} has no weight_map")
+    shards = {name: index.parent / name for name in sorted(set(where.values()))}
+    missing = [name for name, path in shards.items() if not path.is_file()]
+    require(
+        not missing, f"{index.parent} lacks shards that {index.name} names: {', '.join(missing)}"
+    )
+    read = {name: reader(path) for name, path in shards.items()}
+    lost = [name for name, shard in where.items() if name not in read[shard]]
+    require(not lost, f"{index} places tensors where they are not: {', '.join(lost[:8])}")
+    return {name: read[shard][name] for name, shard in where.items()}
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """Raises InputError where the file is truncated or damaged."""
+    try:
+        file = safetensors.safe_open(path, framework="numpy")
+        found = {}
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            view = file.get_slice(name)
+            dtype = view.get_dtype()
+            require(dtype in _DTYPES, f"{path}: {name} is of type {dtype}, which is not read")
+            load = functools.partial(file.get_tensor, name)
+            found[name] = Tensor(tuple(view.get_shape()), np.dtype(_DTYPES[dtype]), load)
+        return found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error})") from error
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the tensors one after the other, so that one of them is in memory at a time."""
+    codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # which PyTorch's loaders ask for
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        entry = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name, tensor in tensors.items():
+            value = tensor.load()
+            if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                raise ValueError(f"{name} is {value.dtype}{value.shape}, not what was announced")
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when everything in it is whole.
+
+    Raises:
+      InputError: it exists already, or cannot be written: the disk is full, or no permission.
+    """
+    require(not path.exists(), f"{path} exists already; nothing was touched")
+    staging = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging.chmod(0o755)  # mkdtemp's own is private
+        yield staging
+        staging.rename(path)
+    except OSError as error:
+        raise InputError(f"{path} could not be written ({error}); nothing is left of it") from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,112 @@
+"""Key table of LLaMA-like models in Hugging Face's format (TinyLlama), and their config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monoformer_jax.config import InputError, ModelConfig, require
+from monoformer_jax.pretrained.table import Entry, transpose
+
+# Buffers that older versions saved beside the parameters.
+IGNORED = r".*rotary_emb\.inv_freq"
+
+
+def field(values: dict[str, Any], name: str, where: str | Path) -> Any:
+    """A key of a config.json that must be there."""
+    require(name in values, f"{where} has no {name}")
+    return values[name]
+
+
+def read_config(values: dict[str, Any], where: str | Path = "config.json") -> ModelConfig:
+    """The decoder of a LLaMA; its image parts have the defaults of the released MonoFormer.
+
+    Raises:
+      InputError: another kind of model, or a variant that is not computed here.
+    """
+    kind = values.get("model_type")
+    require(kind == "llama", f"{where}: model_type {kind!r} is not llama")
+    computed = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False,
+                "mlp_bias": False, "tie_word_embeddings": False}  # fmt: skip
+    for name, value in computed.items():
+        got = values.get(name, value)
+        require(got == value, f"{where}: {name}={got!r} is not computed here, only {value!r}")
+    heads, width = (field(values, name, where) for name in ("num_attention_heads", "hidden_size"))
+    try:
+        return ModelConfig(
+            vocab_size=field(values, "vocab_size", where),
+            num_layers=field(values, "num_hidden_layers", where),
+            embed_dim=width,
+            num_heads=heads,
+            num_kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or width // heads,
+            mlp_dim=field(values, "intermediate_size", where),
+            rope_theta=float(values.get("rope_theta", 10_000.0)),
+            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            channels=4,
+            patch_size=2,
+            learn_sigma=True,
+        )
+    except TypeError as error:
+        raise InputError(f"{where}: a size is no number ({error})") from error
+
+
+def write_config(c: ModelConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.embed_dim,
+        "intermediate_size": c.mlp_dim,
+        "max_position_embeddings": max_length,
+        "model_type": "llama",
+        "num_attention_heads": c.num_heads,
+        "num_hidden_layers": c.num_layers,
+        "num_key_value_heads": c.num_kv_heads,
+        "rms_norm_eps": c.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": False,
+        "vocab_size": c.vocab_size,
+    }
+
+
+def table(c: ModelConfig, vocab: int) -> list[Entry]:
+    """The text half of `models.monoformer`: embedding, decoder, text head.
+
+    Args:
+      vocab: rows of their tables. Ours are padded, so that they can be cut over devices; the padding
+        is 0 and never has probability.
+    """
+    N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
+    ours, theirs = "decoder/layers", "model.layers.{}"
+
+    def pad(x):
+        return np.pad(x, ((0, c.padded_vocab - len(x)), (0, 0)))
+
+    def heads(count):
+        return (lambda x: x.T.reshape(c.embed_dim, count, H),
+                lambda x: x.reshape(c.embed_dim, count * H).T)  # fmt: skip
+
+    entries = [
+        Entry("token_embedding", "model.embed_tokens.weight", pad, lambda x: x[:vocab]),
+        Entry("text_head", "lm_head.weight", lambda x: pad(x).T, lambda x: x.T[:vocab]),
+        Entry("decoder/norm/scale", "model.norm.weight"),
+        Entry(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
+        Entry(f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
+        Entry(
+            f"{ours}/attention/out", f"{theirs}.self_attn.o_proj.weight",
+            lambda x: x.T.reshape(N, H, c.embed_dim), lambda x: x.reshape(N * H, c.embed_dim).T,
+        ),
+    ]  # fmt: skip
+    for part, count in (("q", N), ("k", K), ("v", K)):
+        name = f"{theirs}.self_attn.{part}_proj.weight"
+        entries.append(Entry(f"{ours}/attention/{part}", name, *heads(count)))
+    for part in ("gate", "up", "down"):
+        name = f"{theirs}.mlp.{part}_proj.weight"
+        entries.append(Entry(f"{ours}/mlp/{part}", name, transpose, transpose))
+    return entries

@@ -1,0 +1,156 @@
+"""Key table of the original MonoFormer, and its config.json.
+
+Two things are solved here rather than in the model: the original cuts patches into the order
+(C, ph, pw) and reads its head's output as (ph, pw, C), so the head's columns are permuted; and its
+head interleaves noise and variance, which ours gives one after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+
+from monoformer_jax.config import ModelConfig, require
+from monoformer_jax.pretrained import llama
+from monoformer_jax.pretrained.llama import field
+from monoformer_jax.pretrained.table import Entry, Tensor, transpose
+
+# How the time enters. The original's other modes fail with a shape error in the original itself.
+_TIME = {"add_before_image_tokens": "token", "adaln_before_decoder": "modulation"}
+
+
+_FEATURES = "im_embedder.0.weight"
+IGNORED = llama.IGNORED
+
+
+def is_monoformer(values: dict[str, Any]) -> bool:
+    return "decoder_t_embed" in values
+
+
+def feature_dim(tensors: Mapping[str, Tensor]) -> int:
+    """Width of the vision encoder's features; 0 where the model has none. No config.json tells it."""
+    return tensors[_FEATURES].shape[-1] if _FEATURES in tensors else 0
+
+
+def latent_side(values: dict[str, Any], where: str | Path) -> int:
+    """Side of the latents; `image_size` is that of the pixels, eight times as many."""
+    return field(values, "image_size", where) // 8
+
+
+def read_config(
+    values: dict[str, Any], where: str | Path = "config.json", features: int = 0
+) -> ModelConfig:
+    """Every variant of the original that runs.
+
+    Args:
+      features: width of the vision encoder's features, see `feature_dim`; no key tells it.
+
+    Raises:
+      InputError: another kind of model, or a variant that the original itself cannot run.
+    """
+    base = llama.read_config(values, where)
+    mode = field(values, "decoder_t_embed", where)
+    require(
+        mode in _TIME,
+        f"{where}: decoder_t_embed={mode!r} cannot run in the original either; what can is "
+        f"{' and '.join(_TIME)}",
+    )
+    position = "none"
+    if values.get("use_pos_embed", True):
+        position = "every_layer" if values.get("add_pos_embed_each_layer") else "input"
+    return dataclasses.replace(
+        base,
+        channels=field(values, "in_channels", where),
+        patch_size=field(values, "patch_size", where),
+        learn_sigma=values.get("learn_sigma", True),
+        time_conditioning=_TIME[mode],
+        image_head="adaln" if values.get("use_adaln_final_layer", True) else "add",
+        position_embedding=position,
+        context_images="causal",
+        bidirectional_images=values.get("use_bi_attn_img_tokens", True),
+        feature_dim=features,
+    )
+
+
+def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
+    """config.json as the original reads it.
+
+    Args:
+      side: of the latents.
+      max_length: of a whole sequence.
+
+    Raises:
+      InputError: the original has no such model.
+    """
+    require(
+        c.context_images == "causal" or not c.feature_dim,
+        "the original cannot see context images in both directions: it has no "
+        "model.context_images='like_painted' with a vision encoder",
+    )
+    modes = {ours: theirs for theirs, ours in _TIME.items()}
+    values = llama.write_config(c, max_length) | {
+        "add_pos_embed_each_layer": c.position_embedding == "every_layer",
+        "architectures": ["MonoFormer"],
+        "decoder_t_embed": modes[c.time_conditioning],
+        "image_size": 8 * side,
+        "image_token_index": c.vocab_size - 3,
+        "in_channels": c.channels,
+        "learn_sigma": c.learn_sigma,
+        "patch_size": c.patch_size,
+        "tokenizer_max_length": max_length,
+        "tokenizer_padding_side": "right",
+        "use_adaln_final_layer": c.image_head == "adaln",
+        "use_bi_attn_img_tokens": c.bidirectional_images,
+        "use_flash_attn": False,
+        "use_pos_embed": c.position_embedding != "none",
+    }
+    if c.feature_dim:
+        values["vision_encoder"] = "clip"
+    return values
+
+
+def table(c: ModelConfig) -> list[Entry]:
+    """An entry for every parameter of `models.monoformer`."""
+    return [*llama.table(c, c.vocab_size), *_image_parts(c)]
+
+
+def _image_parts(c: ModelConfig) -> Iterator[Entry]:
+    yield from _linear("patch_embedding", "x_embedder")
+    yield from _linear("time_embedding/hidden", "t_embedder.mlp.0")
+    yield from _linear("time_embedding/out", "t_embedder.mlp.2")
+    if c.time_tokens:
+        yield from _linear("time_token/hidden", "t_projector.0")
+        yield from _linear("time_token/out", "t_projector.2")
+    else:
+        yield from _linear("input_modulation", "adaLN_module.1")
+    if c.feature_dim:
+        yield from _linear("feature_projector/hidden", "im_embedder.0")
+        yield from _linear("feature_projector/out", "im_embedder.2")
+    head = "adaLN_modulation" if c.image_head == "adaln" else "mlp"
+    yield from _linear("image_head/modulation", f"final_layer.{head}.1")
+    yield from _head(c)
+
+
+def _head(c: ModelConfig) -> Iterator[Entry]:
+    p, halves = c.patch_size, 2 if c.learn_sigma else 1
+    theirs, ours = "(p q k C) ...", "(k C p q) ..."
+    sizes = {"p": p, "q": p, "k": halves}
+
+    def read(x):
+        x = rearrange(x, f"{theirs} -> {ours}", **sizes)
+        return x.T
+
+    def write(x):
+        return rearrange(x.T, f"{ours} -> {theirs}", **sizes)
+
+    yield Entry("image_head/out/kernel", "final_layer.linear.weight", read, write)
+    yield Entry("image_head/out/bias", "final_layer.linear.bias", read, write)
+
+
+def _linear(ours: str, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{ours}/kernel", f"{theirs}.weight", transpose, transpose)
+    yield Entry(f"{ours}/bias", f"{theirs}.bias")

@@ -1,0 +1,167 @@
+"""Key tables: which tensor of a foreign folder is which parameter of ours, both ways.
+
+A table is a list of entries, one a parameter. A parameter of a scanned stack is many tensors, one a
+layer. Whatever does not fit - a name that is missing, that nobody asked for, or of another shape -
+is collected and reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from monoformer_jax.config import InputError
+
+_SHOWN = 20  # lines of an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An array that is described first and read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]  # reads the values; nothing is kept
+
+
+def same(x):
+    return x
+
+
+def transpose(x):
+    """PyTorch's Linear is [out, in]; ours is [in, out]."""
+    return x.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One parameter of ours.
+
+    Attributes:
+      path: of the parameter, "decoder/layers/mlp/up".
+      name: of the tensor; with "{}" for the number of the layer it is one tensor a layer, and ours
+        has them stacked on its first axis.
+      read: their array -> ours, of one layer.
+      write: ours -> theirs, the inverse; it must also work on abstract arrays.
+      alias: another name of the same tensor, as older files have it.
+    """
+
+    path: str
+    name: str
+    read: Callable[[Any], Any] = same
+    write: Callable[[Any], Any] = same
+    alias: str | None = None
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Nested dict -> {"a/b/c": leaf}, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def read_tree(
+    table: Sequence[Entry],
+    tensors: Mapping[str, Tensor],
+    target: Any,
+    *,
+    ignored: str = "",
+    source: str = "the folder",
+    progress: Callable[[Sequence], Any] = same,
+) -> Any:
+    """The parameters, float32, in the tree of `target`; one tensor is read at a time.
+
+    Args:
+      table: an entry for every leaf of `target`.
+      tensors: what the folder holds, see `folder.open_weights`.
+      target: tree of arrays or ShapeDtypeStructs.
+      ignored: pattern of names that hold no parameter, such as buffers of older versions.
+      source: what the error calls the folder.
+      progress: wraps the parameters as they are read, such as a tqdm.
+
+    Raises:
+      InputError: every name that is missing, unknown or of another shape, in one message; or a
+        tensor that cannot be read.
+    """
+    shapes = by_path(target)
+    entries = {entry.path: entry for entry in table}
+    if entries.keys() != shapes.keys():  # the table itself is wrong: no user can mend that
+        raise ValueError(f"table and parameters differ: {sorted(entries.keys() ^ shapes.keys())}")
+    plan, problems, used = {}, [], set()
+    for path, leaf in shapes.items():
+        found = [_find(tensors, name, alias) for name, alias in _names(entries[path], leaf)]
+        want = _their_shape(entries[path], leaf)
+        for (name, _), tensor in zip(_names(entries[path], leaf), found):
+            if tensor is None:
+                problems.append(f"missing {name} {list(want)} (our {path})")
+            else:
+                used.add(tensor)
+                if tensors[tensor].shape != want:
+                    there = list(tensors[tensor].shape)
+                    problems.append(f"{tensor} is {there}, expected {list(want)} (our {path})")
+        plan[path] = found
+    strangers = [n for n in tensors if n not in used and not (ignored and re.fullmatch(ignored, n))]
+    problems += [f"unknown {name} {list(tensors[name].shape)}" for name in strangers]
+    if problems:
+        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+        raise InputError(
+            f"{source} does not fit: {len(problems)} tensors are missing, unknown or of another "
+            f"shape{listed}{more}"
+        )
+    values = [
+        _read(entries[path], [tensors[name] for name in plan[path]], shapes[path])
+        for path in progress(list(shapes))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), values)
+
+
+def write_tensors(table: Sequence[Entry], params: Any, dtype: np.dtype) -> dict[str, Tensor]:
+    """Their names -> tensors made on demand from our parameters (arrays or abstract ones)."""
+    leaves = by_path(params)
+    tensors = {}
+    for entry in table:
+        leaf = leaves[entry.path]
+        shape = _their_shape(entry, leaf)
+        for number, (name, _) in enumerate(_names(entry, leaf)):
+            index = number if entry.stacked else ...
+            load = functools.partial(_written, entry, leaf, index, dtype)
+            tensors[name] = Tensor(shape, np.dtype(dtype), load)
+    return tensors
+
+
+def _written(entry: Entry, leaf, index, dtype) -> np.ndarray:
+    return np.asarray(entry.write(np.asarray(leaf[index]))).astype(dtype)
+
+
+def _names(entry: Entry, leaf) -> list[tuple[str, str | None]]:
+    """(name, alias) of each tensor of a parameter."""
+    if not entry.stacked:
+        return [(entry.name, entry.alias)]
+    alias = entry.alias
+    return [(entry.name.format(i), alias and alias.format(i)) for i in range(leaf.shape[0])]
+
+
+def _find(tensors: Mapping[str, Tensor], name: str, alias: str | None) -> str | None:
+    return next((n for n in (name, alias) if n in tensors), None)
+
+
+def _their_shape(entry: Entry, leaf) -> tuple[int, ...]:
+    shape = leaf.shape[1:] if entry.stacked else leaf.shape
+    return jax.eval_shape(entry.write, jax.ShapeDtypeStruct(shape, np.float32)).shape
+
+
+def _read(entry: Entry, tensors: Sequence[Tensor], leaf) -> np.ndarray:
+    value = np.empty(leaf.shape, np.float32)
+    for index, tensor in enumerate(tensors):
+        value[index if entry.stacked else ...] = entry.read(tensor.load())
+    return value

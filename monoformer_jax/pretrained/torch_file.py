@@ -1,0 +1,141 @@
+"""pytorch_model.bin without torch: a zip of raw storages and a pickle that names them.
+
+A pickle is a program. This reader knows only the handful of calls that rebuild tensors; a file that
+asks for anything else is refused before that thing is even imported.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import math
+import pickle
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from monoformer_jax.config import InputError, require
+from monoformer_jax.pretrained.table import Tensor
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+def open_torch_file(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a state dict saved by torch.save (1.6 or later); values are read on demand.
+
+    Raises:
+      InputError: not such a file, damaged, holding something else than tensors, or asking for code.
+    """
+    require(
+        zipfile.is_zipfile(path),
+        f"{path} is damaged, or older than PyTorch 1.6: it is no zip archive; save it again there",
+    )
+    try:
+        archive = zipfile.ZipFile(path)
+        (listing,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        reader = _Unpickler(path, archive, listing.removesuffix("data.pkl"))
+        found = reader.load()
+    except InputError:
+        raise
+    except Exception as error:  # whatever a broken pickle makes Python raise
+        raise InputError(
+            f"{path} is damaged and cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    require(
+        isinstance(found, dict)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()),
+        f"{path} holds something else than a dict of tensors",
+    )
+    return dict(found)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits what rebuilds tensors, and refuses every other name without importing it."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")), encoding="utf-8")
+        self._path, self._archive, self._prefix = path, archive, prefix
+        order = f"{prefix}byteorder"
+        if order in archive.namelist():
+            require(archive.read(order) == b"little", f"{path} is big-endian, which is not read")
+        # Fresh objects for every file, so that nothing it does to them can outlive it.
+        self._known = {
+            ("collections", "OrderedDict"): type("Dict", (collections.OrderedDict,), {}),
+            ("torch._utils", "_rebuild_tensor_v2"): functools.partial(_rebuild, path),
+            ("torch._utils", "_rebuild_parameter"): functools.partial(_rebuild_parameter),
+        }
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
+        require(
+            (module, name) in self._known,
+            f"{self._path} is refused: its pickle asks for {module}.{name}, which is code and no "
+            "tensor; nothing of it was run",
+        )
+        return self._known[module, name]
+
+    def persistent_load(self, identity):
+        kind, dtype, key, _, count = identity
+        require(
+            kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str),
+            f"{self._path} is damaged: it names a storage of an unknown kind",
+        )
+        return _Storage(self._archive, f"{self._prefix}data/{key}", dtype, int(count))
+
+
+class _Storage:
+    """A flat run of numbers inside the archive."""
+
+    def __init__(self, archive: zipfile.ZipFile, entry: str, dtype: np.dtype, count: int):
+        require(
+            entry in archive.NameToInfo
+            and archive.getinfo(entry).file_size >= count * dtype.itemsize,
+            f"{archive.filename} is damaged: {entry} is missing or too short",
+        )
+        self.archive, self.entry, self.dtype, self.count = archive, entry, dtype, count
+
+    def read(self) -> np.ndarray:
+        try:
+            return np.frombuffer(self.archive.read(self.entry), self.dtype, self.count)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(
+                f"{self.archive.filename} is damaged: {self.entry} cannot be read ({error})"
+            ) from error
+
+
+def _rebuild(path, storage, offset, shape, strides, *_) -> Tensor:
+    """A strided view of a storage."""
+    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    require(
+        isinstance(storage, _Storage)
+        and min((offset, *shape, *strides), default=0) >= 0
+        and (math.prod(shape) == 0 or last < storage.count),
+        f"{path} is damaged: a tensor reaches outside its storage",
+    )
+
+    def load() -> np.ndarray:
+        steps = [stride * storage.dtype.itemsize for stride in strides]
+        flat = storage.read()[offset:]
+        return np.lib.stride_tricks.as_strided(flat, shape, steps).copy()
+
+    return Tensor(tuple(shape), storage.dtype, load)
+
+
+def _rebuild_parameter(tensor, *_) -> Tensor:
+    return tensor

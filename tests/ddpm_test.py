@@ -1,0 +1,78 @@
+"""DDPM: gradients of its loss, samplers against closed forms; parity_vision_test has the numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REFERENCE
+
+from monoformer_jax.config import InputError
+from monoformer_jax.diffusion import ddpm
+
+RECORDED = np.load(REFERENCE / "diffusion" / "io.npz")
+
+
+def loss_case():
+    """Recorded arrays channels-last, so that ε and the variance are halves of the last axis."""
+    x, noise, output, x_t = (
+        np.moveaxis(RECORDED[f"loss/{key}"], 1, -1)
+        for key in ("x_start", "noise", "model_output", "x_t")
+    )
+    predicted, variance = np.split(output, 2, axis=-1)
+    return x, noise, predicted, variance, RECORDED["loss/t"][:, None, None, None], x_t
+
+
+def test_the_bound_teaches_the_variance_and_not_the_mean():
+    x, noise, predicted, variance, step, *_ = loss_case()
+    schedule = ddpm.make_schedule()
+
+    def bound(predicted, variance):
+        return ddpm.losses(x, noise, predicted, variance, step, schedule)[1].sum()
+
+    to_mean, to_variance = jax.grad(bound, (0, 1))(jnp.asarray(predicted), jnp.asarray(variance))
+    assert (to_mean == 0).all()
+    assert jnp.isfinite(to_variance).all() and (to_variance != 0).any(axis=(1, 2, 3)).all()
+
+
+def test_the_clock_gives_every_step_back():
+    steps = np.arange(ddpm.STEPS)
+    again = np.asarray(1000.0 * ddpm.clock(steps))
+    assert (again != steps).sum() <= 10
+    np.testing.assert_allclose(again, steps, rtol=1.2e-7)
+    np.testing.assert_array_equal(ddpm.step_at(ddpm.clock(steps)), steps)
+
+
+@pytest.mark.parametrize("sections", ["0", "1001", "ten", "ddim0", "ddim999", "ddim", "10,900,1"])
+def test_a_respacing_that_cannot_be_is_one_sentence(sections):
+    with pytest.raises(InputError, match=f"respacing '{sections}' does not divide a chain of 1000"):
+        ddpm.make_schedule(sections)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_samplers_recover_a_known_image(learned):
+    """With the one true ε of every x_k, each chain ends at the image whatever is drawn."""
+    image = jnp.linspace(-0.9, 0.9, 8)
+    whole = ddpm.make_schedule()
+    products = jnp.asarray(whole.alphas_cumprod, jnp.float32)
+
+    def predict(x, t):
+        a = products[jnp.rint(1000 * t).astype(int)]
+        return (x - jnp.sqrt(a) * image) / jnp.sqrt(1 - a), jnp.zeros(8) if learned else None
+
+    noise = jax.random.normal(jax.random.key(0), (8,))
+    for sections in (1, 20, "ddim25", 1000):
+        chain = ddpm.make_schedule(sections)
+        drawn = ddpm.ancestral(
+            predict, noise, lambda i: jax.random.normal(jax.random.key(i), (8,)), chain, clip=True
+        )
+        np.testing.assert_allclose(drawn, image, atol=1e-3)
+        np.testing.assert_allclose(ddpm.ddim(predict, noise, chain), image, atol=1e-3)
+
+
+def test_without_learned_sigma_there_is_no_bound():
+    x, noise, predicted, _, step, x_t = loss_case()
+    schedule = ddpm.make_schedule()
+    squared, bound = ddpm.losses(x, noise, predicted, None, step, schedule)
+    assert (bound == 0).all() and (squared > 0).any()
+    got = ddpm.reverse(x_t, predicted, None, np.array(7), schedule)
+    np.testing.assert_allclose(got.log_variance, np.log(schedule.betas[7]), rtol=1e-6)

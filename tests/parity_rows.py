@@ -1,0 +1,172 @@
+"""A recorded training case as a batch of ours: what the original does to rows of ids, images and flags.
+
+Each `<image>` id becomes its time token and patches; flag 0 is an image to paint, flag 1 one to look
+at. Rows are cut at the longest length. Two oddities of the original's cutting are kept for the
+comparison: a row whose image is cut counts as text, and an image that reaches the end loses the
+position of its last patch.
+"""
+
+import dataclasses
+
+import numpy as np
+from einops import rearrange
+from fixtures import channels_last
+
+from monoformer_jax.batch import PAD, PATCH, TEXT, TIME, patchify
+from monoformer_jax.diffusion import ddpm
+from monoformer_jax.models import monoformer
+from monoformer_jax.training.losses import Noise
+
+IGNORED_LABEL = -100
+
+
+@dataclasses.dataclass
+class Rows:
+    batch: dict
+    noise: Noise
+    valid: np.ndarray  # bool [B, L], tokens that are no padding
+    painted: list  # rows with a denoised image, in order
+    steps: np.ndarray  # int [len(painted)]
+    lost_positions: list  # (row, token) of patches that lost their position
+
+
+def build(folder, case, model):
+    """Args:
+    model: the ModelConfig.
+    """
+    special = folder.config["special_tokens"]
+    make = _Maker(case, model, special, folder.config["tokenizer_max_length"])
+    return make.rows()
+
+
+class _Maker:
+    def __init__(self, case, model, special, max_length):
+        self.case, self.model, self.special = case, model, special
+        self.max_length = max_length
+        self.features = iter(case.get("vision_features", ()))
+        self.lost, self.painted = [], []
+
+    def rows(self):
+        made = [self.row(i) for i in range(len(self.case["input_ids"]))]
+        length = max(len(row["tokens"]) for row in made)
+        images = max(1, max(row["image_ids"].max(initial=0) for row in made))
+        pad = {"tokens": self.special["pad"], "targets": self.special["pad"]}
+        batch = {}
+        for name in made[0]:
+            arrays = [row[name] for row in made]
+            widths = [[(0, length - len(a))] + [(0, 0)] * (a.ndim - 1) for a in arrays]
+            padded = [
+                np.pad(a, w, constant_values=pad.get(name, 0)) for a, w in zip(arrays, widths)
+            ]
+            batch[name] = np.stack(padded)
+        t = self.case["t"]
+        times = np.repeat(np.asarray(ddpm.clock(t))[:, None], images, 1)
+        noise = Noise(times, batch.pop("noise"))
+        valid = batch["kinds"] != PAD
+        steps = t[self.painted]
+        return Rows(batch, noise, valid, self.painted, steps, self.lost)
+
+    def row(self, i):
+        case = self.case
+        flags = [flag for flag in case["flags"][i] if flag >= 0]
+        parts, labels, images = [], [], 0
+        for token, label, mask in zip(
+            case["input_ids"][i], case["labels"][i], case["attention_mask"][i]
+        ):
+            if not mask:
+                continue
+            if token != self.special["image"]:
+                parts.append(self.streams([token], TEXT))
+                labels.append([label])
+                continue
+            painted = flags[images] == 0
+            images += 1
+            parts.append(self.image(i, painted, images))
+            labels.append([IGNORED_LABEL] * len(parts[-1]["tokens"]))
+        row = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        labels = np.concatenate(labels)
+        is_cut = self.cut(row, i)
+        row = {name: stream[: self.max_length] for name, stream in row.items()}
+        labels = labels[: self.max_length]
+        n = len(labels)
+        row["segment_ids"], row["positions"] = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
+        if row["denoise"].any() and not is_cut:
+            self.painted.append(i)
+            labels = np.full(n, IGNORED_LABEL)  # painted rows have no text loss in the original
+        nxt = np.append(labels[1:], IGNORED_LABEL)
+        row["target_weights"] = (nxt != IGNORED_LABEL).astype(np.float32)
+        row["targets"] = np.where(nxt == IGNORED_LABEL, 0, nxt).astype(np.int32)
+        return row
+
+    def cut(self, row, i):
+        """Whether an image is cut off; an image up to the end loses the position of its last patch."""
+        over = np.flatnonzero(row["denoise"])
+        if not len(over):
+            return False
+        end = self.max_length - 1
+        if over[-1] >= end and row["denoise"][end] and row["kinds"][end] == PATCH:
+            self.lost.append((i, end))
+        return over[-1] > end
+
+    def image(self, i, painted, number):
+        first, p = self.model.time_tokens, self.model.patch_size
+        if painted:
+            clean, grid = patchify(channels_last(self.case["x_start"][i]), p)
+            noise, _ = patchify(channels_last(self.case["noise"][i]), p)
+            n = len(clean)
+        else:
+            features = next(self.features)
+            n = len(features)
+        streams = self.streams([self.special["image"]] * (first + n), PATCH)
+        streams["kinds"][:first] = TIME
+        streams["image_ids"][:] = number
+        if painted:
+            streams["denoise"][:] = True
+            streams["patches"][first:], streams["noise"][first:] = clean, noise
+            streams["grid"][first:] = grid
+        else:
+            streams["features"][first:] = features
+        return streams
+
+    def streams(self, tokens, kind):
+        n, P, F = len(tokens), self.model.patch_dim, self.model.feature_dim
+        return {
+            "tokens": np.asarray(tokens, np.int32),
+            "kinds": np.full(n, kind, np.int32),
+            "image_ids": np.zeros(n, np.int32),
+            "denoise": np.zeros(n, bool),
+            "patches": np.zeros((n, P), np.float32),
+            "noise": np.zeros((n, P), np.float32),
+            "grid": np.zeros((n, 2), np.int32),
+            "features": np.zeros((n, F), np.float32),
+        }
+
+
+def forward(model, rows, seen):
+    """Logits, image output and hidden states of a batch whose patches are `seen`."""
+    inputs = rows.batch | {"patches": seen}
+    hidden = model.embed(inputs, rows.noise.times)
+    for row, token in rows.lost_positions:
+        grid = rows.batch["grid"][row, token]
+        position = monoformer.grid_embedding(grid, model.config.embed_dim)
+        hidden = hidden.at[row, token].add(-position)
+    mask = monoformer.attention_mask(model.config, inputs)
+    again = None
+    if model.config.position_embedding == "every_layer":
+        again = model.position(inputs, hidden.dtype)
+    hidden, _ = model.decoder(hidden, inputs["positions"], mask, None, again)
+    output = model.image_output(hidden, rows.batch["image_ids"], rows.noise.times)
+    return model.text_logits(hidden), output
+
+
+def pictures(patches, rows, model, side):
+    """[B, L, n P] of the painted rows -> [rows, n C, h, w], as the original has them."""
+    made = []
+    for row in rows.painted:
+        here = np.flatnonzero(rows.batch["denoise"][row] & (rows.batch["kinds"][row] == PATCH))
+        last = here[rows.batch["image_ids"][row][here] == rows.batch["image_ids"][row][here].max()]
+        made.append(rearrange(
+            np.asarray(patches)[row, last], "(h w) (k C p q) -> (k C) (h p) (w q)",
+            h=side // model.patch_size, C=model.channels, p=model.patch_size, q=model.patch_size,
+        ))  # fmt: skip
+    return np.stack(made) if made else np.zeros((0,))
