@@ -17,12 +17,12 @@ from monoformer_jax.attention import IntervalMask, attend
 from monoformer_jax.bench.topology import abstract, one_chip
 
 
-def layer(head_dim: int, mesh):
+def layer(head_dim: int):
     """Projections, attention and the output projection, with nothing in between."""
 
     def run(x, wq, wk, wv, wo, start, stop):
         heads = [(x @ w).reshape(*x.shape[:2], -1, head_dim) for w in (wq, wk, wv)]
-        out = attend(*heads, IntervalMask(start, stop), impl="tpu", mesh=mesh)
+        out = attend(*heads, IntervalMask(start, stop), impl="tpu")
         return out.reshape(*x.shape[:2], -1) @ wo
 
     return run
@@ -60,7 +60,7 @@ def compile_case(topology: str, case: str) -> dict:
     shapes = [(batch, length, embed), (embed, width), (embed, kv_width), (embed, kv_width)]
     arguments = [abstract(mesh, shape, dtype) for shape in [*shapes, (width, embed)]]
     arguments += [abstract(mesh, (batch, length), jnp.int32)] * 2
-    run = layer(head_dim, mesh)
+    run = layer(head_dim)
     if direction == "both":
 
         def loss(*arguments):
@@ -69,7 +69,8 @@ def compile_case(topology: str, case: str) -> dict:
         function = jax.grad(loss, argnums=(0, 1, 2, 3, 4))
     else:
         function = run
-    compiled = jax.jit(function).lower(*arguments).compile()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function).lower(*arguments).compile()
     text = compiled.as_text()
     sizes = (batch * length * width, batch * length * kv_width)
     return {

@@ -190,13 +190,14 @@ def compile_for(chip: str, head_dim: int, length: int) -> None:
 
     def loss(q, k, v, start, stop):
         q, k, v = (x.reshape(1, length, -1, head_dim) for x in (q, k, v))
-        out = attend(q, k, v, IntervalMask(start, stop), impl="tpu", mesh=mesh)
+        out = attend(q, k, v, IntervalMask(start, stop), impl="tpu")
         return (out.astype(jnp.float32) ** 2).sum()
 
     query = abstract(mesh, (1, length, kv_heads * groups * head_dim), jnp.bfloat16)
     key = abstract(mesh, (1, length, kv_heads * head_dim), jnp.bfloat16)
     row = abstract(mesh, (1, length), jnp.int32)
-    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, row, row).compile()
+    with jax.set_mesh(mesh):
+        jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, key, key, row, row).compile()
 
 
 if __name__ == "__main__":
