@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
 
-def one_chip(topology: str) -> Mesh:
-    """A mesh of the first device of a topology such as "v5e:2x2".
+def all_chips(topology: str) -> list[jax.Device]:
+    """The devices of a topology such as "v5e:2x2", to compile for.
 
     libtpu must be installed; it looks for no TPU and lets several processes compile at once.
     """
@@ -23,8 +23,13 @@ def one_chip(topology: str) -> Mesh:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def one_chip(topology: str) -> Mesh:
+    """A mesh of the first device of a topology."""
+    devices = np.array(all_chips(topology)[:1]).reshape(1, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:

@@ -1,0 +1,46 @@
+"""The whole train step compiled for a TPU slice that is not there, the fused kernels cut along it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+
+
+def compile_step() -> None:
+    """What the test runs in a process of its own: a 4-chip v5e slice, fsdp 2 and tensor 2."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from monoformer_jax import batch as contract
+    from monoformer_jax.bench.topology import all_chips
+    from monoformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+    from monoformer_jax.parallel import BATCH, make_mesh
+    from monoformer_jax.training.state import abstract_state, make_train_step
+
+    model = ModelConfig(num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=64,
+                        mlp_dim=512, channels=4)  # fmt: skip
+    config = Config(batch_size=4, model=model, data=DataConfig(image_size=32, row_length=1024))
+    mesh = make_mesh(MeshConfig(1, 2, 2), all_chips("v5e:2x2"))
+    fields = contract.spec(config.batch_size, config.data.row_length, model.patch_dim)
+    rows = NamedSharding(mesh, BATCH)
+    batch = {k: jax.ShapeDtypeStruct(f.shape, f.dtype, sharding=rows) for k, f in fields.items()}
+    compiled = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+    text = compiled.as_text()
+    assert "interval_attention_forward" in text and "interval_attention_backward" in text
+    # Two rows a chip; one layer's dense float32 scores would be 2 · 4 heads · 1024² · 4 bytes.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 1024**2 * 4
+
+
+@pytest.mark.slow
+def test_the_train_step_compiles_for_a_tpu_slice_with_the_fused_kernels():
+    done = subprocess.run(
+        [sys.executable, "-c", "import training_compile_test as t; t.compile_step()"],
+        cwd=os.path.dirname(__file__),
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
