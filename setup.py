@@ -42,7 +42,14 @@ setup(
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "demo": DEMO,
         "hub": ["huggingface_hub>=0.24"],
-        "test": [*DEMO, *COMPILERS, "pytest>=8", "ruff>=0.8", "tensorboard>=2.18"],
+        "test": [
+            *DEMO,
+            *COMPILERS,
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.8",
+            "tensorboard>=2.18",
+        ],
     },
     entry_points={"console_scripts": ["monoformer=monoformer_jax.__main__:main"]},
 )
