@@ -26,11 +26,14 @@ TOPOLOGIES = {
 FAST = ["1,512,2,4,128,bfloat16,both"]
 CASES = [
     "2,512,4,8,64,bfloat16,forward",
+    "1,32768,1,4,128,bfloat16,both",
+    "1,32768,2,8,64,bfloat16,both",
+]
+# On the chip with the least VMEM, where all of this is tightest.
+MORE = [
     "2,4096,2,1,256,bfloat16,both",
     "1,4096,1,4,128,float32,both",
     "1,32768,1,4,128,bfloat16,forward",
-    "1,32768,1,4,128,bfloat16,both",
-    "1,32768,2,8,64,bfloat16,both",
 ]
 
 
@@ -70,4 +73,5 @@ def test_a_layer_compiles(chip):
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_every_chip_compiles_rows_up_to_32k(chip):
     """Forward and both passes, 512 to 32768 tokens, all head dims, both dtypes."""
-    check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], CASES))
+    cases = CASES + (MORE if chip == "v4" else [])
+    check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], cases))
