@@ -31,12 +31,14 @@ def dense_attention(
     q = rearrange(q, "B L (K G) H -> B L K G H", K=kv_heads)
     scores = jnp.einsum("BLKGH,BSKH->BKGLS", q, k, preferred_element_type=jnp.float32) * scale
     scores = jnp.where(allowed, scores, EMPTY_LSE)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.where(allowed, jnp.exp(scores - top), 0.0)
+    # A maximum above EMPTY_LSE makes every masked weight exp(-huge) = 0, in empty rows too.
+    top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), EMPTY_LSE / 10)
+    weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     safe = jnp.where(total > 0, total, 1.0)
     lse = jnp.where(total > 0, top + jnp.log(safe), EMPTY_LSE)
-    weights = (weights / safe).astype(v.dtype)
+    weights = weights.astype(v.dtype)
     out = jnp.einsum("BKGLS,BSKH->BLKGH", weights, v, preferred_element_type=jnp.float32)
+    out = out / rearrange(safe, "B K G L 1 -> B L K G 1")
     out = rearrange(out, "B L K G H -> B L (K G) H").astype(q.dtype)
     return out, rearrange(lse, "B K G L 1 -> B L (K G)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from monoformer_jax.attention import IntervalMask, attend
@@ -83,16 +84,21 @@ class Attention(nnx.Module):
         index … index + L, the mask ranges over all S slots, and the new cache is returned.
         """
         c, dtype = self.config, x.dtype
-        q = jnp.einsum("BLD,DNH->BLNH", x, self.q[...].astype(dtype))
-        k = jnp.einsum("BLD,DKH->BLKH", x, self.k[...].astype(dtype))
-        v = jnp.einsum("BLD,DKH->BLKH", x, self.v[...].astype(dtype))
+
+        def project(kernel):
+            # As [D, N·H], so that the kernels take the product as it comes, with no copy to transpose.
+            y = x @ rearrange(kernel[...].astype(dtype), "D N H -> D (N H)")
+            return rearrange(y, "B L (N H) -> B L N H", H=c.head_dim)
+
+        q, k, v = project(self.q), project(self.k), project(self.v)
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
         out = attend(q, k, v, mask, impl=c.attention)
-        return jnp.einsum("BLNH,NHD->BLD", out, self.out[...].astype(dtype)), cache
+        out = rearrange(out, "B L N H -> B L (N H)")
+        return out @ rearrange(self.out[...].astype(dtype), "N H D -> (N H) D"), cache
 
 
 class SwiGLU(nnx.Module):
