@@ -26,6 +26,7 @@ from monoformer_jax.pretrained.folder import open_weights, read_json
 from monoformer_jax.pretrained.table import Entry, Tensor, read_tree, same
 
 SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|> follow the vocabulary of a LLaMA
+OURS = "monoformer_jax"  # key of config.json for our whole config, in folders that we wrote
 _NEW_ROW_STDDEV = 0.02  # what LLaMA's own rows started with
 
 
@@ -45,6 +46,7 @@ class Pretrained:
     table: Sequence[Entry]
     tensors: Mapping[str, Tensor]
     ignored: str
+    trained_here: bool = False  # config.json holds the whole config of one of our runs
 
     def read(self, seed: int = 0, progress: Callable[[Sequence], Any] = same) -> dict:
         """All parameters, float32 [see models.monoformer.init].
@@ -85,6 +87,10 @@ def open_pretrained(folder: Path) -> Pretrained:
     require(folder.is_dir(), f"{folder} is no folder")
     where = folder / "config.json"
     values, tensors = read_json(where), open_weights(folder)
+    if original.is_monoformer(values) and OURS in values:
+        config = Config.from_dict(values[OURS])
+        table = original.table(config.model)
+        return Pretrained(folder, config, table, tensors, llama.IGNORED, trained_here=True)
     if original.is_monoformer(values):
         model = original.read_config(values, where, original.feature_dim(tensors))
         length = llama.field(values, "tokenizer_max_length", where)
