@@ -32,6 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--count", type=int, default=1, help="samples of each prompt (default 1)")
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid of pictures")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        help="JSON list of ImageNet's 1000 names; the prompts are its numbers",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompts into the original's chat template"
+    )
     parser.add_argument("--paint", action="store_true", help="paint right after the prompts")
     parser.add_argument(
         "--vae", type=Path, help="folder of the autoencoder, for a model of latents"
@@ -65,7 +73,8 @@ def main(args: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(config.data, args.workdir, config.model.vocab_size)
     show = _decoder(args.vae, config.model.channels)
     shown = [Image(_read_image(args.image, config), denoise=False)] if args.image else []
-    prompts = [[prompt, *shown] for prompt in args.prompt for _ in range(args.count)]
+    words = _words(args.prompt, args.labels, args.chat)
+    prompts = [[prompt, *shown] for prompt in words for _ in range(args.count)]
 
     answers, painted = [], prompts
     if not args.paint:
@@ -85,6 +94,22 @@ def main(args: argparse.Namespace) -> None:
         )
         _write_grid(args.out, show(images), columns=args.count)
         print(f"{len(painted)} picture(s) in {args.out}")
+
+
+def _words(prompts: list[str], labels: Path | None, chat: bool) -> list[str]:
+    """The prompts as the model was trained to be asked."""
+    from monoformer_jax.config import require
+    from monoformer_jax.data import prompts as said
+
+    if labels is not None:
+        names = said.read_labels(labels)
+        for prompt in prompts:
+            require(
+                prompt.isdecimal() and int(prompt) < len(names),
+                f"--prompt={prompt}: with --labels it is the number of a class, 0 to 999",
+            )
+        prompts = [said.class_prompts(names[int(prompt)])[0] for prompt in prompts]
+    return [said.chat(prompt) for prompt in prompts] if chat else prompts
 
 
 def _read_image(path: Path, config):

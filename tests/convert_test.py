@@ -159,9 +159,15 @@ def test_sample_from_a_converted_folder(workdir, tmp_path):
     assert "1 picture(s)" in out and (tmp_path / "a.png").stat().st_size > 100
     out = run(
         "sample", f"--workdir={workdir}", "--prompt=w17 w40", "--max_tokens=4",
-        f"--out={tmp_path / 'b.png'}", "--steps=3", f"--vae={REFERENCE / 'vae_tiny16'}",
+        f"--out={tmp_path / 'b.png'}", "--steps=3", f"--vae={REFERENCE / 'vae_tiny16'}", "--chat",
     )  # fmt: skip
-    assert out.startswith("'w17 w40' -> ")
+    assert out.startswith("'### Human: w17 w40### Assistant: ' -> ")
+    (tmp_path / "labels.json").write_text(json.dumps([f"w{i}" for i in range(1000)]))
+    out = run(
+        "sample", f"--workdir={workdir}", "--paint", "--prompt=w17", "--steps=3",
+        f"--vae={REFERENCE / 'vae_tiny16'}", f"--labels={tmp_path / 'labels.json'}", code=2,
+    )  # fmt: skip
+    assert "with --labels it is the number of a class" in out
     out = run("sample", f"--workdir={workdir}", "--prompt=w1", "--paint", code=2)
     assert "paints latents of 4 channels: give its autoencoder with --vae" in out
 

@@ -56,8 +56,8 @@ def test_training_case(folder, case):
         predicted, variance = monoformer.split_output(output, model)
         squared, bound_term = ddpm.losses(clean, noise, predicted, variance, step, schedule)
         for name, values in (("mse", squared), ("vb", bound_term)):
-            got = pictures(values, rows, model, side).mean((1, 2, 3))
-            close(got, recorded[name])
+            if name in recorded:  # there is no bound without learned sigma
+                close(pictures(values, rows, model, side).mean((1, 2, 3)), recorded[name])
         total += recorded["loss"].mean()
     close(total, recorded["total"])
     if not rows.lost_positions:  # where images are cut, which the original does and we never do
