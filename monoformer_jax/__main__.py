@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model, or go on with one",
     "sample": "continue prompts with text or pictures",
     "evaluate": "measure a trained model",
+    "convert": "weights of the original to a workdir of ours, and back",
 }
 
 

@@ -186,6 +186,7 @@ class DataConfig:
     mixture: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
     )  # weight of each source, a share of documents; see data.sources.SOURCES
+    tokenizer: str = "bytes"  # or a tokenizer.json, in the workdir or elsewhere
     row_length: int = 128  # L, and the longest prompt plus answer when generating
     packing_bins: int = 64  # rows that are filled at the same time
     image_size: int = 8  # side in pixels (or latent values)
@@ -283,6 +284,7 @@ class Config:
     log_every: int = 50
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
+    init_from: str = ""  # a workdir whose averaged weights a new run starts from; "" starts fresh
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()

@@ -86,9 +86,17 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             view = file.get_slice(name)
             dtype = view.get_dtype()
             require(dtype in _DTYPES, f"{path}: {name} is of type {dtype}, which is not read")
-            load = functools.partial(file.get_tensor, name)
+            load = functools.partial(_load_safetensor, path, name)
             found[name] = Tensor(tuple(view.get_shape()), np.dtype(_DTYPES[dtype]), load)
         return found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error})") from error
+
+
+def _load_safetensor(path: Path, name: str) -> np.ndarray:
+    # Opened anew each time: pages of a mapping that stays would pile up in memory.
+    try:
+        return safetensors.safe_open(path, framework="numpy").get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged ({error})") from error
 

@@ -10,6 +10,7 @@ WORKDIR/checkpoints/STEP/params/    float32 weights
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -18,7 +19,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
-from monoformer_jax.config import Config, InputError, MeshConfig, require
+from monoformer_jax.config import Config, InputError, MeshConfig, ModelConfig, require
 from monoformer_jax.parallel import make_mesh
 from monoformer_jax.training.state import TrainState, abstract_state
 
@@ -84,6 +85,22 @@ class Checkpoints:
         """Only the averaged weights, and {"step", "train_seconds"}."""
         restored = self._restore(ema=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         return restored.ema, restored.meta
+
+    def restore_params(self, target: dict) -> dict:
+        """Only the weights as the optimizer left them."""
+        return self._restore(params=ocp.args.StandardRestore(target)).params
+
+    @property
+    def has_params(self) -> bool:
+        """Whether the newest checkpoint has more than averaged weights; a converted one may not."""
+        return self.latest is not None and (self.folder / str(self.latest) / "params").is_dir()
+
+    def save_weights(self, ema: dict, params: dict | None) -> None:
+        """Step 0 of a folder that no run made: weights alone."""
+        weights = {"ema": ema} if params is None else {"ema": ema, "params": params}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in weights.items()}
+        meta = ocp.args.JsonSave({"step": 0, "train_seconds": 0.0})
+        self._manager.save(0, args=ocp.args.Composite(**items, meta=meta))
 
     def _restore(self, **items):
         step = self.latest
@@ -159,6 +176,25 @@ def load_trained(workdir: Path) -> tuple[Config, dict, dict]:
     with Checkpoints(workdir) as checkpoints:
         params, meta = checkpoints.restore_ema(target)
     return config, params, meta
+
+
+def load_weights(workdir: Path, target: dict, model: ModelConfig) -> dict:
+    """Averaged weights of another run, placed as `target` says, for a run of this model.
+
+    Raises:
+      InputError: there is no model, or one with other parameters.
+    """
+    there = read_config(workdir).model
+    # How it is computed may differ; what its parameters are may not.
+    changed = [
+        f"{field.name} ({getattr(there, field.name)!r} there, {getattr(model, field.name)!r} now)"
+        for field in dataclasses.fields(there)
+        if field.name not in ("dtype", "remat", "attention")
+        and getattr(there, field.name) != getattr(model, field.name)
+    ]
+    require(not changed, f"init_from={workdir} holds another model: {', '.join(changed)}")
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_ema(target)[0]
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from tqdm import tqdm
@@ -15,9 +16,9 @@ from monoformer_jax import batch as contract
 from monoformer_jax.config import Config
 from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches
-from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
-from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir
+from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir, load_weights
 from monoformer_jax.training.metrics import TrainMetrics, Writer
 from monoformer_jax.training.state import abstract_state, init_state, make_train_step
 
@@ -35,7 +36,7 @@ def train(config: Config, workdir: Path) -> None:
       InputError: see the message.
       NonFiniteLoss: names the step, the documents of its batch and the last good checkpoint.
     """
-    tokenizer = ByteTokenizer()
+    tokenizer = open_tokenizer(config.data, workdir, config.model.vocab_size)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
     target = abstract_state(config, mesh)
@@ -45,6 +46,9 @@ def train(config: Config, workdir: Path) -> None:
     with Checkpoints(workdir, config.checkpoints_kept) as checkpoints:
         if checkpoints.latest is None:
             state, seconds = init_state(config, mesh), 0.0
+            if config.init_from:
+                params = load_weights(Path(config.init_from), target.params, config.model)
+                state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
         else:
             state, seconds = checkpoints.restore(target, batches.iterator)
         with _Report(config, workdir, int(state.step), seconds, batches) as report:

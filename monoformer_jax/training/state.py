@@ -16,7 +16,7 @@ from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import parameter_shardings
-from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+from monoformer_jax.training.losses import Noise, draw_noise, loss_fn, totals
 from monoformer_jax.training.metrics import TrainMetrics
 from monoformer_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -76,10 +76,16 @@ def make_train_step(
 
 
 def _train_step(state: TrainState, batch: Batch, config: Config):
-    c = config.optimizer
     # The key is a function of the step alone: a resumed run draws what the first run drew.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    noise = draw_noise(key, batch, config)
+    return advance(state, batch, draw_noise(key, batch, config), config)
+
+
+def advance(
+    state: TrainState, batch: Batch, noise: Noise, config: Config
+) -> tuple[TrainState, TrainMetrics]:
+    """One optimizer step with this noise."""
+    c = config.optimizer
     loss, parts, grads = _gradients(state.params, batch, noise, config)
     optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,184 @@
+"""Whole folders in and out: what `convert` does, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from monoformer_jax.config import Config, InputError, MeshConfig, require
+from monoformer_jax.data.tokenizer import extend_tokenizer, open_tokenizer
+from monoformer_jax.parallel import make_mesh
+from monoformer_jax.pretrained import monoformer as original
+from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
+from monoformer_jax.pretrained.model import OURS, open_pretrained
+from monoformer_jax.pretrained.table import Tensor, by_path, same, write_tensors
+from monoformer_jax.training.checkpoint import Checkpoints, load_trained
+from monoformer_jax.training.state import abstract_state
+
+Progress = Callable[[Sequence], Any]
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    folder: Path
+    ours: bool  # a workdir, rather than a Hugging Face folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model in memory.
+
+    Attributes:
+      params: the weights as the optimizer left them; None where only the average is known.
+      ema: their moving average, or the only weights that there are.
+      mapped: paths of the parameters that came from the source.
+    """
+
+    config: Config
+    params: dict | None
+    ema: dict
+    mapped: tuple[str, ...]
+    source: Source
+
+
+def find_source(name: str) -> Source:
+    """A folder, or the name of a model on the hub, which is fetched.
+
+    Raises:
+      InputError: there is neither, or huggingface_hub is not installed.
+    """
+    folder = Path(name)
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError as error:
+            raise InputError(
+                f"{name} is no folder, and to fetch it from the hub huggingface_hub is needed: "
+                "pip install 'monoformer_jax[hub]'"
+            ) from error
+        try:
+            kinds = ["*.json", "*.safetensors", "*.bin"]
+            folder = Path(snapshot_download(name, allow_patterns=kinds))
+        except Exception as error:  # of the network, of the hub, of the disk
+            raise InputError(f"{name} is no folder and could not be fetched ({error})") from error
+    require(folder.is_dir(), f"{name} is no folder")
+    return Source(folder, (folder / "checkpoints").is_dir())
+
+
+def read_source(source: Source, seed: int = 0, progress: Progress = same) -> Weights:
+    """Raises InputError: whatever is wrong with the folder."""
+    if source.ours:
+        config, ema, _ = load_trained(source.folder)
+        params = None
+        with Checkpoints(source.folder) as checkpoints:
+            if checkpoints.has_params:
+                target = abstract_state(config, make_mesh(MeshConfig())).params
+                params = checkpoints.restore_params(target)
+        return Weights(config, params, ema, tuple(by_path(ema)), source)
+    found = open_pretrained(source.folder)
+    params = found.read(seed, progress)
+    ema = None
+    if (source.folder / "ema").is_dir():
+        average = dataclasses.replace(found, tensors=open_weights(source.folder / "ema"))
+        ema = average.read(seed, progress)
+    mapped = tuple(entry.path for entry in found.table)
+    config = found.config
+    if config.data.tokenizer == "bytes" and not found.trained_here:
+        data = dataclasses.replace(config.data, tokenizer=_TOKENIZER)
+        config = dataclasses.replace(config, data=data)
+    if ema is None:
+        return Weights(config, None, params, mapped, source)
+    return Weights(config, params, ema, mapped, source)
+
+
+def write_workdir(to: Path, weights: Weights) -> None:
+    """A workdir that `sample` reads and `init_from` starts from."""
+    with new_folder(to) as folder:
+        (folder / "config.json").write_text(weights.config.to_json())
+        _write_tokenizer(folder, weights)
+        with Checkpoints(folder, kept=1) as checkpoints:
+            checkpoints.save_weights(weights.ema, weights.params)
+
+
+def check_workdir(to: Path, weights: Weights) -> None:
+    """Raises InputError where what was written is not what was read."""
+    config, ema, _ = load_trained(to)
+    require(config == weights.config, f"{to} has another config than what was converted")
+    _require_equal(to, by_path(ema), by_path(weights.ema))
+
+
+def write_safetensors_folder(
+    to: Path, weights: Weights, dtype: str = "float32", progress: Progress = same
+) -> None:
+    """The original's config.json, model.safetensors, ema/model.safetensors and the tokenizer."""
+    c = weights.config
+    values = original.write_config(c.model, c.data.image_size, c.data.row_length)
+    values[OURS] = c.to_dict()  # what their config.json cannot say
+    with new_folder(to) as folder:
+        tokenizer = _write_tokenizer(folder, weights)
+        if tokenizer is not None:
+            names = ("pad", "image", "im_start", "im_end")
+            special = {name: getattr(tokenizer, f"{name}_id") for name in names}
+            values |= {"special_tokens": special, "image_token_index": tokenizer.image_id}
+            values |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        text = json.dumps(values, indent=2) + "\n"
+        for part, tensors in _parts(weights, dtype).items():
+            (folder / part).mkdir(exist_ok=True)
+            (folder / part / "config.json").write_text(text)
+            tensors = {name: tensors[name] for name in progress(list(tensors))}
+            write_safetensors(folder / part / "model.safetensors", tensors)
+
+
+def check_safetensors(to: Path, weights: Weights, dtype: str = "float32") -> None:
+    """Raises InputError where what was written is not what was read; one tensor at a time."""
+    for part, want in _parts(weights, dtype).items():
+        got = open_weights(to / part)
+        require(got.keys() == want.keys(), f"{to / part} has other tensors than what was converted")
+        for name, tensor in want.items():
+            _require_equal(to / part, {name: got[name].load()}, {name: tensor.load()})
+
+
+def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:
+    """Tensors of each folder, "." and "ema"."""
+    trees = {".": weights.ema if weights.params is None else weights.params}
+    if weights.params is not None:
+        trees["ema"] = weights.ema
+    table = original.table(weights.config.model)
+    kind = np.dtype(jax.numpy.dtype(dtype))
+    return {part: write_tensors(table, tree, kind) for part, tree in trees.items()}
+
+
+def _require_equal(where: Path, got: dict, want: dict) -> None:
+    different = [
+        name for name in want if not np.array_equal(np.asarray(got[name]), np.asarray(want[name]))
+    ]
+    require(not different, f"{where} differs from what was converted in {', '.join(different)}")
+
+
+def _write_tokenizer(folder: Path, weights: Weights):
+    """Copies the tokenizer, with the new tokens where a LLaMA lacks them.
+
+    Returns:
+      The tokenizer of the new folder, or None where the source has none.
+    """
+    config, source = weights.config, weights.source
+    file = source.folder / _TOKENIZER
+    if source.ours and config.data.tokenizer != "bytes" and not file.is_file():
+        file = Path(config.data.tokenizer)
+    if config.data.tokenizer != "bytes":
+        if not file.is_file():
+            return None
+        is_llama = len(weights.mapped) < len(by_path(weights.ema))
+        if is_llama:
+            extend_tokenizer(file, folder / _TOKENIZER)
+        else:
+            (folder / _TOKENIZER).write_bytes(file.read_bytes())
+    return open_tokenizer(config.data, folder, config.model.vocab_size)

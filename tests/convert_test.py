@@ -1,0 +1,222 @@
+"""convert and what follows: round trips to the bit, sampling from a converted folder, bad input."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from conftest import REFERENCE, ROOT
+
+from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.data.tokenizer import NEW_SPECIALS, FileTokenizer, extend_tokenizer
+from monoformer_jax.parallel import make_mesh
+from monoformer_jax.pretrained.exchange import (
+    check_safetensors,
+    check_workdir,
+    find_source,
+    read_source,
+    write_safetensors_folder,
+    write_workdir,
+)
+from monoformer_jax.pretrained.folder import open_weights
+from monoformer_jax.pretrained.model import open_pretrained
+from monoformer_jax.training.checkpoint import load_trained, load_weights
+from monoformer_jax.training.state import abstract_state
+
+VARIANTS = ("tiny_a", "tiny_a_adaln_before_decoder", "tiny_a_noadaln", "tiny_a_mm")
+
+
+def write_words(path, size, specials):
+    """A tokenizer.json of `size` words w3 w4 …, with <unk>, <s>, </s> and what `specials` adds."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["<s>", "</s>", *specials])
+    made.save(str(path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The recorded tiny MonoFormer with a tokenizer that fits it."""
+    path = tmp_path_factory.mktemp("source") / "tiny"
+    path.mkdir()
+    for name in ("config.json", "weights.safetensors"):
+        shutil.copy(REFERENCE / "tiny_a" / name, path)
+    write_words(path / "tokenizer.json", 127, NEW_SPECIALS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(folder):
+    to = folder.parent / "workdir"
+    run("convert", f"--from={folder}", f"--to={to}", "--check")
+    return to
+
+
+def run(command, *arguments, code=0):
+    """Runs a command; returns what it printed on both streams."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"monoformer_jax.{command}", *arguments],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(tmp_path, name):
+    weights = read_source(find_source(str(REFERENCE / name)))
+    write_workdir(tmp_path / "ours", weights)
+    check_workdir(tmp_path / "ours", weights)
+    again = read_source(find_source(str(tmp_path / "ours")))
+    write_safetensors_folder(tmp_path / "theirs", again)
+    check_safetensors(tmp_path / "theirs", again)
+    want = safetensors.numpy.load_file(REFERENCE / name / "weights.safetensors")
+    got = safetensors.numpy.load_file(tmp_path / "theirs" / "model.safetensors")
+    assert got.keys() == want.keys()
+    for key in want:
+        np.testing.assert_array_equal(got[key], want[key])
+    recorded = json.loads((REFERENCE / name / "config.json").read_text())
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    told = {"image_size", "patch_size", "in_channels", "learn_sigma", "use_pos_embed", "vocab_size",
+            "add_pos_embed_each_layer", "decoder_t_embed", "use_adaln_final_layer",
+            "use_bi_attn_img_tokens", "tokenizer_max_length", "hidden_size", "image_token_index",
+            "num_hidden_layers", "intermediate_size", "rms_norm_eps", "rope_theta"}  # fmt: skip
+    assert {key: written[key] for key in told} == {key: recorded[key] for key in told}
+    # What we wrote is read as what it was, and as the original alone would read it.
+    assert open_pretrained(tmp_path / "theirs").config == again.config
+    del written["monoformer_jax"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(written))
+    assert open_pretrained(tmp_path / "theirs").config.model == again.config.model
+
+
+def test_ours_to_safetensors_to_ours_is_the_same_to_the_bit(tmp_path, folder):
+    """Both the weights and their average, which differ."""
+    shutil.copytree(folder, tmp_path / "source")
+    average = safetensors.numpy.load_file(folder / "weights.safetensors")
+    (tmp_path / "source" / "ema").mkdir()
+    average = {name: value * 0.5 for name, value in average.items()}
+    safetensors.numpy.save_file(average, tmp_path / "source" / "ema" / "model.safetensors")
+    first = read_source(find_source(str(tmp_path / "source")))
+    write_workdir(tmp_path / "ours", first)
+    second = read_source(find_source(str(tmp_path / "ours")))
+    write_safetensors_folder(tmp_path / "theirs", second)
+    third = read_source(find_source(str(tmp_path / "theirs")))
+    assert first.config == second.config == third.config
+    for one in (second, third):
+        jax.tree.map(np.testing.assert_array_equal, first.params, one.params)
+        jax.tree.map(np.testing.assert_array_equal, first.ema, one.ema)
+    halved = jax.tree.map(lambda x: x * 0.5, first.params)
+    jax.tree.map(np.testing.assert_array_equal, halved, first.ema)
+
+
+def test_bf16(tmp_path, folder):
+    weights = read_source(find_source(str(folder)))
+    write_safetensors_folder(tmp_path / "small", weights, "bfloat16")
+    check_safetensors(tmp_path / "small", weights, "bfloat16")
+    assert {t.dtype.name for t in open_weights(tmp_path / "small").values()} == {"bfloat16"}
+    again = read_source(find_source(str(tmp_path / "small")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), weights.ema, again.ema)
+
+
+def test_a_llama_gets_what_it_lacks(tmp_path):
+    source = tmp_path / "llama"
+    source.mkdir()
+    for name in ("config.json", "weights.safetensors"):
+        shutil.copy(REFERENCE / "llama_tiny" / name, source)
+    write_words(source / "tokenizer.json", 131, [])
+    out = run("convert", f"--from={source}", f"--to={tmp_path / 'ours'}")
+    assert "(fresh)" in out and "model.layers.*.mlp.up_proj.weight" in out
+    config, params, _ = load_trained(tmp_path / "ours")
+    assert config.model.vocab_size == 135
+    want = safetensors.numpy.load_file(source / "weights.safetensors")
+    table = np.asarray(params["token_embedding"])
+    np.testing.assert_array_equal(table[:131], want["model.embed_tokens.weight"])
+    assert (table[131:135] != 0).all() and (table[135:] == 0).all()
+    tokenizer = FileTokenizer(tmp_path / "ours" / "tokenizer.json")
+    ids = [tokenizer.pad_id, tokenizer.image_id, tokenizer.im_start_id, tokenizer.im_end_id]
+    assert ids == [131, 132, 133, 134]
+    # A run can start from it.
+    target = abstract_state(config, make_mesh(MeshConfig())).params
+    started = load_weights(tmp_path / "ours", target, config.model)
+    jax.tree.map(np.testing.assert_array_equal, started, params)
+    other = dataclasses.replace(config.model, num_layers=2)
+    with pytest.raises(InputError, match=r"another model: num_layers \(3 there, 2 now\)"):
+        load_weights(tmp_path / "ours", target, other)
+
+
+def test_sample_from_a_converted_folder(workdir, tmp_path):
+    out = run(
+        "sample", f"--workdir={workdir}", "--paint", "--prompt=w17 w40", f"--out={tmp_path / 'a.png'}",
+        "--steps=3", f"--vae={REFERENCE / 'vae_tiny16'}",
+    )  # fmt: skip
+    assert "1 picture(s)" in out and (tmp_path / "a.png").stat().st_size > 100
+    out = run(
+        "sample", f"--workdir={workdir}", "--prompt=w17 w40", "--max_tokens=4",
+        f"--out={tmp_path / 'b.png'}", "--steps=3", f"--vae={REFERENCE / 'vae_tiny16'}", "--chat",
+    )  # fmt: skip
+    assert out.startswith("'### Human: w17 w40### Assistant: ' -> ")
+    (tmp_path / "labels.json").write_text(json.dumps([f"w{i}" for i in range(1000)]))
+    out = run(
+        "sample", f"--workdir={workdir}", "--paint", "--prompt=w17", "--steps=3",
+        f"--vae={REFERENCE / 'vae_tiny16'}", f"--labels={tmp_path / 'labels.json'}", code=2,
+    )  # fmt: skip
+    assert "with --labels it is the number of a class" in out
+    out = run("sample", f"--workdir={workdir}", "--prompt=w1", "--paint", code=2)
+    assert "paints latents of 4 channels: give its autoencoder with --vae" in out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not llama"),
+        ({"decoder_t_embed": "add_at_each_layer"}, "cannot run in the original either"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not computed here"),
+        ({"hidden_size": None}, "config.json"),
+        ({"num_hidden_layers": 2}, "9 tensors are missing, unknown or of another shape"),
+        ({"vocab_size": 130}, r"lm_head.weight is \[131, 64\], expected \[130, 64\]"),
+        ({"use_adaln_final_layer": False}, "missing final_layer.mlp.1.weight"),
+    ],
+)
+def test_a_folder_that_does_not_fit(tmp_path, folder, change, message):
+    shutil.copytree(folder, tmp_path / "source")
+    config = tmp_path / "source" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        read_source(find_source(str(tmp_path / "source")))
+
+
+def test_bad_input_of_the_command(tmp_path, folder):
+    for arguments, message in (
+        ([f"--from={tmp_path / 'no'}"], "no is no folder"),
+        ([f"--from={folder}", "--dtype=bf16"], "the parameters of a workdir are float32"),
+    ):
+        out = run("convert", *arguments, f"--to={tmp_path / 'out'}", code=2)
+        assert message in out and out.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_lacks_a_special_token(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "source")
+    write_words(tmp_path / "source" / "tokenizer.json", 127, NEW_SPECIALS[:3])
+    out = run("convert", f"--from={tmp_path / 'source'}", f"--to={tmp_path / 'out'}", code=2)
+    assert "lacks the special tokens <|im_end|>" in out
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"is no tokenizer\.json that can be read"):
+        (tmp_path / "t.json").write_text("{}")
+        FileTokenizer(tmp_path / "t.json")
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    write_words(tmp_path / "t.json", 20, [])
+    extend_tokenizer(tmp_path / "t.json", tmp_path / "more.json")
+    tokenizer = FileTokenizer(tmp_path / "more.json")
+    assert tokenizer.vocab_size == 24
+    assert tokenizer.encode("w3 <|im_end|> w5") == [3, 0, 5]
+    assert tokenizer.decode([1, 3, 5, tokenizer.im_start_id]) == "w3 w5"

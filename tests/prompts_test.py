@@ -1,0 +1,52 @@
+"""Prompts: words of the released weights, and no two classes of one name."""
+
+import json
+
+import pytest
+
+from monoformer_jax.config import InputError
+from monoformer_jax.data.prompts import chat, class_prompts, distinct, read_labels
+
+
+def labels():
+    names = [f"class {i}" for i in range(1000)]
+    names[134] = names[517] = "crane"
+    names[638] = names[639] = "maillot"
+    return names
+
+
+def test_the_words_of_training():
+    assert class_prompts("tench") == [
+        "Please generate an image of tench.", "tench", "an image of tench.", "an photo of tench.",
+    ]  # fmt: skip
+    assert chat(" hello ") == "### Human: hello### Assistant: "
+
+
+@pytest.mark.parametrize("form", [list, lambda names: {str(i): n for i, n in enumerate(names)}])
+def test_ambiguous_labels_are_told_apart(tmp_path, form):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(form(labels())))
+    read = read_labels(path)
+    assert len(set(read)) == 1000
+    assert read[134] == "crane (bird)" and read[517] == "crane (machine)"
+    assert "maillot" in read[638] and "maillot" in read[639]
+    assert [a for a, b in zip(read, labels()) if a != b] == [read[i] for i in (134, 517, 638, 639)]
+
+
+def test_names_that_are_distinct_already_stay():
+    names = [f"class {i}" for i in range(1000)]
+    assert distinct(names) == names
+
+
+def test_bad_labels(tmp_path):
+    path = tmp_path / "labels.json"
+    with pytest.raises(InputError, match="there is no file of labels"):
+        read_labels(path)
+    for text in ("[1, 2]", "{", '["a"]'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="no JSON list of the 1000 names"):
+            read_labels(path)
+    names = labels()
+    names[3] = names[4]
+    with pytest.raises(InputError, match="two classes share the name class 4"):
+        distinct(names)
