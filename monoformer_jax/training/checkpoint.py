@@ -132,7 +132,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     """
     path = workdir / "config.json"
     if path.exists():
-        there, new = _flat(json.loads(path.read_text())), _flat(json.loads(config.to_json()))
+        there, new = _flat(read_config(workdir).to_dict()), _flat(config.to_dict())
         changed = [
             f"{key} ({there.get(key)!r} there, {new.get(key)!r} now)"
             for key in sorted(there.keys() | new.keys())
