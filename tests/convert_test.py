@@ -151,6 +151,7 @@ def test_a_llama_gets_what_it_lacks(tmp_path):
         load_weights(tmp_path / "ours", target, other)
 
 
+@pytest.mark.slow
 def test_sample_from_a_converted_folder(workdir, tmp_path):
     out = run(
         "sample", f"--workdir={workdir}", "--paint", "--prompt=w17 w40", f"--out={tmp_path / 'a.png'}",

@@ -26,6 +26,7 @@ DDPM = {
 }
 
 
+@pytest.mark.slow
 def test_it_trains_samples_and_starts_another_run(change, tmp_path):
     config = change(**DDPM, steps=2)
     train(config, tmp_path / "first")
@@ -74,6 +75,7 @@ def test_step_zero_is_noised_and_counted(change):
     assert ddpm.clock(0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [
     {"time_conditioning": "modulation"},
     {"image_head": "add", "position_embedding": "every_layer"},

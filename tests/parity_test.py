@@ -24,6 +24,7 @@ from monoformer_jax.training.optimizer import make_optimizer
 from monoformer_jax.training.state import TrainState, advance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder, case", cases("monoformer", "lm_loss_raw", "total"), ids=label)
 def test_training_case(folder, case):
     recorded, (inputs, changes) = folder.cases[case], inputs_of(folder, case)
@@ -103,6 +104,7 @@ def test_gradients(folder, case):
             relative(grads[name], tensor.load())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder, case", cases("monoformer", "trace", "ema_decay"), ids=label)
 def test_training_steps(folder, case):
     recorded, (model, params) = folder.cases[case], load(folder)

@@ -42,7 +42,7 @@ def reference(config):
     return run_steps(config, one_device(), 3)
 
 
-@pytest.mark.parametrize("axes", [(4, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("axes", [pytest.param((4, 1, 1), marks=pytest.mark.slow), (1, 2, 2)])
 def test_any_mesh_gives_the_same_losses_with_one_compilation(config, reference, axes):
     mesh = make_mesh(MeshConfig(*axes))
     losses, state, train_step = run_steps(config, mesh, 3)
@@ -52,6 +52,7 @@ def test_any_mesh_gives_the_same_losses_with_one_compilation(config, reference, 
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_change_the_step(change, reference):
     config = change(optimizer={"accumulation": 2})
     losses, _, train_step = run_steps(config, one_device(), 3)
