@@ -65,9 +65,7 @@ class ModelConfig:
     # "causal" is what the original's weights expect: read as text is, without 2-D positions.
     context_images: str = "like_painted"
     bidirectional_images: bool = True  # False makes every image causal, also the painted ones
-    feature_dim: int = (
-        0  # of a vision encoder, whose features images to look at are made of; 0: none
-    )
+    feature_dim: int = 0  # of the vision encoder that images to look at come through; 0: none
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
     remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none"
     attention: str = "auto"  # see attention.attend

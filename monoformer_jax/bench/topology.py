@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+from monoformer_jax.config import MeshConfig
+from monoformer_jax.parallel import make_mesh
 
 
 def all_chips(topology: str) -> list[jax.Device]:
@@ -28,8 +28,7 @@ def all_chips(topology: str) -> list[jax.Device]:
 
 def one_chip(topology: str) -> Mesh:
     """A mesh of the first device of a topology."""
-    devices = np.array(all_chips(topology)[:1]).reshape(1, 1, 1)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    return make_mesh(MeshConfig(), all_chips(topology)[:1])
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
