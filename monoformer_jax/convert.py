@@ -8,7 +8,8 @@
 workdir of ours, or the name of such a folder on the Hugging Face hub (extra `hub`). A LLaMA gets the
 image parts and four tokens that it lacks, fresh. A workdir becomes `model.safetensors`, with the
 averaged weights in `ema/`, under the original's names.
-The target appears when it is whole, or not at all.
+The target appears when it is whole, or not at all. Parameters are read and written one at a time;
+a workdir holds one copy of the model in memory while it is saved.
 """
 
 from __future__ import annotations
@@ -39,12 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # work of the host: no accelerator is claimed
+
     from monoformer_jax.config import require
     from monoformer_jax.pretrained.exchange import (
         check_safetensors,
         check_workdir,
         find_source,
-        read_source,
+        open_source,
         write_safetensors_folder,
         write_workdir,
     )
@@ -56,10 +61,10 @@ def main(args: argparse.Namespace) -> None:
         f"--dtype={args.dtype} is for --format=safetensors: the parameters of a workdir are float32",
     )
     require(not args.to.exists(), f"--to={args.to} exists already; nothing was touched")
-    weights = read_source(source, args.seed, progress=_bar("reading"))
+    weights = open_source(source, args.seed)
     print(_summary(weights))
     if form == "orbax":
-        write_workdir(args.to, weights)
+        write_workdir(args.to, weights, _bar("reading"))
         if args.check:
             check_workdir(args.to, weights)
     else:

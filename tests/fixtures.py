@@ -14,7 +14,7 @@ import numpy as np
 from conftest import REFERENCE
 
 from monoformer_jax.pretrained.folder import open_weights
-from monoformer_jax.pretrained.table import read_tree
+from monoformer_jax.pretrained.table import open_tree, read_tree
 
 ROOT_FOLDER = Path(os.environ.get("MONOFORMER_FIXTURES", REFERENCE))
 
@@ -40,7 +40,7 @@ class Folder:
 
     def params(self, table, target, ignored=""):
         tensors = open_weights(self.path)
-        return read_tree(table, tensors, target, ignored=ignored, source=str(self.path))
+        return read_tree(open_tree(table, tensors, target, ignored=ignored, source=str(self.path)))
 
 
 def _kind(path):

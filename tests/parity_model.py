@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from monoformer_jax.pretrained.model import open_pretrained
+from monoformer_jax.pretrained.table import read_tree
 
 # The recorded variants of a case are the same inputs under another config.
 VARIANTS = {
@@ -19,7 +20,7 @@ def load(folder):
     """ModelConfig in float32, and the parameters, of a MonoFormer or a LLaMA."""
     found = open_pretrained(folder.path)
     model = dataclasses.replace(found.config.model, dtype="float32", remat="none")
-    return model, jax.tree.map(jnp.asarray, found.read())
+    return model, jax.tree.map(jnp.asarray, read_tree(found.open()))
 
 
 def inputs_of(folder, case):

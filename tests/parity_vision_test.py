@@ -13,7 +13,7 @@ from monoformer_jax.diffusion import ddpm
 from monoformer_jax.models import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_source
 from monoformer_jax.pretrained import sd_vae
-from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, write_tensors
+from monoformer_jax.pretrained.table import Tensor, by_path, open_tree, read_tree, write_tensors
 
 
 def shapes_of(model, config):
@@ -70,7 +70,7 @@ def test_old_names_of_the_autoencoder(folder):
     assert len(older) == 16
     theirs = write_tensors(table, params, np.dtype(np.float32))
     renamed = {older.get(name, name): tensor for name, tensor in theirs.items()}
-    again = read_tree(table, renamed, target)
+    again = read_tree(open_tree(table, renamed, target))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
@@ -101,7 +101,7 @@ def test_clip_inside_a_whole_clip_and_back(folder):
     extra = Tensor((2,), np.dtype(np.float32), lambda: np.zeros(2))
     whole = theirs | dict.fromkeys(("text_model.a.weight", "logit_scale",
                                     "vision_model.embeddings.position_ids"), extra)  # fmt: skip
-    again = read_tree(table, whole, target, ignored=clip_source.IGNORED)
+    again = read_tree(open_tree(table, whole, target, ignored=clip_source.IGNORED))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 

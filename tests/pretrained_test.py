@@ -13,7 +13,14 @@ from conftest import ROOT
 
 from monoformer_jax.config import InputError
 from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
-from monoformer_jax.pretrained.table import Entry, Tensor, read_tree, transpose, write_tensors
+from monoformer_jax.pretrained.table import (
+    Entry,
+    Tensor,
+    open_tree,
+    read_tree,
+    transpose,
+    write_tensors,
+)
 from monoformer_jax.pretrained.torch_file import open_torch_file
 
 DATA = ROOT / "tests" / "data"
@@ -230,7 +237,7 @@ def test_a_table_reads_and_writes_back():
     rng = np.random.default_rng(0)
     theirs = {f"layers.{i}.w": rng.normal(size=(4, 3)).astype(np.float32) for i in range(2)}
     theirs["beta"] = rng.normal(size=5).astype(np.float32)
-    params = read_tree(TABLE, described(theirs), TARGET)
+    params = read_tree(open_tree(TABLE, described(theirs), TARGET))
     np.testing.assert_array_equal(params["stack"]["w"][1], theirs["layers.1.w"].T)
     theirs["bias"] = theirs.pop("beta")
     back = write_tensors(TABLE, params, np.dtype(np.float32))
@@ -241,7 +248,7 @@ def test_every_mismatch_is_in_one_error():
     theirs = {"layers.0.w": np.zeros((4, 3)), "layers.1.w": np.zeros((3, 4)), "extra": np.zeros(2),
               "old.buffer": np.zeros(1)}  # fmt: skip
     with pytest.raises(InputError) as error:
-        read_tree(TABLE, described(theirs), TARGET, ignored=r"old\..*", source="here")
+        open_tree(TABLE, described(theirs), TARGET, ignored=r"old\..*", source="here")
     lines = str(error.value).split("\n")
     assert "here does not fit: 3 tensors" in lines[0]
     assert sorted(line.strip() for line in lines[1:]) == [

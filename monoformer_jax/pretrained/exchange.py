@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,15 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from monoformer_jax.config import Config, InputError, MeshConfig, require
+from monoformer_jax.config import Config, InputError, require
 from monoformer_jax.data.tokenizer import extend_tokenizer, open_tokenizer
-from monoformer_jax.parallel import make_mesh
+from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
 from monoformer_jax.pretrained.model import OURS, open_pretrained
-from monoformer_jax.pretrained.table import Tensor, by_path, same, write_tensors
-from monoformer_jax.training.checkpoint import Checkpoints, load_trained
-from monoformer_jax.training.state import abstract_state
+from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
+from monoformer_jax.training.checkpoint import Checkpoints, read_config
 
 Progress = Callable[[Sequence], Any]
 _TOKENIZER = "tokenizer.json"
@@ -34,11 +34,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model in memory.
+    """A model whose parameters are described, and read one at a time when they are needed.
 
     Attributes:
-      params: the weights as the optimizer left them; None where only the average is known.
-      ema: their moving average, or the only weights that there are.
+      params: tree of tensors, the weights as the optimizer left them; None where only the average
+        is known.
+      ema: of their moving average, or of the only weights that there are.
       mapped: paths of the parameters that came from the source.
     """
 
@@ -47,6 +48,10 @@ class Weights:
     ema: dict
     mapped: tuple[str, ...]
     source: Source
+
+    @property
+    def parts(self) -> dict[str, dict]:
+        return {"ema": self.ema} | ({} if self.params is None else {"params": self.params})
 
 
 def find_source(name: str) -> Source:
@@ -73,46 +78,63 @@ def find_source(name: str) -> Source:
     return Source(folder, (folder / "checkpoints").is_dir())
 
 
-def read_source(source: Source, seed: int = 0, progress: Progress = same) -> Weights:
+def open_source(source: Source, seed: int = 0) -> Weights:
     """Raises InputError: whatever is wrong with the folder."""
     if source.ours:
-        config, ema, _ = load_trained(source.folder)
-        params = None
-        with Checkpoints(source.folder) as checkpoints:
-            if checkpoints.has_params:
-                target = abstract_state(config, make_mesh(MeshConfig())).params
-                params = checkpoints.restore_params(target)
-        return Weights(config, params, ema, tuple(by_path(ema)), source)
+        return _open_workdir(source)
     found = open_pretrained(source.folder)
-    params = found.read(seed, progress)
-    ema = None
+    params, ema = None, found.open(seed)
     if (source.folder / "ema").is_dir():
         average = dataclasses.replace(found, tensors=open_weights(source.folder / "ema"))
-        ema = average.read(seed, progress)
+        params, ema = ema, average.open(seed)
     mapped = tuple(entry.path for entry in found.table)
     config = found.config
     if config.data.tokenizer == "bytes" and not found.trained_here:
         data = dataclasses.replace(config.data, tokenizer=_TOKENIZER)
         config = dataclasses.replace(config, data=data)
-    if ema is None:
-        return Weights(config, None, params, mapped, source)
     return Weights(config, params, ema, mapped, source)
 
 
-def write_workdir(to: Path, weights: Weights) -> None:
+def _open_workdir(source: Source) -> Weights:
+    config = read_config(source.folder)
+    shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    with Checkpoints(source.folder) as checkpoints:
+        step, names = checkpoints.latest, ["ema", "params"][: 1 + checkpoints.has_params]
+    require(step is not None, f"there is no complete checkpoint in {source.folder}")
+
+    def tensor(part, path, leaf):
+        def load():
+            with Checkpoints(source.folder) as checkpoints:
+                return checkpoints.restore_one(part, [key.key for key in path], leaf)
+
+        return Tensor(leaf.shape, np.dtype(np.float32), load)
+
+    parts = {
+        name: jax.tree_util.tree_map_with_path(functools.partial(tensor, name), shapes)
+        for name in names
+    }
+    mapped = tuple(by_path(shapes))
+    return Weights(config, parts.get("params"), parts["ema"], mapped, source)
+
+
+def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None:
     """A workdir that `sample` reads and `init_from` starts from."""
     with new_folder(to) as folder:
         (folder / "config.json").write_text(weights.config.to_json())
         _write_tokenizer(folder, weights)
         with Checkpoints(folder, kept=1) as checkpoints:
-            checkpoints.save_weights(weights.ema, weights.params)
+            checkpoints.save_weights(
+                {name: functools.partial(read_tree, tree, progress)
+                 for name, tree in weights.parts.items()}
+            )  # fmt: skip
 
 
 def check_workdir(to: Path, weights: Weights) -> None:
-    """Raises InputError where what was written is not what was read."""
-    config, ema, _ = load_trained(to)
-    require(config == weights.config, f"{to} has another config than what was converted")
-    _require_equal(to, by_path(ema), by_path(weights.ema))
+    """Raises InputError where what was written is not what was read; one parameter at a time."""
+    written = _open_workdir(Source(to, ours=True))
+    require(written.config == weights.config, f"{to} has another config than what was converted")
+    for name, tree in weights.parts.items():
+        _require_equal(to / name, by_path(written.parts[name]), by_path(tree))
 
 
 def write_safetensors_folder(
@@ -133,8 +155,7 @@ def write_safetensors_folder(
         for part, tensors in _parts(weights, dtype).items():
             (folder / part).mkdir(exist_ok=True)
             (folder / part / "config.json").write_text(text)
-            tensors = {name: tensors[name] for name in progress(list(tensors))}
-            write_safetensors(folder / part / "model.safetensors", tensors)
+            write_safetensors(folder / part / "model.safetensors", tensors, progress)
 
 
 def check_safetensors(to: Path, weights: Weights, dtype: str = "float32") -> None:
@@ -142,8 +163,7 @@ def check_safetensors(to: Path, weights: Weights, dtype: str = "float32") -> Non
     for part, want in _parts(weights, dtype).items():
         got = open_weights(to / part)
         require(got.keys() == want.keys(), f"{to / part} has other tensors than what was converted")
-        for name, tensor in want.items():
-            _require_equal(to / part, {name: got[name].load()}, {name: tensor.load()})
+        _require_equal(to / part, got, want)
 
 
 def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:
@@ -156,10 +176,8 @@ def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:
     return {part: write_tensors(table, tree, kind) for part, tree in trees.items()}
 
 
-def _require_equal(where: Path, got: dict, want: dict) -> None:
-    different = [
-        name for name in want if not np.array_equal(np.asarray(got[name]), np.asarray(want[name]))
-    ]
+def _require_equal(where: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    different = [name for name in want if not np.array_equal(got[name].load(), want[name].load())]
     require(not different, f"{where} differs from what was converted in {', '.join(different)}")
 
 

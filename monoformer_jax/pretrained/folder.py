@@ -23,7 +23,7 @@ import numpy as np
 import safetensors
 
 from monoformer_jax.config import InputError, require
-from monoformer_jax.pretrained.table import Tensor
+from monoformer_jax.pretrained.table import Tensor, same
 from monoformer_jax.pretrained.torch_file import open_torch_file
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "weights")
@@ -101,8 +101,14 @@ def _load_safetensor(path: Path, name: str) -> np.ndarray:
         raise InputError(f"{path} is truncated or damaged ({error})") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes the tensors one after the other, so that one of them is in memory at a time."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], progress: Callable[[list], Any] = same
+) -> None:
+    """Writes the tensors one after the other, so that one of them is in memory at a time.
+
+    Args:
+      progress: wraps the names as they are written, such as a tqdm.
+    """
     codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0  # which PyTorch's loaders ask for
     for name, tensor in tensors.items():
@@ -114,7 +120,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name, tensor in tensors.items():
+        for name in progress(list(tensors)):
+            tensor = tensors[name]
             value = tensor.load()
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name} is {value.dtype}{value.shape}, not what was announced")

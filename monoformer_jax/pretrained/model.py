@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, read_json
-from monoformer_jax.pretrained.table import Entry, Tensor, read_tree, same
+from monoformer_jax.pretrained.table import Entry, Tensor, open_tree
 
 SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|> follow the vocabulary of a LLaMA
 OURS = "monoformer_jax"  # key of config.json for our whole config, in folders that we wrote
@@ -48,14 +47,13 @@ class Pretrained:
     ignored: str
     trained_here: bool = False  # config.json holds the whole config of one of our runs
 
-    def read(self, seed: int = 0, progress: Callable[[Sequence], Any] = same) -> dict:
-        """All parameters, float32 [see models.monoformer.init].
+    def open(self, seed: int = 0) -> dict:
+        """A `Tensor` for each parameter, float32 [see models.monoformer.init]; none is read yet.
 
         A LLaMA lacks the image parts and four rows of the vocabulary: they start fresh.
 
         Args:
           seed: of what starts fresh.
-          progress: wraps the parameters as they are read, such as a tqdm.
 
         Raises:
           InputError: what is missing, unknown or of another shape, all at once.
@@ -63,23 +61,33 @@ class Pretrained:
         c, key = self.config.model, jax.random.key(seed)
         target = jax.eval_shape(lambda: monoformer.init(c, key))
         covered = {entry.path.split("/")[0] for entry in self.table}
-        fresh = {}
-        if covered != target.keys():
-            # Only what is asked for is computed and takes memory.
-            parts = [name for name in target if name not in covered]
-            fresh = jax.jit(lambda: {k: monoformer.init(c, key)[k] for k in parts})()
-            fresh = jax.tree.map(np.asarray, fresh)
-        target = {name: shape for name, shape in target.items() if name in covered}
-        params = read_tree(
-            self.table, self.tensors, target, ignored=self.ignored, source=str(self.folder),
-            progress=progress,
-        )  # fmt: skip
-        if fresh:
-            new = slice(c.vocab_size - SPECIALS, c.vocab_size)
-            rows = np.random.default_rng(seed).normal(size=(2, SPECIALS, c.embed_dim))
-            params["token_embedding"][new] = rows[0] * _NEW_ROW_STDDEV
-            params["text_head"][:, new] = rows[1].T * _NEW_ROW_STDDEV
-        return params | fresh
+        theirs = {name: shape for name, shape in target.items() if name in covered}
+        params = open_tree(
+            self.table, self.tensors, theirs, ignored=self.ignored, source=str(self.folder)
+        )
+        parts = [name for name in target if name not in covered]
+        if not parts:
+            return params
+        # Only what is asked for is computed and takes memory.
+        fresh = jax.jit(lambda: {k: monoformer.init(c, key)[k] for k in parts})()
+        rows = np.random.default_rng(seed).normal(size=(2, SPECIALS, c.embed_dim)) * _NEW_ROW_STDDEV
+        new = slice(c.vocab_size - SPECIALS, c.vocab_size)
+        params["token_embedding"] = _with(params["token_embedding"], new, rows[0])
+        params["text_head"] = _with(params["text_head"], (slice(None), new), rows[1].T)
+        return params | jax.tree.map(
+            lambda x: Tensor(x.shape, x.dtype, lambda: np.asarray(x)), fresh
+        )
+
+
+def _with(tensor: Tensor, where, values: np.ndarray) -> Tensor:
+    """The tensor with these values there."""
+
+    def load():
+        whole = tensor.load()
+        whole[where] = values
+        return whole
+
+    return dataclasses.replace(tensor, load=load)
 
 
 def open_pretrained(folder: Path) -> Pretrained:

@@ -12,7 +12,7 @@ from monoformer_jax.config import require
 from monoformer_jax.models import autoencoder
 from monoformer_jax.models.autoencoder import AutoencoderConfig
 from monoformer_jax.pretrained.folder import open_weights, read_json
-from monoformer_jax.pretrained.table import Entry, read_tree, transpose
+from monoformer_jax.pretrained.table import Entry, open_tree, read_tree, transpose
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> AutoencoderConfig:
@@ -59,12 +59,12 @@ def load(folder: Path) -> tuple[AutoencoderConfig, dict]:
     """The autoencoder of a folder, and its parameters.
 
     Raises:
-      InputError: see `folder.open_weights`, `read_config` and `table.read_tree`.
+      InputError: see `folder.open_weights`, `read_config` and `table.open_tree`.
     """
     require(folder.is_dir(), f"{folder} is no folder")
     c = read_config(read_json(folder / "config.json"), folder / "config.json")
     target = jax.eval_shape(lambda: autoencoder.init(c, jax.random.key(0)))
-    return c, read_tree(table(c), open_weights(folder), target, source=str(folder))
+    return c, read_tree(open_tree(table(c), open_weights(folder), target, source=str(folder)))
 
 
 def table(c: AutoencoderConfig) -> list[Entry]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -69,16 +70,15 @@ def by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def read_tree(
+def open_tree(
     table: Sequence[Entry],
     tensors: Mapping[str, Tensor],
     target: Any,
     *,
     ignored: str = "",
     source: str = "the folder",
-    progress: Callable[[Sequence], Any] = same,
 ) -> Any:
-    """The parameters, float32, in the tree of `target`; one tensor is read at a time.
+    """The tree of `target` with a float32 `Tensor` for each parameter: described, not yet read.
 
     Args:
       table: an entry for every leaf of `target`.
@@ -86,11 +86,9 @@ def read_tree(
       target: tree of arrays or ShapeDtypeStructs.
       ignored: pattern of names that hold no parameter, such as buffers of older versions.
       source: what the error calls the folder.
-      progress: wraps the parameters as they are read, such as a tqdm.
 
     Raises:
-      InputError: every name that is missing, unknown or of another shape, in one message; or a
-        tensor that cannot be read.
+      InputError: every name that is missing, unknown or of another shape, in one message.
     """
     shapes = by_path(target)
     entries = {entry.path: entry for entry in table}
@@ -118,15 +116,33 @@ def read_tree(
             f"{source} does not fit: {len(problems)} tensors are missing, unknown or of another "
             f"shape{listed}{more}"
         )
-    values = [
-        _read(entries[path], [tensors[name] for name in plan[path]], shapes[path])
-        for path in progress(list(shapes))
-    ]
-    return jax.tree.unflatten(jax.tree.structure(target), values)
+    opened = []
+    for path, leaf in shapes.items():
+        load = functools.partial(_read, entries[path], [tensors[n] for n in plan[path]], leaf.shape)
+        opened.append(Tensor(leaf.shape, np.dtype(np.float32), load))
+    return jax.tree.unflatten(jax.tree.structure(target), opened)
+
+
+def read_tree(tree: Any, progress: Callable[[Sequence], Any] = same) -> Any:
+    """The values of a tree of tensors, such as `open_tree` gives, read one after the other.
+
+    Args:
+      progress: wraps the parameters as they are read, such as a tqdm.
+
+    Raises:
+      InputError: a tensor that cannot be read.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [leaf.load() for leaf in progress(leaves)])
 
 
 def write_tensors(table: Sequence[Entry], params: Any, dtype: np.dtype) -> dict[str, Tensor]:
-    """Their names -> tensors made on demand from our parameters (arrays or abstract ones)."""
+    """Their names -> tensors made on demand from our parameters.
+
+    Args:
+      params: tree of arrays, of abstract ones to learn the names and shapes alone, or of tensors,
+        which are read once each when what is returned is read in order.
+    """
     leaves = by_path(params)
     tensors = {}
     for entry in table:
@@ -140,7 +156,14 @@ def write_tensors(table: Sequence[Entry], params: Any, dtype: np.dtype) -> dict[
 
 
 def _written(entry: Entry, leaf, index, dtype) -> np.ndarray:
-    return np.asarray(entry.write(np.asarray(leaf[index]))).astype(dtype)
+    value = _load(leaf.load) if isinstance(leaf, Tensor) else leaf
+    return np.asarray(entry.write(np.asarray(value[index]))).astype(dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(load: Callable[[], np.ndarray]) -> np.ndarray:
+    """The layers of a stack are asked for one after the other: the stack is read once for all."""
+    return load()
 
 
 def _names(entry: Entry, leaf) -> list[tuple[str, str | None]]:
@@ -160,8 +183,11 @@ def _their_shape(entry: Entry, leaf) -> tuple[int, ...]:
     return jax.eval_shape(entry.write, jax.ShapeDtypeStruct(shape, np.float32)).shape
 
 
-def _read(entry: Entry, tensors: Sequence[Tensor], leaf) -> np.ndarray:
-    value = np.empty(leaf.shape, np.float32)
+def _read(entry: Entry, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> np.ndarray:
+    # jax takes over memory that is aligned like this, and copies any other.
+    memory = np.empty(4 * math.prod(shape) + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    value = memory[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)
     for index, tensor in enumerate(tensors):
         value[index if entry.stacked else ...] = entry.read(tensor.load())
     return value

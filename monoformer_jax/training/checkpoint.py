@@ -13,10 +13,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from monoformer_jax.config import Config, InputError, MeshConfig, ModelConfig, require
@@ -86,21 +88,36 @@ class Checkpoints:
         restored = self._restore(ema=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
         return restored.ema, restored.meta
 
-    def restore_params(self, target: dict) -> dict:
-        """Only the weights as the optimizer left them."""
-        return self._restore(params=ocp.args.StandardRestore(target)).params
+    def restore_one(self, part: str, path: Sequence[str], target: jax.ShapeDtypeStruct):
+        """One parameter of "ema" or "params", as numpy, for those who cannot hold all of them."""
+        item, args = target, ocp.RestoreArgs(restore_type=np.ndarray)
+        for name in reversed(path):
+            item, args = {name: item}, {name: args}
+        args = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        return jax.tree.leaves(self._restore(**{part: args})[part])[0]
 
     @property
     def has_params(self) -> bool:
         """Whether the newest checkpoint has more than averaged weights; a converted one may not."""
         return self.latest is not None and (self.folder / str(self.latest) / "params").is_dir()
 
-    def save_weights(self, ema: dict, params: dict | None) -> None:
-        """Step 0 of a folder that no run made: weights alone."""
-        weights = {"ema": ema} if params is None else {"ema": ema, "params": params}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in weights.items()}
+    def save_weights(self, parts: Mapping[str, Callable[[], dict]]) -> None:
+        """Step 0 of a folder that no run made: weights alone, one part in memory at a time.
+
+        Args:
+          parts: "ema", and "params" where it is known: what reads the float32 arrays of each.
+        """
         meta = ocp.args.JsonSave({"step": 0, "train_seconds": 0.0})
-        self._manager.save(0, args=ocp.args.Composite(**items, meta=meta))
+        self._manager.save(0, args=ocp.args.Composite(meta=meta))
+        self._manager.wait_until_finished()
+        host = jax.local_devices(backend="cpu")[0]
+        for name, read in parts.items():
+            # Small files: orbax holds what it has not yet written, up to the size of a file.
+            args = ocp.args.PyTreeSave(
+                jax.device_put(read(), host), ocdbt_target_data_file_size=64 * 2**20
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                checkpointer.save(self.folder / "0" / name, args=args)
 
     def _restore(self, **items):
         step = self.latest
