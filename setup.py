@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits), hub and test."""
+"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits), hub, tfds and test."""
 
 import pathlib
 
@@ -34,6 +34,8 @@ setup(
         "einops>=0.8",
         "pillow>=10",
         "tqdm>=4.66",
+        "array-record>=0.5",
+        "msgpack>=1",
         "safetensors>=0.5",
         "tokenizers>=0.20",
     ],
@@ -42,6 +44,7 @@ setup(
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "demo": DEMO,
         "hub": ["huggingface_hub>=0.24"],
+        "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [
             *DEMO,
             *COMPILERS,

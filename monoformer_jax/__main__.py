@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model, or go on with one",
     "sample": "continue prompts with text or pictures",
     "evaluate": "measure a trained model",
+    "encode_latents": "a dataset as records that training reads",
     "convert": "weights of the original to a workdir of ours, and back",
 }
 
@@ -19,7 +20,7 @@ def main() -> None:
         command = importlib.import_module(f"monoformer_jax.{name}")
         del sys.argv[1]
         run_command(name, command.__doc__, command.add_arguments, command.main)
-    lines = [f"  {command:<10} {what}" for command, what in COMMANDS.items()]
+    lines = [f"  {command:<15} {what}" for command, what in COMMANDS.items()]
     asked = name in ("-h", "--help")
     print("usage: monoformer COMMAND …; COMMAND --help tells more\n", *lines, sep="\n",
           file=sys.stdout if asked else sys.stderr)  # fmt: skip

@@ -11,6 +11,8 @@ stream, so shapes are static, nothing is ragged and nothing loops over rows.
     image_ids       int32 [B, L]      number of the image in the row from 1 on its TIME and PATCH
     denoise         bool [B, L]       TIME and PATCH of an image that is noised and has the loss
     patches         float32 [B, L, P] clean values at PATCH, in the order (C, ph, pw); 0 elsewhere
+    patch_logvar    float32 [B, L, P] of latents kept as mean and log-variance, drawn at each step;
+                                      [B, L, 0] where data.moments is not set
     grid            int32 [B, L, 2]   row and column of the patch in its image
     features        float32 [B, L, F] a vision encoder's, at PATCH of context images; F may be 0
     targets         int32 [B, L]      the token that this position must predict
@@ -29,18 +31,17 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from monoformer_jax.config import require
+from monoformer_jax.config import Config, require
 
 PAD, TEXT, TIME, PATCH = range(4)
 
 Batch = Mapping[str, "np.ndarray | jax.Array"]
 
 
-def spec(
-    batch_size: int, length: int, patch_dim: int, feature_dim: int = 0
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every field of a batch of `batch_size` rows of `length` tokens."""
-    row = (batch_size, length)
+def spec(config: Config, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every field of a batch of `rows`, config.batch_size unless given."""
+    model = config.model
+    row = (rows or config.batch_size, config.data.row_length)
     shapes = {
         "tokens": (row, np.int32),
         "kinds": (row, np.int32),
@@ -48,9 +49,10 @@ def spec(
         "positions": (row, np.int32),
         "image_ids": (row, np.int32),
         "denoise": (row, np.bool_),
-        "patches": ((*row, patch_dim), np.float32),
+        "patches": ((*row, model.patch_dim), np.float32),
+        "patch_logvar": ((*row, model.patch_dim if config.data.moments else 0), np.float32),
         "grid": ((*row, 2), np.int32),
-        "features": ((*row, feature_dim), np.float32),
+        "features": ((*row, model.feature_dim), np.float32),
         "targets": (row, np.int32),
         "target_weights": (row, np.float32),
     }

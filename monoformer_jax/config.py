@@ -183,7 +183,10 @@ class LossConfig:
 class DataConfig:
     mixture: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
-    )  # weight of each source, a share of documents; see data.sources.SOURCES
+    )  # weight of each source, a share of documents: draw, read and say are the digits
+    # Folder of each other source, as `encode_latents` writes them: {"imagenet": "gs://…/imagenet"}.
+    records: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    moments: bool = False  # latents are drawn anew at each step; False trains on their mean
     tokenizer: str = "bytes"  # or a tokenizer.json, in the workdir or elsewhere
     row_length: int = 128  # L, and the longest prompt plus answer when generating
     packing_bins: int = 64  # rows that are filled at the same time

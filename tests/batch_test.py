@@ -5,6 +5,7 @@ import pytest
 
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PAD, PATCH, TEXT, TIME
+from monoformer_jax.config import Config, DataConfig
 
 
 def test_patches_are_in_the_order_channel_row_column():
@@ -30,8 +31,11 @@ def test_an_image_that_cannot_be_cut_is_refused():
         contract.patchify(np.zeros((7, 4, 1)), 2)
 
 
+CONFIG = Config(batch_size=1, data=DataConfig(row_length=6, image_size=2))
+
+
 def good_batch():
-    batch = {k: np.zeros(s.shape, s.dtype) for k, s in contract.spec(1, 6, 4).items()}
+    batch = {k: np.zeros(s.shape, s.dtype) for k, s in contract.spec(CONFIG).items()}
     batch["kinds"][0] = [TEXT, TIME, PATCH, PATCH, TEXT, PAD]
     batch["segment_ids"][0] = [1, 1, 1, 1, 1, 0]
     batch["image_ids"][0] = [0, 1, 1, 1, 0, 0]
@@ -39,7 +43,7 @@ def good_batch():
 
 
 def test_check_accepts_a_good_batch():
-    contract.check(good_batch(), contract.spec(1, 6, 4), max_images=1)
+    contract.check(good_batch(), contract.spec(CONFIG), max_images=1)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +61,15 @@ def test_check_names_the_row_the_token_and_the_rule(field, value, message):
     batch = good_batch()
     batch[field][0, 5] = value
     with pytest.raises(ValueError, match=message):
-        contract.check(batch, contract.spec(1, 6, 4), max_images=1)
+        contract.check(batch, contract.spec(CONFIG), max_images=1)
 
 
 def test_check_counts_images_and_compares_shapes():
     with pytest.raises(ValueError, match="more than 0 images"):
-        contract.check(good_batch(), contract.spec(1, 6, 4), max_images=0)
+        contract.check(good_batch(), contract.spec(CONFIG), max_images=0)
     with pytest.raises(ValueError, match=r"tokens is int32\[1, 6\], expected int32\[2, 6\]"):
-        contract.check(good_batch(), contract.spec(2, 6, 4), max_images=1)
+        contract.check(good_batch(), contract.spec(CONFIG, rows=2), max_images=1)
     batch = good_batch()
     del batch["grid"]
     with pytest.raises(ValueError, match="missing or unknown: grid"):
-        contract.check(batch, contract.spec(1, 6, 4), max_images=1)
+        contract.check(batch, contract.spec(CONFIG), max_images=1)

@@ -100,7 +100,7 @@ def documents_of(batch):
 
 def test_rows_keep_the_contract_and_documents_stay_whole(config):
     made, _ = take(config, 12)
-    expected = contract.spec(config.batch_size, config.data.row_length, MODEL.patch_dim)
+    expected = contract.spec(config)
     real = {image.tobytes() for image in digits("train")[0]}
     kinds_of_documents = set()
     for batch in made:

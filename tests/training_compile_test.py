@@ -24,7 +24,7 @@ def compile_step() -> None:
                         mlp_dim=512, channels=4)  # fmt: skip
     config = Config(batch_size=4, model=model, data=DataConfig(image_size=32, row_length=1024))
     mesh = make_mesh(MeshConfig(1, 2, 2), all_chips("v5e:2x2"))
-    fields = contract.spec(config.batch_size, config.data.row_length, model.patch_dim)
+    fields = contract.spec(config)
     rows = NamedSharding(mesh, BATCH)
     batch = {k: jax.ShapeDtypeStruct(f.shape, f.dtype, sharding=rows) for k, f in fields.items()}
     compiled = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()

@@ -30,8 +30,9 @@ Document = dict[str, np.ndarray]
 class Image:
     """An image in a document: context to look at, or one that the model learns to paint."""
 
-    pixels: np.ndarray  # float [height, width, C], in [-1, 1] or a VAE latent
+    pixels: np.ndarray  # float [height, width, C], in [-1, 1] or the mean of a VAE latent
     denoise: bool
+    logvar: np.ndarray | None = None  # of a VAE latent, as large
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,18 @@ class Features:
     values: np.ndarray  # float [n, F]
 
 
-Part = str | Image | Features
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Text that is read and not learned: what the other side of a conversation says."""
+
+    text: str
+
+
+class End:
+    """</s> inside a document: an answer is over, and the conversation goes on."""
+
+
+Part = str | Asked | End | Image | Features
 
 
 def build(
@@ -51,6 +63,7 @@ def build(
     *,
     text_beside_images: bool = True,
     closing: Sequence[int] | None = None,
+    moments: bool = False,
 ) -> Document:
     """Streams of one document.
 
@@ -61,6 +74,7 @@ def build(
       model: gives the patch size and the channels.
       text_beside_images: False gives no text loss in a document with a denoised image.
       closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
+      moments: whether the log-variance of latents goes with them.
 
     Raises:
       InputError: an image whose side is not divisible by the patch, or with other channels, or
@@ -68,16 +82,23 @@ def build(
     """
     pieces = [_text([tokenizer.bos_id], model)]
     for part in parts:
-        if not isinstance(part, str):
+        if isinstance(part, Image | Features):
             pieces.append(_text([tokenizer.im_start_id], model))
             image = _image if isinstance(part, Image) else _features
             pieces.append(image(part, tokenizer, model))
             pieces.append(_text([tokenizer.im_end_id], model))
+        elif isinstance(part, End):
+            pieces.append(_text([tokenizer.eos_id], model))
         else:
-            pieces.append(_text(tokenizer.encode(part), model))
+            asked = isinstance(part, Asked)
+            ids = tokenizer.encode(part.text if asked else part)
+            pieces.append(_text(ids, model) | {"target_weights": np.full(len(ids), not asked)})
     pieces.append(_text([tokenizer.eos_id] if closing is None else closing, model))
     document = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    learned = np.append(document["kinds"][1:] == TEXT, False)
+    if not moments:
+        document["patch_logvar"] = document["patch_logvar"][:, :0]
+    said = (document["kinds"] == TEXT) & document["target_weights"]
+    learned = np.append(said[1:], False)
     if not text_beside_images and document["denoise"].any():
         learned[:] = False
     document["targets"] = np.append(document["tokens"][1:], tokenizer.pad_id).astype(np.int32)
@@ -113,8 +134,10 @@ def _text(ids: Sequence[int], model: ModelConfig) -> Document:
         "kinds": np.full(n, TEXT, np.int32),
         "denoise": np.zeros(n, np.bool_),
         "patches": np.zeros((n, model.patch_dim), np.float32),
+        "patch_logvar": np.zeros((n, model.patch_dim), np.float32),
         "grid": np.zeros((n, 2), np.int32),
         "features": np.zeros((n, model.feature_dim), np.float32),
+        "target_weights": np.ones(n, np.bool_),  # whether each is worth predicting
     }
 
 
@@ -128,14 +151,16 @@ def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
     patches, grid = patchify(image.pixels, model.patch_size)
     first = model.time_tokens  # which stand in front
     n = first + len(patches)
-    return {
-        "tokens": np.full(n, tokenizer.image_id, np.int32),
+    stream = _text([tokenizer.image_id] * n, model) | {
         "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
         "denoise": np.full(n, image.denoise),
         "patches": np.pad(patches, ((first, 0), (0, 0))),
         "grid": np.pad(grid, ((first, 0), (0, 0))),
-        "features": np.zeros((n, model.feature_dim), np.float32),
     }
+    if image.logvar is not None:
+        logvar, _ = patchify(image.logvar, model.patch_size)
+        stream["patch_logvar"] = np.pad(logvar, ((first, 0), (0, 0)))
+    return stream
 
 
 def _features(image: Features, tokenizer: Tokenizer, model: ModelConfig) -> Document:

@@ -16,6 +16,7 @@ _STREAMS = (
     "kinds",
     "denoise",
     "patches",
+    "patch_logvar",
     "grid",
     "features",
     "targets",

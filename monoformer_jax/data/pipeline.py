@@ -73,5 +73,6 @@ def _write(example, rng, source: Source, config: Config, tokenizer: Tokenizer) -
         tokenizer,
         config.model,
         text_beside_images=config.loss.text_beside_images,
+        moments=config.data.moments,
     )
     return truncate(document, config.data.row_length) if config.data.truncate_text else document

@@ -2,7 +2,8 @@
 
 The digits are the 1,797 scanned 8×8 digits that scikit-learn ships, split 80/20 by label with seed 0.
 "draw" paints the digit that is asked for, "read" names the digit that is shown, "say" counts and adds
-in words.
+in words. Every other source is a folder of records: captions with an image to paint, or conversations
+with or without an image to look at.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from monoformer_jax.config import DataConfig, require
-from monoformer_jax.data.documents import Image
+from monoformer_jax.data.documents import Asked, End, Image, Part
+from monoformer_jax.data.records import ANSWER, ASK, Example, Records, check_shape
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
          "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
          "eighteen")  # fmt: skip
 READ_PROMPT = "read this: "
 
-Parts = list[str | Image]
+Parts = list[Part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,31 @@ def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
     return padded[y : y + height, x : x + width]
 
 
+def _records(c: DataConfig, name: str) -> Source:
+    records = Records(c.records[name])
+    check_shape(name, records, c.image_size)
+
+    def write(example: Example, rng):
+        image = []
+        if example.mean is not None:
+            mean, logvar = (x.astype(np.float32) for x in (example.mean, example.logvar))
+            image = [Image(mean, denoise=bool(example.captions), logvar=logvar)]
+        if not example.captions:
+            return [*image, *conversation(example.messages)]
+        prompt = [] if rng.random() < c.prompt_dropout else [str(rng.choice(example.captions))]
+        return [*prompt, *image]
+
+    return Source(records, write)
+
+
+def conversation(messages: Sequence[str]) -> Parts:
+    """What is asked is not learned; every answer but the last is followed by its own </s>."""
+    parts = []
+    for asked, answer in zip(messages[::2], messages[1::2], strict=True):
+        parts += [Asked(ASK.format(asked)), ANSWER.format(answer), End()]
+    return parts[:-1]
+
+
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}
 
 
@@ -115,9 +142,17 @@ def open_sources(c: DataConfig) -> dict[str, Source]:
     """The sources of the mixture that have a weight.
 
     Raises:
-      InputError: a name that is none of `SOURCES`, or what the source itself refuses.
+      InputError: a name that is neither one of `SOURCES` nor in data.records, or what the source
+        itself refuses.
     """
     for name in c.mixture:
-        known = ", ".join(SOURCES)
-        require(name in SOURCES, f"data.mixture.{name} is no source; there are {known}")
-    return {name: SOURCES[name](c) for name, weight in c.mixture.items() if weight > 0}
+        require(
+            name in SOURCES or name in c.records,
+            f"data.mixture.{name} is no source; there are {', '.join(SOURCES)}, and the folders of "
+            f"records that data.records names: --config.data.records.{name}=DIR",
+        )
+    opened = {}
+    for name, weight in c.mixture.items():
+        if weight > 0:
+            opened[name] = _records(c, name) if name in c.records else SOURCES[name](c)
+    return opened

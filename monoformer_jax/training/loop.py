@@ -76,10 +76,7 @@ def _run(config, mesh, state, batches, checkpoints, report, tokenizer) -> None:
 def _check_first_batch(config: Config, tokenizer: Tokenizer) -> None:
     """From a pipeline of its own: the run's must start at its first batch."""
     probe = Batches(config, tokenizer, jax.process_index(), jax.process_count())
-    rows = config.batch_size // jax.process_count()
-    expected = contract.spec(
-        rows, config.data.row_length, config.model.patch_dim, config.model.feature_dim
-    )
+    expected = contract.spec(config, config.batch_size // jax.process_count())
     contract.check(next(probe.iterator), expected, config.max_images)
 
 

@@ -30,6 +30,16 @@ class Totals:
     images: jax.Array  # number of denoised images
 
 
+def draw_latents(key: jax.Array, batch: Batch) -> Batch:
+    """The batch with its latents drawn from their mean and log-variance, where it has one."""
+    if not batch["patch_logvar"].shape[-1]:
+        return batch
+    noise = jax.random.normal(key, batch["patches"].shape)
+    drawn = batch["patches"] + jnp.exp(0.5 * batch["patch_logvar"]) * noise
+    is_patch = (batch["kinds"] == PATCH)[..., None]
+    return dict(batch) | {"patches": jnp.where(is_patch, drawn, 0.0)}
+
+
 def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
     time_key, noise_key = jax.random.split(key)
     denoised = _denoised(batch, config.max_images)

@@ -16,7 +16,7 @@ from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import parameter_shardings
-from monoformer_jax.training.losses import Noise, draw_noise, loss_fn, totals
+from monoformer_jax.training.losses import Noise, draw_latents, draw_noise, loss_fn, totals
 from monoformer_jax.training.metrics import TrainMetrics
 from monoformer_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -78,6 +78,7 @@ def make_train_step(
 def _train_step(state: TrainState, batch: Batch, config: Config):
     # The key is a function of the step alone: a resumed run draws what the first run drew.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    batch = draw_latents(jax.random.fold_in(key, 1), batch)
     return advance(state, batch, draw_noise(key, batch, config), config)
 
 
