@@ -1,9 +1,11 @@
 """Datasets to records to batches: raw forms, crops, latents, what is learned, and bad input."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +183,27 @@ def test_class_folders_are_numbered_by_name(tmp_path):
         open_raw(str(tmp_path), None)
     with pytest.raises(InputError, match="is no folder, no file and not tfds:NAME/SPLIT"):
         open_raw(str(tmp_path / "no"), None)
+
+
+def test_a_dataset_of_tensorflow_datasets(monkeypatch):
+    """Its package stands in here: rows as data_source gives them, the image undecoded."""
+    png = io.BytesIO()
+    PIL.Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).save(png, "PNG")
+    asked = []
+
+    def data_source(name, split, decoders):
+        asked.append((name, split, list(decoders)))
+        return [{"image": png.getvalue(), "label": np.int64(1)}]
+
+    decode = types.SimpleNamespace(SkipDecoding=object)
+    package = types.SimpleNamespace(data_source=data_source, decode=decode)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", package)
+    (example,) = open_raw("tfds:pets/test", ["cat", "dog"])
+    assert asked == [("pets", "test", ["image"])] and example().captions[1] == "dog"
+    assert (crop(example().image(), 16) == 1).all()
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'monoformer_jax\[tfds\]'"):
+        open_raw("tfds:pets/test", ["cat", "dog"])
 
 
 def test_records_that_do_not_fit_the_config(tmp_path, raw):
