@@ -241,6 +241,22 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Fine-tuning of a frozen decoder (`init_from`) through low-rank adapters; rank 0 trains it all.
+
+    Adapters and the image parts are trained and checkpointed; decoder and vocabulary stay as they
+    were, in the compute dtype.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0  # adapters are scaled by alpha / rank
+
+    def __post_init__(self):
+        _at_least(self, "lora", "rank", 0)
+        _positive(self, "lora", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one axis may be -1, which takes what is left."""
 
@@ -291,6 +307,7 @@ class Config:
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -301,6 +318,10 @@ class Config:
             self.batch_size % self.optimizer.accumulation == 0,
             f"batch_size={self.batch_size} is not a multiple of "
             f"optimizer.accumulation={self.optimizer.accumulation}",
+        )
+        require(
+            not self.lora.rank or bool(self.init_from),
+            f"lora.rank={self.lora.rank} adapts a trained model: name its workdir in init_from",
         )
         require(
             self.sampling.solver in SOLVERS_OF[self.objective.kind],

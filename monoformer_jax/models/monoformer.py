@@ -25,6 +25,7 @@ from monoformer_jax.batch import PATCH, TEXT, TIME
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn.decoder import Decoder, KVCache
 from monoformer_jax.nn.layers import Axes, Linear, parameter
+from monoformer_jax.nn.lora import Adapters
 
 TIME_FEATURES = 256
 
@@ -141,6 +142,7 @@ class MonoFormer(nnx.Module):
         times: jax.Array,
         mask: IntervalMask,
         cache: KVCache | None = None,
+        adapters: Adapters | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Embeds a stream and runs the decoder over it.
 
@@ -151,6 +153,7 @@ class MonoFormer(nnx.Module):
           times: float [B, I], noise level of each image of the row; image i is times[:, i - 1].
           mask: ranges over the L tokens, or over the cache's slots.
           cache: the tokens are appended to it, from cache.index on.
+          adapters: scaled, of the decoder's blocks; see `nn.lora`.
 
         Returns:
           Hidden states [B, L, D] in the compute dtype for the two heads, and the new cache.
@@ -159,7 +162,7 @@ class MonoFormer(nnx.Module):
         again = None
         if self.config.position_embedding == "every_layer":
             again = self.position(inputs, hidden.dtype)
-        return self.decoder(hidden, inputs["positions"], mask, cache, again)
+        return self.decoder(hidden, inputs["positions"], mask, cache, again, adapters)
 
     def embed(self, inputs: Mapping[str, jax.Array], times: jax.Array) -> jax.Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)

@@ -10,6 +10,7 @@ from flax import nnx
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn.layers import Attention, RMSNorm, SwiGLU
+from monoformer_jax.nn.lora import Adapters
 
 
 @flax.struct.dataclass
@@ -35,10 +36,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
         self.mlp = SwiGLU(c, rngs)
 
-    def __call__(self, x, positions, mask, cache, index):
-        out, cache = self.attention(self.attention_norm(x), positions, mask, cache, index)
+    def __call__(self, x, positions, mask, cache, index, adapters):
+        own = {} if adapters is None else adapters
+        out, cache = self.attention(
+            self.attention_norm(x), positions, mask, cache, index, own.get("attention")
+        )
         x = x + out
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), own.get("mlp")), cache
 
 
 class Decoder(nnx.Module):
@@ -57,25 +61,27 @@ class Decoder(nnx.Module):
         mask: IntervalMask,
         cache: KVCache | None = None,
         again: jax.Array | None = None,
+        adapters: Adapters | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the blocks; with a cache the L tokens go to its slots from cache.index on.
 
-        What is given as `again`, [B, L, D], is added before every block but the first.
+        What is given as `again`, [B, L, D], is added before every block but the first; `adapters`,
+        scaled, are of all blocks.
         """
         index = None if cache is None else cache.index
 
         def body(x, layer):
-            block, kv, share = layer
+            block, kv, share, own = layer
             if again is not None:
                 x = x + share * again
-            return block(x, positions, mask, kv, index)
+            return block(x, positions, mask, kv, index, own)
 
         if self.remat != "none" and cache is None:
             policy = getattr(jax.checkpoint_policies, self.remat)
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
         shares = None if again is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
-        x, kv = jax.lax.scan(body, x, (self.layers, kv, shares))
+        x, kv = jax.lax.scan(body, x, (self.layers, kv, shares, adapters))
         if cache is not None:
             cache = KVCache(*kv, cache.index + x.shape[1])
         return self.norm(x), cache

@@ -13,6 +13,7 @@ from flax import nnx
 
 from monoformer_jax.attention import IntervalMask, attend
 from monoformer_jax.config import ModelConfig
+from monoformer_jax.nn import lora
 
 Axes = tuple[str | None, ...]
 
@@ -76,21 +77,29 @@ class Attention(nnx.Module):
         self.out = parameter(rngs, (N, H, D), ("heads", "head_dim", "embed"), stddev)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, mask: IntervalMask, cache=None, index=None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        mask: IntervalMask,
+        cache=None,
+        index=None,
+        adapters=None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """[B, L, D] -> [B, L, D].
 
         With a cache (k, v), each [B, S, K, H], the new keys and values are written to the slots
         index … index + L, the mask ranges over all S slots, and the new cache is returned.
+        `adapters` are those of this block, see `lora`.
         """
         c, dtype = self.config, x.dtype
 
-        def project(kernel):
+        def project(name):
             # As [D, N·H], so that the kernels take the product as it comes, with no copy to transpose.
-            y = x @ rearrange(kernel[...].astype(dtype), "D N H -> D (N H)")
+            kernel = getattr(self, name)[...].astype(dtype)
+            y = lora.add(x @ rearrange(kernel, "D N H -> D (N H)"), x, adapters, name)
             return rearrange(y, "B L (N H) -> B L N H", H=c.head_dim)
 
-        q, k, v = project(self.q), project(self.k), project(self.v)
+        q, k, v = project("q"), project("k"), project("v")
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
@@ -98,7 +107,8 @@ class Attention(nnx.Module):
             cache = (k, v)
         out = attend(q, k, v, mask, impl=c.attention)
         out = rearrange(out, "B L N H -> B L (N H)")
-        return out @ rearrange(self.out[...].astype(dtype), "N H D -> (N H) D"), cache
+        y = out @ rearrange(self.out[...].astype(dtype), "N H D -> (N H) D")
+        return lora.add(y, out, adapters, "out"), cache
 
 
 class SwiGLU(nnx.Module):
@@ -110,7 +120,9 @@ class SwiGLU(nnx.Module):
         self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
         self.down = parameter(rngs, (F, D), ("mlp", "embed"), (F * 2 * c.num_layers) ** -0.5)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = x.dtype
-        gate, up = x @ self.gate[...].astype(dtype), x @ self.up[...].astype(dtype)
-        return (jax.nn.silu(gate) * up) @ self.down[...].astype(dtype)
+    def __call__(self, x: jax.Array, adapters=None) -> jax.Array:
+        def product(x, name):
+            kernel = getattr(self, name)[...].astype(x.dtype)
+            return lora.add(x @ kernel, x, adapters, name)
+
+        return product(jax.nn.silu(product(x, "gate")) * product(x, "up"), "down")

@@ -1,0 +1,61 @@
+"""Adapters: nothing at first, the same as merged matrices afterwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from monoformer_jax.config import InputError, LoraConfig
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.models import monoformer
+from monoformer_jax.nn import lora
+
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+@pytest.fixture(scope="module")
+def made(config):
+    """Parameters, a batch, and a function from adapters to hidden states."""
+    params = monoformer.init(config.model, jax.random.key(0))
+    batch = next(Batches(config, ByteTokenizer()).iterator)
+    times = np.full((config.batch_size, config.max_images), 0.3, np.float32)
+
+    @jax.jit
+    def hidden(params, adapters):
+        model = monoformer.bind(config.model, params)
+        mask = monoformer.attention_mask(config.model, batch)
+        return model(batch, times, mask, adapters=adapters)[0]
+
+    return params, hidden
+
+
+def test_fresh_adapters_change_nothing_and_trained_ones_are_merged_exactly(config, made):
+    params, hidden = made
+    adapters = lora.init(config.model, LORA.rank, jax.random.key(1))
+    plain = hidden(params, None)
+    np.testing.assert_array_equal(hidden(params, lora.scaled(adapters, LORA)), plain)
+    leaves, structure = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    drawn = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    adapters = jax.tree.unflatten(structure, drawn)
+    adapted = hidden(params, lora.scaled(adapters, LORA))
+    assert np.abs(adapted - plain).max() > 0.1
+    layers = lora.merge(params["decoder"]["layers"], adapters, LORA)
+    merged = params | {"decoder": params["decoder"] | {"layers": layers}}
+    np.testing.assert_allclose(hidden(merged, None), adapted, atol=2e-5)
+    # Every adapter is used: each layer of each moves the output.
+    grads = jax.grad(lambda a: jnp.sum(hidden(params, lora.scaled(a, LORA)) ** 2))(adapters)
+    for leaf in jax.tree.leaves(grads):
+        assert (np.abs(leaf).max((1, 2)) > 0).all()
+
+
+def test_axes_name_every_dimension(config):
+    adapters = lora.init(config.model, 2, jax.random.key(0))
+    named = jax.tree.map(lambda leaf, names: leaf.ndim == len(names), adapters, lora.axes())
+    assert all(jax.tree.leaves(named))
+
+
+def test_lora_needs_a_model_to_adapt(change):
+    with pytest.raises(InputError, match=r"lora\.rank=4 adapts a trained model: name its workdir"):
+        change(lora={"rank": 4})
