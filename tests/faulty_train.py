@@ -34,7 +34,7 @@ def with_fault(kind, at):
 
 
 if __name__ == "__main__":
-    if "FAULT" in os.environ:
+    if os.environ.get("FAULT"):
         kind, _, step = os.environ["FAULT"].partition(":")
         with_fault(kind, int(step))
     run_command("train", doc, add_arguments, main)
