@@ -72,13 +72,13 @@ def main(args: argparse.Namespace) -> int:
     except tuple(codes) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return codes[type(error)]
-    except Exception as error:
+    except BaseException as error:
         _leave_others(error)
         raise
     return 0
 
 
-def _leave_others(error: Exception) -> None:
+def _leave_others(error: BaseException) -> None:
     """Ends this process of several at once: in an orderly exit each would wait for all the others."""
     import jax
 
@@ -88,6 +88,7 @@ def _leave_others(error: Exception) -> None:
         print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
+    sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:  # with it goes what holds the others together: they speak first
         time.sleep(_GRACE)

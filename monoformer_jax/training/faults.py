@@ -123,7 +123,7 @@ class Starts:
     def __exit__(self, kind, error, _) -> None:
         if error is None:
             if jax.process_index() == 0:
-                self._file.unlink()
+                self._file.unlink(missing_ok=True)
         elif isinstance(error, Preempted | KeyboardInterrupt):
             self._write(self._before)
         else:

@@ -63,13 +63,19 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
         with _Report(config, workdir, int(state.step), seconds, batches) as report:
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             report.say(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
+            if jax.process_count() > config.data.streams:
+                report.say(
+                    f"{jax.process_count()} processes share data.streams={config.data.streams}: "
+                    "each packs rows that it does not keep; a new run can have more streams"
+                )
             try:
                 step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
                             preemption, watchdog)  # fmt: skip
             except (NonFiniteLoss, Preempted):  # of every process, after the same step
+                watchdog.stop()  # storage takes its time with the last checkpoint
                 checkpoints.wait()
                 raise
-            watchdog.stop()  # storage takes its time with the last checkpoint
+            watchdog.stop()
             checkpoints.wait()
             mark_done(workdir, config, step, report.seconds)
 
