@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits), hub, tfds and test."""
+"""Installs monoformer_jax; the extras are tpu, cuda, gcs, demo (the digits), hub, tfds and test."""
 
 import pathlib
 
@@ -28,6 +28,7 @@ setup(
         "flax>=0.12.9,<0.13; python_version>='3.12'",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.12,<0.13",
+        "etils[epath]>=1.9",
         "grain>=0.2.18,<0.3",
         "ml-collections>=1.1",
         "clu>=0.0.12",
@@ -43,6 +44,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "demo": DEMO,
+        "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [

@@ -11,8 +11,12 @@ from pathlib import Path
 
 from monoformer_jax.config import Config, InputError, require
 
-BAD_INPUT = 2  # exit code
-NON_FINITE = 3  # exit code of `train` when the loss is no longer a number
+# Exit codes. 1 is an error that nobody foresaw; all but 0 and 2 are of `train`.
+BAD_INPUT = 2
+NON_FINITE = 3  # the loss is no longer a number
+CRASH_LOOP = 4  # several starts in a row made no checkpoint
+HUNG = 5  # a step took longer than watchdog_seconds
+PREEMPTED = 75  # told to leave (SIGTERM); saved, and the same command goes on
 
 
 def run_command(

@@ -32,7 +32,8 @@ def _positive(config, group: str, name: str) -> None:
 
 def _at_least(config, group: str, name: str, least: float) -> None:
     value = getattr(config, name)
-    require(value >= least, f"{group}.{name}={value} must be {least} or more")
+    dot = "." if group else ""
+    require(value >= least, f"{group}{dot}{name}={value} must be {least} or more")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -189,14 +190,17 @@ class DataConfig:
     moments: bool = False  # latents are drawn anew at each step; False trains on their mean
     tokenizer: str = "bytes"  # or a tokenizer.json, in the workdir or elsewhere
     row_length: int = 128  # L, and the longest prompt plus answer when generating
-    packing_bins: int = 64  # rows that are filled at the same time
+    packing_bins: int = 64  # rows that are filled at the same time, by each stream
+    # The batch is packed by this many independent streams, whatever the number of processes. Each
+    # process runs those that its rows come from: a multiple of the processes spares double work.
+    streams: int = 1
     image_size: int = 8  # side in pixels (or latent values)
     prompt_dropout: float = 0.1  # share of prompts left out, for classifier-free guidance
     shift_pixels: int = 1  # images to read move by up to this much; images to draw never do
     truncate_text: bool = False  # cut a text that is longer than the row instead of dropping it
 
     def __post_init__(self):
-        for name in ("row_length", "packing_bins", "image_size"):
+        for name in ("row_length", "packing_bins", "streams", "image_size"):
             _positive(self, "data", name)
         require(
             0 <= self.prompt_dropout <= 1,
@@ -301,6 +305,10 @@ class Config:
     log_every: int = 50
     checkpoint_every: int = 500
     checkpoints_kept: int = 2
+    checkpoint_keep_every: int = 0  # checkpoints at multiples of it are never deleted; 0: none is
+    # A step that takes longer ends the process with code 5; the first may take an hour longer, as it
+    # compiles. Must be longer than writing a checkpoint. 0 waits for ever.
+    watchdog_seconds: float = 1800.0
     init_from: str = ""  # a workdir whose averaged weights a new run starts from; "" starts fresh
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -314,6 +322,17 @@ class Config:
     def __post_init__(self):
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_kept"):
             _positive(self, "", name)
+        for name in ("checkpoint_keep_every", "watchdog_seconds"):
+            _at_least(self, "", name, 0)
+        require(
+            self.checkpoint_keep_every % self.checkpoint_every == 0,
+            f"checkpoint_keep_every={self.checkpoint_keep_every} is not a multiple of "
+            f"checkpoint_every={self.checkpoint_every}",
+        )
+        require(
+            self.batch_size % self.data.streams == 0,
+            f"batch_size={self.batch_size} is not a multiple of data.streams={self.data.streams}",
+        )
         require(
             self.batch_size % self.optimizer.accumulation == 0,
             f"batch_size={self.batch_size} is not a multiple of "

@@ -94,3 +94,10 @@ def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         f"batch_size={batch_size} is not a multiple of optimizer.accumulation={accumulation} times "
         f"the {over} devices along data and fsdp",
     )
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """Rows of the global batch that the devices of this process hold, in ascending order."""
+    sharding = NamedSharding(mesh, PartitionSpec(*BATCH[:1]))
+    places = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in places for row in range(*part.indices(batch_size))})

@@ -18,13 +18,19 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from etils import epath
+
 from monoformer_jax.cli import run_command
 
 _SIDE = 128  # pixels that a picture in the grid has at least, or 8×8 digits would be specks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the trained run")
+    parser.add_argument(
+        "--workdir", type=epath.Path, required=True, help="of the trained run, a folder or gs://..."
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the weights; bfloat16 halves their memory")  # fmt: skip
     parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
     parser.add_argument(
         "--image", type=Path, help="a picture put after every prompt; its size is a whole multiple "
@@ -66,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     for name in ("count", "max_tokens"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
     require(args.temperature >= 0, f"--temperature={args.temperature} must be 0 or more")
-    config, params, _ = load_trained(args.workdir)
+    config, params, _ = load_trained(args.workdir, args.dtype)
     flags = {name: getattr(args, name) for name in ("steps", "guidance", "solver")}
     flags = {name: value for name, value in flags.items() if value is not None}
     config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **flags))

@@ -5,17 +5,47 @@
       --config.model.mlp_dim=512 --config.optimizer.learning_rate=3e-4
 
 Every key of the config can be changed with --config.group.key=value; monoformer_jax/config.py lists
-them. The workdir gets config.json, metrics.jsonl (TensorBoard files too, where it is installed) and
-checkpoints/. Exit codes: 2 bad input, 3 the loss is no longer a number.
+them. The workdir, a folder or storage such as gs://bucket/run, gets config.json, metrics.jsonl
+(TensorBoard files too, where it is installed), checkpoints/, and done.json after the last step.
+
+Several processes train as one when each runs the same command. On TPU pods, Slurm, Open MPI and
+Kubernetes they find each other; elsewhere each is told, here two on one machine:
+
+  python -m monoformer_jax.train --coordinator=localhost:12345 --processes=2 --process=0 ... &
+  python -m monoformer_jax.train --coordinator=localhost:12345 --processes=2 --process=1 ...
+
+Exit codes:
+  0   done
+  1   an error that nobody foresaw; WORKDIR/errors/ keeps it
+  2   bad input
+  3   the loss is no longer a number; the checkpoints before it are good
+  4   three starts in a row made no checkpoint; says where to look and how to try again
+  5   a step took longer than watchdog_seconds; WORKDIR/errors/ says where every thread stood
+  75  told to leave (SIGTERM): saved at the step it was in, the same command goes on
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from pathlib import Path
+import time
+import traceback
 
-from monoformer_jax.cli import NON_FINITE, load_config, run_command
+from etils import epath
+
+from monoformer_jax.cli import (
+    BAD_INPUT,
+    CRASH_LOOP,
+    HUNG,
+    NON_FINITE,
+    PREEMPTED,
+    load_config,
+    run_command,
+)
+from monoformer_jax.config import InputError
+
+_GRACE = 5.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,18 +53,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", required=True, metavar="FILE[:ARG]",
         help="the experiment, a file in configs/; ARG goes to its get_config, as in digits.py:tiny",
     )  # fmt: skip
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=epath.Path, required=True, help="folder of the run")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, at a free port")
+    parser.add_argument("--processes", type=int, help="how many; 1 keeps to itself on any machine")
+    parser.add_argument("--process", type=int, help="which of them this is, from 0")
 
 
-def main(args: argparse.Namespace) -> int | None:
+def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from monoformer_jax.training.loop import NonFiniteLoss, train
+    from monoformer_jax.training.faults import CrashLoop, NonFiniteLoss, Preempted
+    from monoformer_jax.training.loop import train
+    from monoformer_jax.training.processes import start_processes
 
+    codes = {NonFiniteLoss: NON_FINITE, CrashLoop: CRASH_LOOP, Preempted: PREEMPTED}
+    start_processes(args.coordinator, args.processes, args.process)
     try:
-        train(config, args.workdir)
-    except NonFiniteLoss as error:
+        train(config, args.workdir, hang_exit_code=HUNG)
+    except tuple(codes) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return NON_FINITE
+        return codes[type(error)]
+    except BaseException as error:
+        _leave_others(error)
+        raise
+    return 0
+
+
+def _leave_others(error: BaseException) -> None:
+    """Ends this process of several at once: in an orderly exit each would wait for all the others."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:  # with it goes what holds the others together: they speak first
+        time.sleep(_GRACE)
+    os._exit(BAD_INPUT if isinstance(error, InputError) else 1)
 
 
 if __name__ == "__main__":

@@ -162,15 +162,41 @@ def test_the_stream_is_deterministic_and_resumes_where_it_was(change):
     assert not same(first, take(change(seed=1), 9)[0])
 
 
-def test_processes_read_different_examples(config):
-    seen = []
-    for index in (0, 1):
-        made, _ = take(config, 6, process_index=index, process_count=2)
-        assert made[0]["tokens"].shape[0] == config.batch_size // 2
-        images = [d["patches"][d["kinds"] == PATCH] for b in made for d in documents_of(b)
-                  if d["denoise"].any()]  # fmt: skip
-        seen.append({image.tobytes() for image in images})
-    assert seen[0] and not seen[0] & seen[1]
+def test_the_rows_do_not_depend_on_who_packs_them(change):
+    """Any split of the rows over processes, also one that cuts a stream, gives the same global batches;
+    the state of a stream goes on in whichever process runs it next."""
+    config = change(data={"streams": 2, "packing_bins": 4})
+    whole, batches = take(config, 5)
+    state = batches.iterator.get_state()
+    later = [next(batches.iterator) for _ in range(3)]
+    for split in ([[0], [1, 2, 3]], [[0, 1], [2, 3]], [[0, 2], [1, 3]]):
+        for rows in split:
+            part, _ = take(config, 5, rows=rows)
+            assert same(part, [{k: v[rows] for k, v in batch.items()} for batch in whole])
+    half = Batches(config, TOKENIZER, rows=[2, 3])
+    assert list(half.iterator.get_state()) == ["1"]
+    half.iterator.set_state(state)
+    assert same([next(half.iterator) for _ in range(3)],
+                [{k: v[2:] for k, v in batch.items()} for batch in later])  # fmt: skip
+
+
+def test_streams_share_every_epoch_out_between_them(change):
+    """Two streams of sums and counts: together they read each of the 190 sentences once, then again."""
+    config = change(data={"streams": 2, "mixture": {"say": 1.0}, "packing_bins": 1})
+    made, _ = take(config, 40)
+    seen = [[], []]
+    for batch in made:
+        for row in range(4):
+            halves = {name: stream[row : row + 1] for name, stream in batch.items()}
+            seen[row // 2] += [d["tokens"].tobytes() for d in documents_of(halves)]
+    assert min(map(len, seen)) > 95
+    first = [set(documents[:95]) for documents in seen]
+    assert len(first[0]) == len(first[1]) == 95 and not first[0] & first[1]
+
+
+def test_more_streams_than_examples_are_refused(change):
+    with pytest.raises(InputError, match=r"data.streams=200, but source say has only 190 examples"):
+        Batches(change(batch_size=200, data={"streams": 200}), TOKENIZER)
 
 
 def test_documents_that_are_too_long_are_dropped_and_counted(change):

@@ -17,11 +17,13 @@ from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import check_batch_size, make_mesh, parameter_shardings, put_batch
-from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir, load_trained
-from monoformer_jax.training.loop import NonFiniteLoss, train
+from monoformer_jax.training.checkpoint import Checkpoints, load_trained
+from monoformer_jax.training.faults import NonFiniteLoss
+from monoformer_jax.training.loop import train
 from monoformer_jax.training.metrics import Writer
 from monoformer_jax.training.optimizer import learning_rate, make_optimizer
 from monoformer_jax.training.state import abstract_state, init_state, make_train_step
+from monoformer_jax.training.workdir import claim_workdir
 
 
 def one_device():
@@ -202,18 +204,6 @@ def test_more_steps_are_allowed_and_checkpoints_without_config_are_not(trained, 
         claim_workdir(workdir, change(steps=40))
 
 
-@pytest.mark.parametrize("lost", ["params/manifest.ocdbt", "optimizer", "meta/metadata"])
-def test_a_damaged_checkpoint_is_named_and_kept(trained, config, tmp_path, lost):
-    workdir = tmp_path / "damaged"
-    shutil.copytree(trained, workdir)
-    victim = workdir / "checkpoints" / "20" / lost
-    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
-    message = r"checkpoints/20 cannot be read, .* remove that folder to go on from step 10"
-    with pytest.raises(InputError, match=message):
-        train(config, workdir)
-    assert (workdir / "checkpoints" / "20").exists() and lines(workdir) == lines(trained)
-
-
 def test_a_save_that_a_kill_cut_short_does_not_count(trained, tmp_path):
     workdir = tmp_path / "killed"
     shutil.copytree(trained, workdir)
@@ -224,7 +214,7 @@ def test_a_save_that_a_kill_cut_short_does_not_count(trained, tmp_path):
 
 
 def test_no_number_stops_the_run_before_it_is_saved(change, tmp_path):
-    config = change(optimizer={"learning_rate": 1e25, "warmup_steps": 0}, checkpoint_every=1)
+    config = change(optimizer={"learning_rate": 1e15, "warmup_steps": 0}, checkpoint_every=1)
     with pytest.raises(NonFiniteLoss) as stopped:
         train(config, tmp_path / "nan")
     message = str(stopped.value)
@@ -248,7 +238,7 @@ def test_the_weights_that_sample_are_the_average(trained, config):
     _, ema, meta = load_trained(trained)
     with Checkpoints(trained) as checkpoints:
         batches = Batches(config, ByteTokenizer())
-        state, _ = checkpoints.restore(
+        state, _, _ = checkpoints.restore(
             abstract_state(config, make_mesh(MeshConfig())), batches.iterator
         )
     assert meta["step"] == 20

@@ -82,7 +82,7 @@ def extend_tokenizer(path: Path, to: Path) -> None:
 def _read(path: Path) -> tokenizers.Tokenizer:
     require(path.is_file(), f"there is no tokenizer {path}")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_str(path.read_text())  # the workdir may be a bucket
     except Exception as error:  # the library raises bare Exceptions
         raise InputError(f"{path} is no tokenizer.json that can be read ({error})") from error
 

@@ -1,50 +1,58 @@
-"""Checkpoints (orbax): params, ema, optimizer, step and data iterator together.
+"""Checkpoints (orbax): params, ema, optimizer, step and data position together.
 
-WORKDIR/config.json                 from which every command rebuilds the model
 WORKDIR/checkpoints/STEP/params/    float32 weights
                         /ema/       their moving average, which is what samples
                         /optimizer/
-                        /data/      state of the grain iterator
+                        /data/      {"streams": state of each stream of rows}
                         /meta/      {"step", "train_seconds"}
+WORKDIR/damaged/STEP/               checkpoints that could not be read, moved out of the way
+
+A checkpoint is read back on any number of devices and processes and on any mesh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
-import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from monoformer_jax.config import Config, InputError, MeshConfig, ModelConfig, require
+from monoformer_jax.data.pipeline import RowIterator
 from monoformer_jax.parallel import make_mesh
+from monoformer_jax.training.processes import gather
 from monoformer_jax.training.state import TrainState, abstract_state
+from monoformer_jax.training.workdir import read_config
 
-# Keys of the config that a run may change when it goes on; all others make it another run.
-_MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "checkpoints_kept", "mesh", "sampling")
+# What errors of storage and devices say. None of it means that the checkpoint is bad.
+_NOT_DAMAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
+               "RESOURCE_EXHAUSTED")  # fmt: skip
 
 
 class Checkpoints:
     """The checkpoints of one workdir. Saves run in the background; leaving `with` waits for them."""
 
-    def __init__(self, workdir: Path, kept: int | None = None):
+    def __init__(self, workdir: epath.PathLike, kept: int | None = None, keep_every: int = 0):
         """Args:
         workdir: folder of the run.
         kept: how many checkpoints stay, the oldest go; None only reads.
+        keep_every: those of steps that it divides stay as well; 0 is none.
         """
-        self.folder = workdir.absolute() / "checkpoints"
+        workdir = epath.Path(workdir).expanduser().absolute()
+        self.folder, self.damaged_folder = workdir / "checkpoints", workdir / "damaged"
         # Orbax warns about every sharding that it infers; ours are always given.
         logging.getLogger("absl").setLevel(logging.ERROR)
         reads = kept is None
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=kept, create=not reads, read_only=reads
+                max_to_keep=kept, keep_period=keep_every or None, create=not reads, read_only=reads
             ),
         )
 
@@ -53,40 +61,94 @@ class Checkpoints:
         """Step of the newest complete checkpoint; one cut short by a kill does not count."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: grain.DatasetIterator, seconds: float) -> None:
+    def save(self, state: TrainState, data: RowIterator, seconds: float) -> None:
+        """Starts to write the state; every process calls it after the same step."""
         step = int(state.step)
+        streams = {number: s for states in gather(data.get_state()) for number, s in states.items()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 ema=ocp.args.StandardSave(state.ema),
                 optimizer=ocp.args.StandardSave(state.opt_state),
-                data=grain.checkpoint.CheckpointSave(data),
+                data=ocp.args.JsonSave({"streams": streams}),
                 meta=ocp.args.JsonSave({"step": step, "train_seconds": seconds}),
             ),
         )
 
-    def restore(self, target: TrainState, data: grain.DatasetIterator) -> tuple[TrainState, float]:
-        """The newest state, placed as `target` says, and the seconds trained; moves `data` there.
+    def wait(self) -> None:
+        """Returns when what was saved is complete; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def restore(
+        self, target: TrainState, data: RowIterator
+    ) -> tuple[TrainState, float, dict[int, str]]:
+        """The newest state that every process can read, placed as `target` says; moves `data` there.
+
+        Returns:
+          The state, the seconds trained, and {step: reason} of the newer checkpoints that could not be
+          read: these now lie in WORKDIR/damaged.
 
         Raises:
-          InputError: the checkpoint cannot be read.
+          InputError: there are checkpoints, but none can be read; they stay where they are.
         """
-        restored = self._restore(
-            params=ocp.args.StandardRestore(target.params),
-            ema=ocp.args.StandardRestore(target.ema),
-            optimizer=ocp.args.StandardRestore(target.opt_state),
-            data=grain.checkpoint.CheckpointRestore(data),
-            meta=ocp.args.JsonRestore(),
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damaged: dict[int, str] = {}
+        for step in steps:
+            restored, problem = self._try(step, target, data)
+            problems = [p for p in gather(problem) if p]  # one process may see what others do not
+            if restored and not problems:
+                self._move_away(list(damaged))
+                return *restored, damaged
+            damaged[step] = problems[0]
+        raise InputError(
+            f"no checkpoint in {self.folder} can be read, and all stay there: "
+            + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
         )
-        step = jax.device_put(restored.meta["step"], target.step.sharding).astype("int32")
-        state = TrainState(step, restored.params, restored.ema, restored.optimizer)
-        return state, restored.meta["train_seconds"]
+
+    def _try(self, step: int, target: TrainState, data: RowIterator):
+        """((state, seconds), "") or (None, why not), by this process alone."""
+        # Not through the manager: it waits for the other processes, of which one may have failed.
+        folder, read = self.folder / str(step), _read_arrays
+        try:
+            meta = _read_json(folder / "meta")
+            data.set_state(_read_json(folder / "data")["streams"])
+            state = TrainState(
+                jax.make_array_from_callback(
+                    (), target.step.sharding, lambda _: np.int32(meta["step"])
+                ),
+                read(folder / "params", target.params),
+                read(folder / "ema", target.ema),
+                read(folder / "optimizer", target.opt_state),
+            )
+            return (jax.block_until_ready(state), meta["train_seconds"]), ""
+        except Exception as error:  # whatever the broken part raised
+            if not _is_damage(error):
+                raise
+            return None, f"{type(error).__name__}: {_first_line(error)}"
+
+    def _move_away(self, steps: list[int]) -> None:
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            self.damaged_folder.mkdir(exist_ok=True)
+            for step in steps:
+                to, again = self.damaged_folder / str(step), 1
+                while to.exists():
+                    to, again = to.with_name(f"{step}.{again}"), again + 1
+                (self.folder / str(step)).rename(to)
+        gather(None)  # the others look only now
+        self._manager.reload()
 
     def restore_ema(self, target: dict) -> tuple[dict, dict]:
-        """Only the averaged weights, and {"step", "train_seconds"}."""
-        restored = self._restore(ema=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-        return restored.ema, restored.meta
+        """Only the averaged weights, placed and cast as `target` says, and {"step", "train_seconds"}.
+
+        Raises:
+          InputError: there is no checkpoint, or the newest cannot be read.
+        """
+        return self._newest(
+            lambda folder: (_read_arrays(folder / "ema", target), _read_json(folder / "meta"))
+        )
 
     def restore_one(self, part: str, path: Sequence[str], target: jax.ShapeDtypeStruct):
         """One parameter of "ema" or "params", as numpy, for those who cannot hold all of them."""
@@ -94,7 +156,11 @@ class Checkpoints:
         for name in reversed(path):
             item, args = {name: item}, {name: args}
         args = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
-        return jax.tree.leaves(self._restore(**{part: args})[part])[0]
+
+        def read(folder):
+            return ocp.PyTreeCheckpointHandler().restore(folder / part, args=args)
+
+        return jax.tree.leaves(self._newest(read))[0]
 
     @property
     def has_params(self) -> bool:
@@ -119,70 +185,55 @@ class Checkpoints:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(self.folder / "0" / name, args=args)
 
-    def _restore(self, **items):
+    def _newest(self, read: Callable[[epath.Path], Any]) -> Any:
         step = self.latest
         if step is None:
             raise InputError(f"there is no complete checkpoint in {self.folder}")
+        folder = self.folder / str(step)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # orbax raises whatever the broken part raised
+            return read(folder)
+        except Exception as error:
+            if not _is_damage(error):
+                raise
             older = [s for s in self._manager.all_steps() if s < step]
-            then = f"go on from step {older[-1]}" if older else "start over"
+            then = f"; without that folder, step {max(older)} is the newest" if older else ""
             raise InputError(
-                f"checkpoint {self.folder / str(step)} cannot be read, it is damaged or incomplete; "
-                f"remove that folder to {then} ({type(error).__name__}: {_first_line(error)})"
+                f"checkpoint {folder} cannot be read, it is damaged or incomplete{then} "
+                f"({type(error).__name__}: {_first_line(error)})"
             ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind, *_) -> None:
+        # Of several processes that fail, this one may be the first: the others would never come.
+        if kind is None or jax.process_count() == 1:
+            self._manager.close()
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes config.json, or checks that the one that is there belongs to the same run.
-
-    Raises:
-      InputError: the workdir holds another run, or checkpoints without their config.
-    """
-    path = workdir / "config.json"
-    if path.exists():
-        there, new = _flat(read_config(workdir).to_dict()), _flat(config.to_dict())
-        changed = [
-            f"{key} ({there.get(key)!r} there, {new.get(key)!r} now)"
-            for key in sorted(there.keys() | new.keys())
-            if there.get(key) != new.get(key) and key.split(".")[0] not in _MAY_CHANGE
-        ]
-        require(not changed, f"{workdir} holds another run: {', '.join(changed)}; nothing was "
-                             "touched, give a new --workdir")  # fmt: skip
-    else:
-        require(
-            not (workdir / "checkpoints").exists(),
-            f"{workdir} has checkpoints but no config.json to say what they are; nothing was touched",
-        )
-        workdir.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(".json.new")
-    written.write_text(config.to_json())
-    written.replace(path)
+def _read_arrays(folder: epath.Path, target: dict) -> dict:
+    return ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
 
 
-def read_config(workdir: Path) -> Config:
-    """The config of a trained workdir.
-
-    Raises:
-      InputError: there is none.
-    """
-    path = workdir / "config.json"
-    require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
-    return Config.from_dict(json.loads(path.read_text()))
+def _read_json(folder: epath.Path) -> dict:
+    return ocp.JsonCheckpointHandler().restore(folder)
 
 
-def load_trained(workdir: Path) -> tuple[Config, dict, dict]:
+def _is_damage(error: Exception) -> bool:
+    """Whether an error of reading says something of the checkpoint, and not of machine or network."""
+    elsewhere = MemoryError | PermissionError | ConnectionError | TimeoutError
+    return not isinstance(error, elsewhere) and not any(w in str(error) for w in _NOT_DAMAGE)
+
+
+def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Config, dict, dict]:
     """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
 
-    The weights come to one device, whatever mesh they were trained on.
+    The weights come to one device, whatever mesh and however many processes they were trained on.
+
+    Args:
+      workdir: folder of the run.
+      dtype: of the weights; "bfloat16" halves what they take, and no optimizer is read. None is
+        float32, as they were trained.
 
     Raises:
       InputError: no trained model there, or a checkpoint that cannot be read.
@@ -190,12 +241,16 @@ def load_trained(workdir: Path) -> tuple[Config, dict, dict]:
     config = read_config(workdir)
     one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
     target = abstract_state(config, one_device).ema
+    if dtype is not None:
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding), target
+        )
     with Checkpoints(workdir) as checkpoints:
         params, meta = checkpoints.restore_ema(target)
     return config, params, meta
 
 
-def load_weights(workdir: Path, target: dict, model: ModelConfig) -> dict:
+def load_weights(workdir: epath.PathLike, target: dict, model: ModelConfig) -> dict:
     """Averaged weights of another run, placed as `target` says, for a run of this model.
 
     Raises:
@@ -212,16 +267,6 @@ def load_weights(workdir: Path, target: dict, model: ModelConfig) -> dict:
     require(not changed, f"init_from={workdir} holds another model: {', '.join(changed)}")
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore_ema(target)[0]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _first_line(error: Exception) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from etils import epath
 from tqdm import tqdm
 
 from monoformer_jax import batch as contract
@@ -17,66 +18,115 @@ from monoformer_jax.config import Config
 from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
-from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
-from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir, load_weights
+from monoformer_jax.parallel import check_batch_size, local_rows, make_mesh, put_batch
+from monoformer_jax.training.checkpoint import Checkpoints, load_weights
+from monoformer_jax.training.faults import NonFiniteLoss, Preempted, Preemption, Starts, Watchdog
 from monoformer_jax.training.metrics import TrainMetrics, Writer
+from monoformer_jax.training.processes import on_first
 from monoformer_jax.training.state import abstract_state, init_state, make_train_step
+from monoformer_jax.training.workdir import claim_workdir, mark_done
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
-
-
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> None:
     """Trains to `config.steps`, going on from the newest checkpoint in the workdir if there is one.
 
-    Everything that can be wrong with the input is found before the step is compiled.
+    Everything that can be wrong with the input is found before the step is compiled. Every process of
+    a run calls it (see `processes.start_processes`); the first writes and prints for all.
+
+    Args:
+      config: of the run.
+      workdir: its folder, or storage such as gs://bucket/run, the same for every process.
+      hang_exit_code: what the process ends with when a step takes over `config.watchdog_seconds`.
 
     Raises:
       InputError: see the message.
       NonFiniteLoss: names the step, the documents of its batch and the last good checkpoint.
+      Preempted: SIGTERM came; the state is saved.
+      CrashLoop: several starts in a row made no checkpoint.
     """
+    workdir = epath.Path(workdir).expanduser()
     tokenizer = open_tokenizer(config.data, workdir, config.model.vocab_size)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
     target = abstract_state(config, mesh)
-    batches = Batches(config, tokenizer, jax.process_index(), jax.process_count())
-    _check_first_batch(config, tokenizer)
-    claim_workdir(workdir, config)
-    with Checkpoints(workdir, config.checkpoints_kept) as checkpoints:
-        if checkpoints.latest is None:
-            state, seconds = init_state(config, mesh), 0.0
-            if config.init_from:
-                params = load_weights(Path(config.init_from), target.params, config.model)
-                state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-        else:
-            state, seconds = checkpoints.restore(target, batches.iterator)
+    rows = local_rows(config.batch_size, mesh)
+    batches = Batches(config, tokenizer, rows)
+    _check_first_batch(config, tokenizer, rows)
+    on_first(lambda: claim_workdir(workdir, config))
+    with (
+        Checkpoints(workdir, config.checkpoints_kept, config.checkpoint_keep_every) as checkpoints,
+        Starts(workdir, checkpoints.latest),
+        Preemption() as preemption,
+        Watchdog(config.watchdog_seconds, workdir, hang_exit_code) as watchdog,
+    ):
+        state, seconds = _start(config, mesh, target, batches, checkpoints)
         with _Report(config, workdir, int(state.step), seconds, batches) as report:
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             report.say(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
-            _run(config, mesh, state, batches, checkpoints, report, tokenizer)
+            if jax.process_count() > config.data.streams:
+                report.say(
+                    f"{jax.process_count()} processes share data.streams={config.data.streams}: "
+                    "each packs rows that it does not keep; a new run can have more streams"
+                )
+            try:
+                step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
+                            preemption, watchdog)  # fmt: skip
+            except (NonFiniteLoss, Preempted):  # of every process, after the same step
+                watchdog.stop()  # storage takes its time with the last checkpoint
+                checkpoints.wait()
+                raise
+            watchdog.stop()
+            checkpoints.wait()
+            mark_done(workdir, config, step, report.seconds)
 
 
-def _run(config, mesh, state, batches, checkpoints, report, tokenizer) -> None:
+def _start(config, mesh, target, batches, checkpoints):
+    """The state to begin with, and the seconds trained so far."""
+    if checkpoints.latest is not None:
+        state, seconds, damaged = checkpoints.restore(target, batches.iterator)
+        if jax.process_index() == 0:
+            for step, reason in damaged.items():
+                print(
+                    f"WARNING: checkpoint {step} could not be read and now lies in "
+                    f"{checkpoints.damaged_folder}; going on from step {int(state.step)} ({reason})",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+        return state, seconds
+    state = init_state(config, mesh)
+    if config.init_from:
+        params = load_weights(config.init_from, target.params, config.model)
+        state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return state, 0.0
+
+
+def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog) -> int:
+    """All steps that are left; the number of the last."""
     train_step = make_train_step(config, mesh)
     watch = _Watch(tokenizer, checkpoints)
-    for step in range(int(state.step) + 1, config.steps + 1):
+    start = int(state.step)
+    for step in range(start + 1, config.steps + 1):
         batch = next(batches.iterator)
         state, metrics = train_step(state, put_batch(batch, mesh))
         # The step before is looked at only now, so that the device never waits for the host.
         watch.check(step, metrics, batch)
-        saves = step % config.checkpoint_every == 0 or step == config.steps
+        watchdog.beat()
+        leaves = preemption.reached(step) and step < config.steps
+        saves = leaves or step % config.checkpoint_every == 0 or step == config.steps
         if saves or report.due(step):
             watch.finish()  # what is saved or reported is a number
-        report.add(step, metrics)
+        report.add(step, metrics, last=leaves)
         if saves:
+            report.flush()
             checkpoints.save(state, batches.iterator, report.seconds)
+        if leaves:
+            raise Preempted(f"told to leave at step {step}, which is saved")
+    return max(start, config.steps)
 
 
-def _check_first_batch(config: Config, tokenizer: Tokenizer) -> None:
+def _check_first_batch(config: Config, tokenizer: Tokenizer, rows: list[int]) -> None:
     """From a pipeline of its own: the run's must start at its first batch."""
-    probe = Batches(config, tokenizer, jax.process_index(), jax.process_count())
-    expected = contract.spec(config, config.batch_size // jax.process_count())
+    probe = Batches(config, tokenizer, rows)
+    expected = contract.spec(config, len(rows))
     contract.check(next(probe.iterator), expected, config.max_images)
 
 
@@ -98,7 +148,9 @@ class _Watch:
         step, metrics, batch = self._pending
         self._pending = None
         values = jax.device_get(metrics).compute()
-        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values[name])]
+        bad = [
+            name for name in ("loss", "grad_norm", "param_norm") if not np.isfinite(values[name])
+        ]
         if bad:
             last = self._checkpoints.latest
             good = "there is no checkpoint yet" if last is None else f"checkpoint {last} is good"
@@ -120,7 +172,7 @@ def _documents(batch: contract.Batch, tokenizer: Tokenizer) -> list[str]:
 class _Report:
     """Averages between reports to the writers, a bar on a terminal and plain lines elsewhere."""
 
-    def __init__(self, config, workdir: Path, start: int, seconds: float, batches: Batches):
+    def __init__(self, config, workdir: epath.Path, start: int, seconds: float, batches: Batches):
         self._config, self._batches = config, batches
         self._before, self._started = seconds, time.monotonic()
         self._window: list[TrainMetrics] = []
@@ -137,12 +189,13 @@ class _Report:
     def due(self, step: int) -> bool:
         return step % self._config.log_every == 0 or step == self._config.steps
 
-    def add(self, step: int, metrics: TrainMetrics) -> None:
+    def add(self, step: int, metrics: TrainMetrics, last: bool = False) -> None:
+        """Takes what a step gave; reports where it is due, and the rest of it before leaving."""
         if not self._speaks:
             return
         self._bar.update()
         self._window.append(metrics)
-        if not self.due(step):
+        if not (self.due(step) or last):
             return
         merged = functools.reduce(TrainMetrics.merge, jax.device_get(self._window))
         self._window = []
@@ -157,6 +210,10 @@ class _Report:
         if scalars["dropped_documents"]:
             line += f"  documents dropped as too long: {self._batches.dropped}"
         self.say(line)
+
+    def flush(self) -> None:
+        if self._speaks:
+            self._writer.flush()
 
     def say(self, text: str) -> None:
         if self._speaks:

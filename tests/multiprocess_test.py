@@ -1,0 +1,141 @@
+"""Two and four real processes that train as one (gloo between them): same numbers, and what is left
+when one of them is told to leave or is killed."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from monoformer_jax.cli import PREEMPTED, load_config
+from monoformer_jax.training.loop import train
+
+TIMEOUT = 600  # seconds; only a run that hangs takes so long
+TINY = "configs/digits.py:tiny"
+# The rate must not depend on the number of steps: some runs go on for longer than others.
+OVERRIDES = ["--config.data.streams=4", "--config.optimizer.schedule=constant"]
+# Half of the time is compiling: only process 0 finds its programs in jax's cache, on a CPU.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def free_port():
+    """A port that nobody else gets while it is used: held by a socket that never listens."""
+    with socket.socket(socket.AF_INET6) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("::", 0))
+        yield held.getsockname()[1]
+
+
+def run(count, workdir, *overrides, faults=None):
+    """The train command in `count` processes; faults: {process: "KIND:STEP"}, see faulty_train.py.
+
+    Returns exit codes and (stdout, stderr) of each. All of them must end by themselves.
+    """
+    processes = []
+    with free_port() as port:
+        for index in range(count):
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK}
+            environment["FAULT"] = (faults or {}).get(index, "")
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "tests/faulty_train.py", f"--config={TINY}", *OVERRIDES,
+                     f"--workdir={workdir}", f"--coordinator=localhost:{port}",
+                     f"--processes={count}", f"--process={index}", *overrides],
+                    cwd=ROOT, env=environment, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+        try:
+            said = [process.communicate(timeout=TIMEOUT) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    return [process.returncode for process in processes], said
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([line["loss"] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run in one process, on four devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    train(load_config(str(ROOT / TINY), OVERRIDES), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The run in four processes of one device each, and what they printed."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    codes, said = run(4, workdir)
+    assert codes == [0] * 4, said
+    return workdir, said
+
+
+@pytest.fixture
+def half(four, tmp_path):
+    """Makes copies of the run of four processes as it was at step 10."""
+
+    def copy(name):
+        shutil.copytree(four[0], tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints" / "20")
+        return tmp_path / name
+
+    return copy
+
+
+def test_four_processes_do_what_one_does_and_only_the_first_speaks(one, four):
+    workdir, said = four
+    assert "step 20/20" in said[0][0] and not any("step" in out for out, _ in said[1:])
+    np.testing.assert_allclose(losses(workdir)[0], losses(one)[0], rtol=1e-6)
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-4)
+    assert json.loads((workdir / "done.json").read_text())["step"] == 20
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_four(one, half):
+    workdir = half("alone")
+    train(load_config(str(ROOT / TINY), OVERRIDES), workdir)
+    np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-4)
+
+
+def test_two_go_on_from_four_are_told_to_leave_and_killed_and_come_to_the_same_losses(one, half):
+    """On another mesh. SIGTERM to one: both save after the same step. SIGKILL: the other ends too."""
+    longer = ["--config.steps=60", "--config.checkpoint_every=20", "--config.mesh.fsdp=2"]
+    quiet, troubled = half("quiet"), half("troubled")
+    codes, said = run(2, quiet, *longer)
+    assert codes == [0, 0] and "from step 10 to 60" in said[0][0], said
+    np.testing.assert_allclose(losses(quiet)[:20], losses(one), rtol=1e-4)
+
+    draw = random.Random(0)
+    codes, said = run(2, troubled, *longer, faults={1: f"SIGTERM:{draw.randrange(3, 9)}"})
+    assert codes == [PREEMPTED, PREEMPTED], said
+    saved = max(int(path.name) for path in (troubled / "checkpoints").iterdir())
+    for _, err in said:
+        assert f"told to leave at step {saved}, which is saved" in err
+
+    victim = draw.randrange(2)
+    codes, said = run(2, troubled, *longer, faults={victim: f"SIGKILL:{draw.randrange(3, 9)}"})
+    assert codes[victim] == -signal.SIGKILL, said
+    assert codes[1 - victim] not in (0, PREEMPTED), said
+
+    codes, said = run(2, troubled, *longer)
+    assert codes == [0, 0], said
+    np.testing.assert_array_equal(losses(troubled), losses(quiet))
