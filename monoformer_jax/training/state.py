@@ -122,11 +122,9 @@ def _gradients(params, batch, noise, config: Config):
         lambda x: rearrange(x, "(B M) ... -> M B ...", M=config.optimizer.accumulation),
         (dict(batch), noise),
     )
-    first, rest = (
-        jax.tree.map(lambda x, part=part: x[part], micro) for part in (0, slice(1, None))
-    )
 
     def add(total, one):
         return jax.tree.map(jnp.add, total, gradients(*one)), None
 
-    return jax.lax.scan(add, gradients(*first), rest)[0]
+    one = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], micro))
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, one), micro)[0]
