@@ -57,8 +57,13 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """Fresh state, every array born on the devices where it stays."""
+    return make_init(config, mesh)()
+
+
+def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
+    """The compiled function behind `init_state`."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
-    return jax.jit(functools.partial(_init, config), out_shardings=shardings)()
+    return jax.jit(functools.partial(_init, config), out_shardings=shardings)
 
 
 def make_train_step(
