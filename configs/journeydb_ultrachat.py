@@ -28,6 +28,8 @@ def get_config(target: str = "v5e-64"):
     c.model.update(named_size("tinyllama_1b"))
     c.model.remat = "save_names:attention_out"
     c.data.mixture = {"journeydb": 0.9, "ultrachat": 0.1}
+    c.data.records = {"journeydb": "records/journeydb", "ultrachat": "records/ultrachat"}
+    c.data.moments = True
     c.data.tokenizer = "tokenizer.json"
     c.data.image_size = 32
     c.data.row_length = 2048

@@ -29,6 +29,8 @@ def get_config(target: str = "v5e-64"):
     c.model.update(named_size("tinyllama_1b"))
     c.model.remat = "save_names:attention_out"
     c.data.mixture = {"llava": 0.5, "journeydb": 0.5}
+    c.data.records = {"llava": "records/llava", "journeydb": "records/journeydb"}
+    c.data.moments = True
     c.data.tokenizer = "tokenizer.json"
     c.data.image_size = 32
     c.data.row_length = 2048

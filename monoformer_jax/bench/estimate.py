@@ -159,9 +159,7 @@ def _wanted(message: str) -> int:
 
 
 def _train_program(config: Config, mesh: Mesh):
-    fields = contract.spec(
-        config.batch_size, config.data.row_length, config.model.patch_dim, config.model.feature_dim
-    )
+    fields = contract.spec(config)
     batch = _placed(fields, NamedSharding(mesh, BATCH))
     return make_train_step(config, mesh), (abstract_state(config, mesh), batch)
 
@@ -185,9 +183,11 @@ def _sample_program(config: Config, mesh: Mesh):
     """Many images at once, as `sample` paints them after their prompts."""
     c, images = config.model, IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
     rows, guided = NamedSharding(mesh, BATCH), 1 if config.sampling.guidance == 1 else 2
-    streams = contract.spec(images * guided, PROMPT, c.patch_dim, c.feature_dim)
-    for name in ("targets", "target_weights"):
-        del streams[name]
+    streams = {
+        name: jax.ShapeDtypeStruct((images * guided, PROMPT, *field.shape[2:]), field.dtype)
+        for name, field in contract.spec(config).items()
+        if name not in ("targets", "target_weights", "patch_logvar")
+    }
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     side = config.data.image_size // c.patch_size
     static = image._Static(c, config.max_images, side, config.sampling)

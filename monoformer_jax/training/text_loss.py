@@ -70,7 +70,7 @@ def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
         mesh=not mesh.empty,
     )  # fmt: skip
     if mesh.empty:
-        return local(hidden, head, targets, weights)
+        return local(*map(jnp.asarray, (hidden, head, targets, weights)))
     columns = P("fsdp", "tensor")
     out = (P(), BATCH, columns) if with_grads else (P(),)
     return jax.shard_map(
@@ -88,7 +88,7 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
     over_columns = functools.partial(_reduce, axes="tensor" if mesh else None)
     ids = first + jnp.arange(head.shape[1])  # of the tokens that the columns stand for
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = (jnp.asarray(x).reshape(-1) for x in (targets, weights))
+    targets, weights = targets.reshape(-1), weights.reshape(-1)
 
     count = weights.size
     chunk = min(count, max(1, most_logits // head.shape[1]))
