@@ -10,6 +10,7 @@ COMMANDS = {
     "sample": "continue prompts with text or pictures",
     "evaluate": "measure a trained model",
     "encode_latents": "a dataset as records that training reads",
+    "plan": "does a run fit a TPU slice, and how fast can it be",
     "convert": "weights of the original to a workdir of ours, and back",
 }
 

@@ -68,7 +68,9 @@ class ModelConfig:
     bidirectional_images: bool = True  # False makes every image causal, also the painted ones
     feature_dim: int = 0  # of the vision encoder that images to look at come through; 0: none
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
-    remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none"
+    # What the backward pass finds saved of a block: a name in jax.checkpoint_policies, "none" (all,
+    # without a policy), or "save_names:a,b" with names of `SAVED_NAMES`; the rest it computes again.
+    remat: str = "nothing_saveable"
     attention: str = "auto"  # see attention.attend
 
     def __post_init__(self):
@@ -93,7 +95,12 @@ class ModelConfig:
         _one_of("model.context_images", self.context_images, ("like_painted", "causal"))
         _at_least(self, "model", "feature_dim", 0)
         _one_of("model.attention", self.attention, ("auto", "dense", "tpu", "gpu"))
-        _one_of("model.remat", self.remat, REMAT_POLICIES)
+        policy, colon, names = self.remat.partition(":")
+        if colon and policy == "save_names":
+            for name in names.split(","):
+                _one_of("a name in model.remat", name, SAVED_NAMES)
+        else:
+            _one_of("model.remat", self.remat, (*REMAT_POLICIES, "save_names:NAME,…"))
 
     @property
     def padded_vocab(self) -> int:
@@ -118,6 +125,9 @@ REMAT_POLICIES = (
     "dots_with_no_batch_dims_saveable",
     "everything_saveable",
 )
+# What "save_names:" can keep of each block: q, k and v after RoPE; what attention gives, with its
+# statistics, so that it is not run again; the two products before the gate of the feed-forward.
+SAVED_NAMES = ("qkv", "attention_out", "mlp_hidden")
 
 # Named sizes; `ModelConfig(**named_size("tinyllama_1b"))`. tinyllama_1b is the backbone of the paper.
 _LATENT = {"vocab_size": 32_004, "channels": 4, "patch_size": 2}
@@ -232,8 +242,10 @@ class OptimizerConfig:
     ema_decay: float = 0.999
     ema_ramp: bool = True  # a shorter memory at first, so that the random start is forgotten
     accumulation: int = 1  # micro-batches a step
+    first_moment_dtype: str = "float32"  # "bfloat16" saves 2 bytes a parameter
 
     def __post_init__(self):
+        _one_of("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
         for name in ("learning_rate", "clip_norm", "accumulation"):
             _positive(self, "optimizer", name)
@@ -262,11 +274,16 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1, which takes what is left."""
+    """Devices along each axis; one axis may be -1, which takes what is left.
+
+    `data` copies the state, `fsdp` cuts it as ZeRO does, `tensor` cuts what a block computes; any mix
+    works. With several `slices` the data axis alone runs between them, over the slow network.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

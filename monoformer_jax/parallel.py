@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.config import MeshConfig, require
@@ -36,8 +37,11 @@ BATCH = PartitionSpec(("data", "fsdp"))
 def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     """Mesh of all devices over (data, fsdp, tensor).
 
+    Neighbours along an axis are neighbours on the network; with several slices, runs of the data axis
+    are whole slices, so that fsdp and tensor stay inside them.
+
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not multiply to the number of devices, or do not suit its slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [c.data, c.fsdp, c.tensor]
@@ -49,7 +53,17 @@ def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     require(int(np.prod(sizes)) == len(devices), f"{given} does not fit {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    require(c.slices == slices, f"mesh.slices={c.slices}, but the devices are in {slices}")
+    require(
+        sizes[0] % slices == 0, f"mesh.data={sizes[0]} is not a multiple of its {slices} slices"
+    )
+    types = (AxisType.Auto,) * 3
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    within, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:

@@ -36,6 +36,10 @@ DIGITS = str(ROOT / "configs" / "digits.py")
             "num_heads=4 is not a multiple of model.num_kv_heads=3",
         ),
         (["--config.model.remat=all"], "model.remat='all' is none of none, nothing_saveable"),
+        (
+            ["--config.model.remat=save_names:qkv,out"],
+            "a name in model.remat='out' is none of qkv, attention_out, mlp_hidden",
+        ),
         (["--config.model.patch_size=3"], "image_size=8 is not divisible by model.patch_size=3"),
         (["--config.data.row_length=20"], "data.row_length=20 cannot hold one image: it takes 17"),
         (["--config.data.prompt_dropout=1.5"], "prompt_dropout=1.5 is not a share"),

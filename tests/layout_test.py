@@ -6,7 +6,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "monoformer_jax"
 ROOMS = [
-    "config", "batch", "attention", "nn", "models", "diffusion", "data", "parallel", "training",
+    "config", "cli", "batch", "attention", "nn", "models", "diffusion", "data", "parallel", "training",
     "generation", "pretrained", "evaluation", "bench",
 ]  # fmt: skip
 ONLY_FOR_COMMANDS = ("pretrained", "evaluation", "bench")

@@ -1,8 +1,11 @@
 """The two losses against loops over rows, images and tokens; noise on denoised images alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from monoformer_jax.attention import interval_mask
@@ -12,6 +15,7 @@ from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
 from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+from monoformer_jax.training.text_loss import text_loss
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +157,79 @@ def test_the_time_path_is_alive(config, params, batch, noise):
         for path, leaf in jax.tree_util.tree_leaves_with_path(time_path):
             assert jnp.abs(leaf).max() > 1e-8, path
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+
+REAL, WIDTH = 200, 256  # of a vocabulary and of its table
+
+
+def text_inputs():
+    rng = np.random.default_rng(0)
+    hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((3, 20, 16), (16, WIDTH)))
+    weights = rng.uniform(0.5, 2, (3, 20)) * (rng.uniform(size=(3, 20)) < 0.4)
+    return hidden, head, rng.integers(0, REAL, (3, 20)), weights.astype(np.float32)
+
+
+@pytest.mark.parametrize("tokens", [7, 1000])
+def test_the_text_loss_in_chunks_is_that_of_whole_logits(tokens):
+    hidden, head, targets, weights = text_inputs()
+
+    def whole(hidden, head):
+        logits = jnp.where(jnp.arange(WIDTH) < REAL, hidden @ head, jnp.finfo(jnp.float32).min)
+        return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
+
+    def chunked(hidden, head):
+        return text_loss(hidden, head, targets, weights, REAL, tokens * WIDTH)
+
+    want, want_grads = jax.value_and_grad(whole, (0, 1))(hidden, head)
+    got, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(chunked(hidden, head), want, rtol=1e-6)
+    for a, b in zip(grads, want_grads):
+        np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
+    assert (grads[1][:, REAL:] == 0).all()  # the padding of the table has probability 0
+
+
+def test_chunks_without_a_target_are_not_visited():
+    """Nothing is seen of what stands there, not even that it is no number."""
+    hidden, head, targets, weights = text_inputs()
+    hidden = np.where(weights[..., None] > 0, hidden, np.nan)
+    count = int((weights > 0).sum())
+
+    def loss(hidden):
+        return text_loss(hidden, head, targets, weights, REAL, count * WIDTH)
+
+    value, grads = jax.value_and_grad(loss)(hidden)
+    assert np.isfinite(value) and np.isfinite(grads).all()
+    assert (grads[weights == 0] == 0).all()
+
+
+def test_the_logits_of_a_batch_never_exist():
+    """1024 tokens over 8192 words: 32 MiB of logits, of which there are 2 MiB at a time."""
+    shapes = ((1, 1024, 8), (8, 8192), (1, 1024), (1, 1024))
+    kinds = (np.float32, np.float32, np.int32, np.float32)
+    inputs = [jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds)]
+    loss = jax.value_and_grad(lambda *args: text_loss(*args, 8192, 64 * 8192), (0, 1))
+    compiled = jax.jit(loss).lower(*inputs).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2**20
+
+
+def test_named_saves_keep_what_they_name(config, params, batch, noise):
+    """What the backward pass of the scanned blocks is given, by its shapes [layers, B, L, heads, H]."""
+
+    def kept(remat):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+
+        def backward(params):
+            return jax.vjp(
+                lambda p: loss_fn(p, batch, noise, totals(batch, noise), changed)[0], params
+            )[1]
+
+        shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]
+        c = config.model
+        rows = (c.num_layers, *batch["tokens"].shape)
+        return tuple(shapes.count((*rows, n, c.head_dim)) for n in (c.num_heads, c.num_kv_heads))
+
+    assert kept("nothing_saveable") == (0, 0)
+    assert kept("save_names:attention_out") == (1, 0)
+    assert kept("save_names:qkv") == (1, 2)
+    assert kept("save_names:qkv,attention_out") == (2, 2)

@@ -11,10 +11,14 @@ pytest.importorskip("libtpu", reason="libtpu is for Linux only")
 
 def compile_step() -> None:
     """What the test runs in a process of its own: a 4-chip v5e slice, fsdp 2 and tensor 2."""
+    import math
+
     import jax
     from jax.sharding import NamedSharding
 
     from monoformer_jax import batch as contract
+    from monoformer_jax.bench.collectives import collectives
+    from monoformer_jax.bench.estimate import bytes_on_device
     from monoformer_jax.bench.topology import all_chips
     from monoformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
     from monoformer_jax.parallel import BATCH, make_mesh
@@ -31,7 +35,24 @@ def compile_step() -> None:
     text = compiled.as_text()
     assert "interval_attention_forward" in text and "interval_attention_backward" in text
     # Two rows a chip; one layer's dense float32 scores would be 2 · 4 heads · 1024² · 4 bytes.
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 1024**2 * 4
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 4 * 1024**2 * 4
+    # Weights, average and moments are updated where they are.
+    state = abstract_state(config, mesh)
+    assert memory.alias_size_in_bytes >= bytes_on_device(state)
+    assert memory.argument_size_in_bytes - memory.alias_size_in_bytes < 2**21  # the batch
+
+    # Every block has two reductions over tensor in a pass and gathers no activation.
+    stream = [model.embed_dim, config.data.row_length, config.batch_size // 2]
+    inside = [
+        one
+        for one in collectives(text, mesh)
+        if "/while/body/" in one.where and "tensor" in one.axes and "shard_map" not in one.where
+    ]
+    large = [one for one in inside if one.size * mesh.size >= math.prod(stream)]
+    assert {one.kind for one in large} <= {"all-reduce", "reduce-scatter"}, large
+    forward = [one for one in large if "transpose" not in one.where]
+    assert sum(one.times for one in forward) == 2 * model.num_layers
 
 
 @pytest.mark.slow

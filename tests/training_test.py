@@ -91,6 +91,15 @@ def test_the_step_is_adamw_with_clipping_and_an_average(change):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 
+def test_the_first_moment_may_be_shorter(change):
+    config = change(optimizer={"first_moment_dtype": "bfloat16"})
+    state = abstract_state(config, one_device())
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
+                if hasattr(s, "mu"))  # fmt: skip
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(adam.nu)} == {jnp.dtype("float32")}
+
+
 def test_learning_rate_warms_up_and_falls_as_a_cosine(change):
     rate = learning_rate(
         change(

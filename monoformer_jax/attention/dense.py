@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention.mask import IntervalMask, dense_mask
 
@@ -41,4 +42,5 @@ def dense_attention(
     out = jnp.einsum("BKGLS,BSKH->BLKGH", weights, v, preferred_element_type=jnp.float32)
     out = out / rearrange(safe, "B K G L 1 -> B L K G 1")
     out = rearrange(out, "B L K G H -> B L (K G) H").astype(q.dtype)
+    out = checkpoint_name(out, "attention_out")
     return out, rearrange(lse, "B K G L 1 -> B L (K G)")

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
 from monoformer_jax.attention.dense import EMPTY_LSE
@@ -159,6 +160,8 @@ def _attention(static: _Static, q, k, v, mask):
 
 def _attention_forward(static: _Static, q, k, v, mask):
     out, natural, lse = _run_forward(static, q, k, v, mask)
+    # Named here, in the rule, so that a block which saves them does not run the kernel again.
+    out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
     return (out, natural), (q, k, v, mask, out, lse)
 
 

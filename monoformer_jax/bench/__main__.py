@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 
-BENCHES = {"attention": "the interval attention kernels against their peers, or --static counts"}
+BENCHES = {
+    "attention": "the interval attention kernels against their peers, or --static counts",
+    "training": "the training step: time, useful FLOP/s, memory, waiting for data",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

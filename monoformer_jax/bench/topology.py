@@ -1,29 +1,102 @@
-"""TPU chips that are not there, to compile for."""
+"""TPU chips that are not there, to compile for, and what their makers say that they can do."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from monoformer_jax.config import MeshConfig
+from monoformer_jax.config import InputError, MeshConfig, require
 from monoformer_jax.parallel import make_mesh
 
 
-def all_chips(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as "v5e:2x2", to compile for.
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device of JAX, which is a chip, or half of one on tpu7x.
+
+    Args:
+      tflops: peak of bfloat16 products, 10^12 a second.
+      hbm_gib: memory that libtpu 0.0.51 leaves to a program.
+      hbm_gbs: its bandwidth, 10^9 bytes a second.
+      ici_gbs: what all its links to other chips send together in one direction, 10^9 bytes a second.
+    """
+
+    tflops: float
+    hbm_gib: float
+    hbm_gbs: float
+    ici_gbs: float
+
+
+# From cloud.google.com/tpu/docs: the pages v4, v5e, v5p, v6e and tpu7x.
+CHIPS = {
+    "v4": Chip(275, 30.75, 1228, 300),
+    "v5e": Chip(197, 15.75, 819, 200),
+    "v5p": Chip(459, 95.73, 2765, 600),
+    "v6e": Chip(918, 31.24, 1640, 448),
+    "tpu7x": Chip(2307 / 2, 94.74, 7380 / 2, 600 / 2),
+}
+# What slices of the flat generations are called by their number of chips.
+FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
+
+def chip_of(topology: str) -> str:
+    """The key of `CHIPS` that a topology such as "v5e:2x2" is made of.
+
+    Raises:
+      InputError: no such chip, or not written as a topology.
+    """
+    name = re.split("[:-]", topology)[0]
+    if name not in CHIPS:
+        close = difflib.get_close_matches(name, CHIPS, 1, 0.3)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(f"topology {topology!r}: the chips are {', '.join(CHIPS)}{hint}")
+    return name
+
+
+def all_chips(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a topology such as "v5e:2x2" (or "v5e-4"), to compile for.
 
     libtpu must be installed; it looks for no TPU and lets several processes compile at once.
+
+    Raises:
+      InputError: libtpu is not installed, or it knows no such topology.
     """
+    chip, shape = chip_of(topology), topology.partition(":")[2]
+    flat = chip in ("v5e", "v6e")
+    if flat and (number := re.fullmatch(rf"{chip}-(\d+)", topology)):
+        shape = FLAT.get(int(number[1]), "")
+    require(
+        bool(re.fullmatch(r"\d+x\d+" if flat else r"\d+x\d+x\d+", shape)),
+        f"topology {topology!r}: write it as {chip}:{'8x8' if flat else '2x2x2'}",
+    )
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        "compiling for TPU needs libtpu: pip install 'monoformer_jax[tpu]'",
+    )
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    options = {"num_slices": slices} if slices > 1 else {}
+    if chip == "v4":
+        options["chip_config_name"] = "megacore"  # its two cores as one device, as on a real v4
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{chip}:{shape}", **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"topology {topology!r}: libtpu says {str(error).splitlines()[0]}"
+        ) from None
+    return list(found.devices)
 
 
 def one_chip(topology: str) -> Mesh:

@@ -6,8 +6,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
-from monoformer_jax.attention import IntervalMask
+from monoformer_jax.attention import BATCH_AXES, IntervalMask
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn.layers import Attention, RMSNorm, SwiGLU
 from monoformer_jax.nn.lora import Adapters
@@ -25,6 +26,17 @@ class KVCache:
     def create(cls, c: ModelConfig, batch_size: int, slots: int) -> KVCache:
         shape = (c.num_layers, batch_size, slots, c.num_kv_heads, c.head_dim)
         return cls(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((), jnp.int32))
+
+
+def whole_width(x: jax.Array) -> jax.Array:
+    """The stream [B, L, D] cut by rows alone, under a mesh.
+
+    Left to itself XLA also cuts D over `tensor`, as the embeddings are, and then gathers it before
+    every product of every block. So a block has two reductions over `tensor` in each pass.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 class Block(nnx.Module):
@@ -77,11 +89,18 @@ class Decoder(nnx.Module):
             return block(x, positions, mask, kv, index, own)
 
         if self.remat != "none" and cache is None:
-            policy = getattr(jax.checkpoint_policies, self.remat)
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+            body = jax.checkpoint(body, policy=_policy(self.remat), prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
         shares = None if again is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
-        x, kv = jax.lax.scan(body, x, (self.layers, kv, shares, adapters))
+        x, kv = jax.lax.scan(body, whole_width(x), (self.layers, kv, shares, adapters))
         if cache is not None:
             cache = KVCache(*kv, cache.index + x.shape[1])
-        return self.norm(x), cache
+        return whole_width(self.norm(whole_width(x))), cache
+
+
+def _policy(remat: str):
+    """The rule of `ModelConfig.remat` that says what is saved."""
+    name, _, names = remat.partition(":")
+    if name == "save_names":
+        return jax.checkpoint_policies.save_only_these_names(*names.split(","))
+    return getattr(jax.checkpoint_policies, name)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention import IntervalMask, attend
 from monoformer_jax.config import ModelConfig
@@ -101,6 +102,7 @@ class Attention(nnx.Module):
 
         q, k, v = project("q"), project("k"), project("v")
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
+        q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if cache is not None:
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
@@ -125,4 +127,5 @@ class SwiGLU(nnx.Module):
             kernel = getattr(self, name)[...].astype(x.dtype)
             return lora.add(x @ kernel, x, adapters, name)
 
-        return product(jax.nn.silu(product(x, "gate")) * product(x, "up"), "down")
+        gate, up = (checkpoint_name(product(x, name), "mlp_hidden") for name in ("gate", "up"))
+        return product(jax.nn.silu(gate) * up, "down")

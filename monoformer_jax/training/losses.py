@@ -5,13 +5,13 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from monoformer_jax.batch import PATCH, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
 from monoformer_jax.models import monoformer
+from monoformer_jax.training.text_loss import text_loss
 
 
 @flax.struct.dataclass
@@ -86,9 +86,9 @@ def loss_fn(
     mask = monoformer.attention_mask(config.model, batch)
     hidden, _ = model(inputs, noise.times, mask)
 
-    logits = model.text_logits(hidden)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    text = jnp.sum(nll * batch["target_weights"]) / totals.text
+    head, vocab_size = model.text_head[...], config.model.vocab_size
+    text = text_loss(hidden, head, batch["targets"], batch["target_weights"], vocab_size)
+    text = text / totals.text
 
     output = model.image_output(hidden, batch["image_ids"], noise.times)
     error = _error(output, batch["patches"], noise.noise, t, config).mean(-1)

@@ -31,5 +31,12 @@ def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
     mask = jax.tree.map(decays, axes, is_leaf=lambda x: isinstance(x, tuple))
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
-        optax.adamw(learning_rate(config), c.b1, c.b2, weight_decay=c.weight_decay, mask=mask),
+        optax.adamw(
+            learning_rate(config),
+            c.b1,
+            c.b2,
+            weight_decay=c.weight_decay,
+            mask=mask,
+            mu_dtype=c.first_moment_dtype,
+        ),
     )

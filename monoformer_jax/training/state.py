@@ -57,8 +57,13 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
     """Fresh state, every array born on the devices where it stays."""
+    return make_init(config, mesh)()
+
+
+def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
+    """The compiled function behind `init_state`."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
-    return jax.jit(functools.partial(_init, config), out_shardings=shardings)()
+    return jax.jit(functools.partial(_init, config), out_shardings=shardings)
 
 
 def make_train_step(
@@ -122,11 +127,9 @@ def _gradients(params, batch, noise, config: Config):
         lambda x: rearrange(x, "(B M) ... -> M B ...", M=config.optimizer.accumulation),
         (dict(batch), noise),
     )
-    first, rest = (
-        jax.tree.map(lambda x, part=part: x[part], micro) for part in (0, slice(1, None))
-    )
 
     def add(total, one):
         return jax.tree.map(jnp.add, total, gradients(*one)), None
 
-    return jax.lax.scan(add, gradients(*first), rest)[0]
+    one = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], micro))
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, one), micro)[0]

@@ -1,0 +1,52 @@
+"""ImageNet at 256 pixels, class by name, on latents: the model of the paper's first table.
+
+    python -m monoformer_jax.train --config=configs/imagenet256.py:v5e-64 --workdir=gs://… \\
+        --config.init_from=runs/tinyllama
+
+TinyLlama's size and weights (`convert` makes the start), 32×32×4 latents of Stable Diffusion's
+autoencoder in 256 patches, one picture and its prompt a row. Learning rate, average, clipping and the
+weights of the losses are the original's; it trained DDPM, which is --config.objective.kind=ddpm
+--config.model.learn_sigma=True --config.sampling.solver=ddpm. It has not been run at this size.
+
+@@PLAN@@
+"""
+
+from monoformer_jax.config import base_config, named_size
+
+# Rows a step. The paper's 256 are too few for 256 chips: sending the weights would take longer than
+# the products. The learning rate grows with the square root, the steps shrink.
+BATCH = {"v5e-64": 256, "v6e-64": 512, "v5e-256": 1024, "7b": 256, "tiny": 8}
+
+
+def get_config(target: str = "v5e-64"):
+    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
+    c = base_config()
+    c.name = "imagenet256"
+    c.batch_size = BATCH[target]
+    c.steps = 500_000 * 256 // c.batch_size
+    c.checkpoint_every = 5000
+    c.log_every = 100
+    c.model.update(named_size("tinyllama_1b"))
+    c.model.remat = "save_names:attention_out"
+    c.data.mixture = {"imagenet": 1.0}
+    c.data.records = {"imagenet": "records/imagenet"}
+    c.data.moments = True
+    c.data.tokenizer = "tokenizer.json"
+    c.data.image_size = 32
+    c.data.row_length = 512
+    c.data.prompt_dropout = 0.1
+    c.loss.text_weight = 0.01
+    c.optimizer.update(
+        learning_rate=1e-4 * (c.batch_size / 256) ** 0.5, schedule="constant", warmup_steps=0,
+        b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999,
+    )  # fmt: skip
+    c.mesh.update(data=1, fsdp=-1, tensor=1)
+    c.sampling.update(steps=50, guidance=4.0)
+    if target == "7b":
+        c.model.update(named_size("7b"))
+        c.data.row_length = 4096
+    if target == "tiny":
+        c.model.update(named_size("tiny"), vocab_size=262)
+        c.data.update(tokenizer="bytes", image_size=8, row_length=64)
+        c.steps, c.log_every, c.checkpoint_every = 20, 1, 10
+    return c

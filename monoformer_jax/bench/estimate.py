@@ -1,0 +1,216 @@
+"""What a training step or the sampler needs of a TPU slice, found by compiling it: memory, products,
+traffic, and a lower bound of its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from monoformer_jax import batch as contract
+from monoformer_jax.bench import flops
+from monoformer_jax.bench.collectives import Collective, collectives
+from monoformer_jax.bench.topology import CHIPS, Chip, all_chips, chip_of
+from monoformer_jax.config import Config, require
+from monoformer_jax.generation import image
+from monoformer_jax.parallel import BATCH, check_batch_size, make_mesh
+from monoformer_jax.training.state import abstract_state, make_train_step
+
+GIB = 2**30
+IMAGES = 8  # painted at once on a device (that shares them along tensor), when sampling
+PROMPT = 32  # tokens of their prompts
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device; sizes in bytes, products of the whole slice.
+
+    Args:
+      temporaries, peak: as the compiler has them; of a program that does not fit, what it asked for.
+      sent: none are known of a program that does not fit.
+    """
+
+    config: Config
+    mesh: Mesh
+    chip: Chip
+    fits: bool
+    arguments: int
+    temporaries: int
+    peak: int
+    aliased: int
+    parameters: int
+    flops: int
+    repeated_flops: int
+    sent: tuple[Collective, ...]
+    compile_seconds: float
+
+    def floors(self) -> dict[str, float]:
+        """Seconds that the step takes at least, by what it waits for.
+
+        compute: the products of all layers, with what remat repeats, at the chip's peak; attention's
+        scores and the heads are left out, since they depend on the rows.
+        hbm: the arguments read once, and what is updated in place written once.
+        ici: what the collectives send, over all links of the chip at once.
+        """
+        chips = self.mesh.size
+        return {
+            "compute": self.repeated_flops / chips / (self.chip.tflops * 1e12),
+            "hbm": (self.arguments + self.aliased) / (self.chip.hbm_gbs * 1e9),
+            "ici": sum(one.sent for one in self.sent) / (self.chip.ici_gbs * 1e9),
+        }
+
+    @property
+    def floor(self) -> float:
+        return max(self.floors().values())
+
+    def seconds_at(self, utilization: float) -> float:
+        """Of a step, at a share of the slice's peak spent on the model's own products."""
+        return self.flops / (self.mesh.size * self.chip.tflops * 1e12 * utilization)
+
+    def to_json(self) -> dict:
+        return {
+            "fits": self.fits,
+            "hbm_gib": self.chip.hbm_gib,
+            "peak_gib": self.peak / GIB,
+            "arguments_gib": self.arguments / GIB,
+            "temporaries_gib": self.temporaries / GIB,
+            "parameters": self.parameters,
+            "flops_per_step": self.flops,
+            "compile_seconds": self.compile_seconds,
+            "step_seconds_floor": self.floor,
+        }
+
+
+def slice_mesh(config: Config, topology: str) -> Mesh:
+    """The config's mesh of the devices of a topology.
+
+    Raises:
+      InputError: no such topology, or the mesh or the batch does not suit it.
+    """
+    mesh = make_mesh(config.mesh, all_chips(topology, config.mesh.slices))
+    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
+    try:
+        abstract_state(config, mesh)
+    except ValueError as error:
+        require(False, str(error))
+    return mesh
+
+
+def bytes_on_device(tree) -> int:
+    """Of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def argument_bytes(config: Config, topology: str, mode: str = "train") -> int:
+    """Bytes of the program's arguments on a device; nothing is compiled.
+
+    Raises:
+      InputError: see `slice_mesh`.
+    """
+    return bytes_on_device(_PROGRAMS[mode](config, slice_mesh(config, topology))[1])
+
+
+def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
+    """Compiles the step (or the sampler) ahead of time for a slice that is not there.
+
+    Raises:
+      InputError: see `slice_mesh`.
+    """
+    mesh, chip = slice_mesh(config, topology), CHIPS[chip_of(topology)]
+    program, arguments = _PROGRAMS[mode](config, mesh)
+    params = jax.eval_shape(lambda: abstract_state(config, mesh).params)
+    begin = time.perf_counter()
+    fits, aliased, sent = True, 0, ()
+    given = bytes_on_device(arguments)
+    try:
+        compiled = program.lower(*arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fits, temporaries = False, _wanted(str(error))
+        peak = given + temporaries
+    else:
+        memory = compiled.memory_analysis()
+        given, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        aliased = memory.alias_size_in_bytes
+        peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        sent = tuple(collectives(compiled.as_text(), mesh))
+    seconds = time.perf_counter() - begin
+    model, repeated = _FLOPS[mode](config, mesh)
+    return Estimate(
+        config, mesh, chip, fits, given, temporaries, peak, aliased,
+        sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)), model, repeated, sent,
+        seconds,
+    )  # fmt: skip
+
+
+def _wanted(message: str) -> int:
+    """Bytes of temporaries in the compiler's complaint that they do not fit."""
+    number, unit = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message).groups()
+    return int(float(number) * UNITS[unit])
+
+
+def _train_program(config: Config, mesh: Mesh):
+    fields = contract.spec(config)
+    batch = _placed(fields, NamedSharding(mesh, BATCH))
+    return make_train_step(config, mesh), (abstract_state(config, mesh), batch)
+
+
+def _train_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Of a step as it is usually counted: every token, its next token predicted, in rows of one
+    causal document. And what the blocks alone cost with what remat repeats."""
+    c, length = config.model, config.data.row_length
+    tokens = config.batch_size * length
+    token = flops.layers(c) + flops.text_head(c) + flops.patch(c)
+    pairs = config.batch_size * length * (length + 1) // 2
+    model = flops.TRAINING * (tokens * token + pairs * flops.attention(c))
+    return model, tokens * (flops.TRAINING * flops.layers(c) + flops.recomputed(c))
+
+
+def _placed(tree, sharding: NamedSharding):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def _sample_program(config: Config, mesh: Mesh):
+    """Many images at once, as `sample` paints them after their prompts."""
+    c, images = config.model, IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows, guided = NamedSharding(mesh, BATCH), 1 if config.sampling.guidance == 1 else 2
+    streams = {
+        name: jax.ShapeDtypeStruct((images * guided, PROMPT, *field.shape[2:]), field.dtype)
+        for name, field in contract.spec(config).items()
+        if name not in ("targets", "target_weights", "patch_logvar")
+    }
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    side = config.data.image_size // c.patch_size
+    static = image._Static(c, config.max_images, side, config.sampling)
+
+    def sample(params, streams, keys):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return image._paint(params, streams, keys, static)
+
+    params = abstract_state(config, mesh).ema
+    return jax.jit(sample), (params, _placed(streams, rows), _placed(keys, rows))
+
+
+def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Of the images of one call, and of the blocks alone."""
+    c, s = config.model, config.sampling
+    evaluations = s.steps * (2 if s.solver == "heun" else 1) * (1 if s.guidance == 1 else 2)
+    images = IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
+    n = config.image_tokens
+    pairs = flops.attention(c) * n * (n + PROMPT)
+    blocks = images * evaluations * n * flops.layers(c)
+    return blocks + images * evaluations * (pairs + n * flops.patch(c)), blocks
+
+
+_PROGRAMS = {"train": _train_program, "sample": _sample_program}
+_FLOPS = {"train": _train_flops, "sample": _sample_flops}
+MODES = tuple(_PROGRAMS)

@@ -1,0 +1,202 @@
+"""How fast the training step is on this machine, next to what its matrix units can do.
+
+    python -m monoformer_jax.bench training                       a small model on random rows, float32
+    python -m monoformer_jax.bench training --config=configs/digits.py --config.batch_size=24
+
+Without --config: 6.57 M parameters (width 256, 8 blocks), 8 rows of 64 text tokens and a picture of
+256 patches, DDPM with learned sigma. Model FLOPs are the products of real tokens, visible pairs and
+predicted tokens, forward and backward; what remat repeats and what padding costs is time and no work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+
+from monoformer_jax.attention import mask_area
+from monoformer_jax.batch import PAD, PATCH, Batch
+from monoformer_jax.bench import flops
+from monoformer_jax.bench.attention import matmul_tflops
+from monoformer_jax.bench.topology import CHIPS
+from monoformer_jax.cli import load_config
+from monoformer_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplingConfig,
+)
+from monoformer_jax.data.documents import Image, build
+from monoformer_jax.data.packing import pack
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer, open_tokenizer
+from monoformer_jax.models.monoformer import attention_mask
+from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
+from monoformer_jax.training.state import init_state, make_train_step
+
+SMALL = Config(
+    name="bench", batch_size=8,
+    model=ModelConfig(
+        vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
+        mlp_dim=704, channels=4, learn_sigma=True, dtype="float32", remat="none",
+    ),
+    objective=ObjectiveConfig(kind="ddpm"),
+    data=DataConfig(image_size=32, row_length=64 + 257),
+    optimizer=OptimizerConfig(b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999),
+    mesh=MeshConfig(), sampling=SamplingConfig(solver="ddpm"),
+)  # fmt: skip
+# Peak of bfloat16 products by `device_kind`, 10^12 a second.
+PEAKS = {
+    "TPU v4": CHIPS["v4"].tflops, "TPU v5 lite": CHIPS["v5e"].tflops, "TPU v5": CHIPS["v5p"].tflops,
+    "TPU v6 lite": CHIPS["v6e"].tflops, "TPU7x": CHIPS["tpu7x"].tflops,
+    "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989,
+}  # fmt: skip
+WARM = 2  # steps before the first that is timed
+
+
+def random_rows(config: Config) -> Iterator[Batch]:
+    """Endless batches of one caption and one picture a row, made as the pipeline makes them."""
+    tokenizer = ByteTokenizer()
+    size, text = config.data.image_size, config.data.row_length - config.image_tokens - 4
+
+    def write(number: int):
+        rng = np.random.default_rng(number)
+        caption = "".join(chr(c) for c in rng.integers(97, 123, text))
+        pixels = rng.normal(size=(size, size, config.model.channels)).astype(np.float32)
+        return build([caption, Image(pixels, denoise=True)], tokenizer, config.model)
+
+    documents = grain.MapDataset.range(1 << 20).map(write)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    rows = pack(documents.to_iter_dataset(options), config, tokenizer.pad_id)
+    return iter(rows.batch(config.batch_size))
+
+
+def model_flops(batch: Batch, config: Config) -> float:
+    """Of a training step on this batch."""
+    c = config.model
+    tokens, patches = (batch["kinds"] != PAD).sum(), (batch["kinds"] == PATCH).sum()
+    pairs = np.asarray(mask_area(attention_mask(c, batch)), np.float64).sum()
+    predicted = (batch["target_weights"] > 0).sum()
+    forward = (
+        tokens * flops.layers(c)
+        + pairs * flops.attention(c)
+        + predicted * flops.text_head(c)
+        + patches * flops.patch(c)
+    )
+    return flops.TRAINING * float(forward)
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Steps that wait for their batch as those of a run do."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    flops: float = 0.0
+    tokens: int = 0
+    images: int = 0
+
+
+def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
+    """Runs the compiled step and returns the numbers of one object."""
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    for _ in range(WARM):
+        batch = put_batch(next(batches), mesh)
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    begin = time.perf_counter()
+    state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    alone = time.perf_counter() - begin  # of a step that waits for no batch
+
+    clock, host = _Clock(steps), next(batches)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        state, metrics = step(state, put_batch(host, mesh))
+        clock.tokens += host["tokens"].size
+        clock.images += int(host["image_ids"].max(-1).sum())
+        clock.flops += model_flops(host, config)
+        asked = time.perf_counter()
+        host = next(batches)
+        clock.waited += max(time.perf_counter() - asked - alone, 0.0)
+        jax.block_until_ready(metrics)
+    clock.seconds = time.perf_counter() - begin
+    return _numbers(clock, jax.devices())
+
+
+def _numbers(clock: _Clock, devices: list[jax.Device]) -> dict:
+    rate = clock.flops / clock.seconds / 1e12
+    matmul = matmul_tflops(20) * (1 if devices[0].platform == "cpu" else len(devices))
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 2**10
+    found = {
+        "step_ms": 1e3 * clock.seconds / clock.steps,
+        "tokens_per_s": clock.tokens / clock.seconds,
+        "images_per_s": clock.images / clock.seconds,
+        "model_tflops": rate,
+        "matmul_tflops": matmul,
+        "share_of_matmul": rate / matmul,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
+        "data_wait_share": clock.waited / clock.seconds,
+    }
+    if devices[0].device_kind in PEAKS:
+        found["mfu"] = rate / (PEAKS[devices[0].device_kind] * len(devices))
+    memory = devices[0].memory_stats()
+    if memory and "peak_bytes_in_use" in memory:
+        found["peak_device_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the bench; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m monoformer_jax.bench training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE[:ARG]", help="with its own data; default: above")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed (default 10)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [a for a in rest if a.startswith("--config.")]
+    if unknown := [a for a in rest if a not in overrides]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.steps < 1:
+        parser.error(f"--steps={options.steps} must be above 0")
+    try:
+        config = load_config(options.config, overrides) if options.config else SMALL
+        if options.config:
+            tokenizer = open_tokenizer(config.data, Path(), config.model.vocab_size)
+            batches = Batches(config, tokenizer).iterator
+        else:
+            if overrides:
+                parser.error(f"{overrides[0]} changes a --config, and there is none")
+            batches = random_rows(config)
+        found = measure(config, batches, options.steps)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    device = jax.devices()[0]
+    print(f"{config.name} on {len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
+    for name, value in found.items():
+        print(f"  {name:18}{value:14,.4g}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+    return 0

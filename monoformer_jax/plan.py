@@ -1,0 +1,208 @@
+"""Tells, on a machine without a TPU, whether a run fits a TPU slice, and how fast it can be at best.
+
+  python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8
+  python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v6e:4x4 \\
+      --mesh data=2,fsdp=8 --config.batch_size=64 --json plan.json
+
+The real training step (with --mode=sample the real sampler) is compiled ahead of time with libtpu,
+which `pip install 'monoformer_jax[tpu]'` installs; memory is what the compiler says. Where it does not
+fit, the cheapest changes that make it fit are found by compiling them too, and the exit code is 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import operator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from monoformer_jax.cli import BAD_INPUT, load_config, run_command
+from monoformer_jax.config import Config, InputError, require
+
+if TYPE_CHECKING:
+    from monoformer_jax.bench.estimate import Estimate
+
+SUGGESTIONS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the experiment")
+    parser.add_argument(
+        "--topology", required=True, metavar="CHIP:SHAPE",
+        help="slice to compile for: v4, v5e, v5p, v6e or tpu7x and its shape in chips, as in v5e:8x8 "
+        "or v5p:2x2x4; with --config.mesh.slices=N, N of them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,…", help="instead of the config's mesh: data=2,fsdp=8"
+    )
+    parser.add_argument("--mode", choices=("train", "sample"), default="train")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+
+
+def main(args: argparse.Namespace) -> int:
+    axes = args.mesh.split(",") if args.mesh else []
+    if axes:  # one that is not named is 1, but data takes what is left
+        rest = 1 if "-1" in args.mesh else -1
+        axes = [f"data={rest}", "fsdp=1", "tensor=1", *axes]
+    overrides = [*args.overrides, *(f"--config.mesh.{axis}" for axis in axes)]
+    config = load_config(args.config, overrides)
+    if args.json:
+        require(args.json.parent.is_dir(), f"--json: there is no folder {args.json.parent}")
+    from monoformer_jax.bench.estimate import argument_bytes, estimate
+
+    found = estimate(config, args.topology, args.mode)
+    print("\n".join(describe(found, args.topology, args.mode)), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    if found.fits:
+        return 0
+    print("\nIt does not fit. What would, after trying:", flush=True)
+    fitting = suggest(
+        found,
+        lambda changed: estimate(changed, args.topology, args.mode),
+        lambda changed: argument_bytes(changed, args.topology, args.mode),
+        args.mode,
+    )
+    for text, one in fitting:
+        print(f"{one.peak / 2**30:.2f} GiB, {1e3 * one.floor:.4g} ms a step at least: {text}")
+    if not fitting:
+        print("nothing does: take a larger slice, a smaller batch or shorter rows")
+    return BAD_INPUT
+
+
+def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
+    """The report, line by line."""
+    config, chip, mesh = found.config, found.chip, found.mesh
+    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    model = f"{found.parameters / 1e6:,.1f} M parameters"
+    yield f"{config.name} on {topology}: {model}, {mesh.size} devices, mesh {axes}, {mode}"
+    yield f"compiled in {found.compile_seconds:.0f} s"
+    yield "memory of a device, GiB"
+    for name, size in (
+        ("arguments", found.arguments),
+        ("temporaries", found.temporaries),
+        ("peak", found.peak),
+    ):
+        yield f"  {name:<12}{size / 2**30:9.3f}"
+    free = 1 - found.peak / 2**30 / chip.hbm_gib
+    yield f"  {'HBM':<12}{chip.hbm_gib:9.3f}   " + (
+        f"{free:.0%} free" if found.fits else "TOO SMALL"
+    )
+    if not found.fits:
+        return
+    yield "collectives of a step: kind, mesh axes, calls, MB that a device sends"
+    totals: collections.Counter = collections.Counter()
+    calls: collections.Counter = collections.Counter()
+    for one in found.sent:
+        key = (one.kind, "+".join(one.axes))
+        totals[key] += one.sent / 1e6
+        calls[key] += one.times
+    for (kind, over), size in totals.most_common():
+        yield f"  {kind:<20}{over:<12}{calls[kind, over]:>7}{size:12.1f}"
+    yield from _times(found, mode)
+
+
+def _times(found: Estimate, mode: str) -> Iterator[str]:
+    config, chip = found.config, found.chip
+    compute, hbm, ici = (1e3 * seconds for seconds in found.floors().values())
+    yield "a step takes at least the largest of three, ms"
+    yield f"  compute {compute:10.4g}   products of the blocks at {chip.tflops:g} TFLOP/s in bfloat16"
+    yield f"  HBM     {hbm:10.4g}   state read and written once at {chip.hbm_gbs:g} GB/s"
+    yield f"  ICI     {ici:10.4g}   collectives over all links, {chip.ici_gbs:g} GB/s out"
+    yield f"model FLOPs of a step: {found.flops:.3e}"
+    if mode == "sample":
+        return
+    tokens = config.batch_size * config.data.row_length
+    images = config.batch_size * config.max_images
+    for share in (0.4, 0.5):
+        seconds = found.seconds_at(share)
+        hours = seconds * config.steps / 3600
+        yield (
+            f"  at {share:.0%} of peak: {1e3 * seconds:.4g} ms a step, "
+            f"{tokens / seconds:,.0f} tokens/s, up to {images / seconds:,.0f} images/s, "
+            f"{config.steps:,} steps in {hours:,.1f} h"
+        )
+
+
+def changes(config: Config, mode: str) -> list[dict[str, str]]:
+    """Config keys that save memory, one by one and together, those expected to cost least first."""
+    c, mesh, model = config.optimizer, config.mesh, config.model
+    rows = mesh.data * mesh.fsdp
+    found = []
+    if mesh.data > mesh.slices:
+        found.append({"mesh.data": mesh.slices, "mesh.fsdp": rows // mesh.slices})
+    if mode == "train" and c.first_moment_dtype != "bfloat16":
+        found.append({"optimizer.first_moment_dtype": "bfloat16"})
+    if mode == "train" and model.remat != "nothing_saveable":
+        found.append({"model.remat": "nothing_saveable"})
+    for times in (2, 4, 8):
+        if mode == "train" and config.batch_size % (c.accumulation * times * rows) == 0:
+            found.append({"optimizer.accumulation": c.accumulation * times})
+    together = [functools.reduce(operator.or_, found[: n + 1]) for n in range(1, len(found))]
+    if rows % 2 == 0 and model.num_kv_heads % (2 * mesh.tensor) == 0:
+        axis = "fsdp" if mesh.fsdp % 2 == 0 else "data"
+        found.append({f"mesh.{axis}": getattr(mesh, axis) // 2, "mesh.tensor": 2 * mesh.tensor})
+    return found + together
+
+
+def suggest(
+    found: Estimate,
+    try_: Callable[[Config], Estimate],
+    arguments_of: Callable[[Config], int],
+    mode: str,
+) -> list[tuple[str, Estimate]]:
+    """Up to three changes that fit, as command-line overrides, the least time of a step first.
+
+    Args:
+      found: of what does not fit.
+      try_: compiles a config.
+      arguments_of: bytes of its arguments on a device, without compiling it.
+    """
+    sizes = dict(zip(("data", "fsdp", "tensor"), found.mesh.devices.shape))
+    config = dataclasses.replace(found.config, mesh=dataclasses.replace(found.config.mesh, **sizes))
+    fitting = []
+    for change in changes(config, mode):
+        text = " ".join(f"--config.{key}={value}" for key, value in change.items())
+        try:
+            changed = _changed(config, change)
+            arguments = arguments_of(changed)
+            one = None
+            if arguments + _least(found, changed, arguments) <= found.chip.hbm_gib * 2**30:
+                one = try_(changed)
+        except InputError as error:
+            print(f"  cannot be: {text}: {error}", flush=True)
+            continue
+        verdict = "is not enough" if one is None else "fits" if one.fits else "does not fit"
+        print(f"  {verdict}: {text}", flush=True)
+        if one is not None and one.fits:
+            fitting.append((text, one))
+        if len(fitting) == SUGGESTIONS:
+            break
+    return sorted(fitting, key=lambda pair: (pair[1].floor, sum(pair[1].floors().values())))
+
+
+def _least(found: Estimate, changed: Config, arguments: int) -> float:
+    """Bytes of temporaries that a change cannot go below, so that hopeless ones are not compiled."""
+    old = found.config
+    if changed.model.remat != old.model.remat or changed.mesh.tensor != old.mesh.tensor:
+        return 0
+    # Gradients shrink as the state does, activations as the micro-batch does.
+    kept = found.temporaries - max(found.arguments - arguments, 0)
+    return kept * old.optimizer.accumulation / changed.optimizer.accumulation
+
+
+def _changed(config: Config, change: dict[str, str | int]) -> Config:
+    values = config.to_dict()
+    for key, value in change.items():
+        group, name = key.split(".")
+        values[group][name] = value
+    return Config.from_dict(values)
+
+
+if __name__ == "__main__":
+    run_command("plan", __doc__, add_arguments, main)

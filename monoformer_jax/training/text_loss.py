@@ -1,0 +1,142 @@
+"""Cross-entropy over the vocabulary that never holds the logits of a whole batch.
+
+A device sorts its tokens so that those with a target come first and goes through them in chunks:
+logits, loss and both gradients of a chunk are made together, in the forward pass, and its logits are
+gone before the next chunk. Chunks without any target (patches, prompts, padding) are never visited,
+so the head costs what the text of the batch costs; and nothing is computed twice, as it would be
+under `jax.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from monoformer_jax.parallel import BATCH
+
+MOST_LOGITS = 2**25  # on a device at a time: 128 MiB in float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def text_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    vocab_size: int,
+    most_logits: int = MOST_LOGITS,
+) -> jax.Array:
+    """Sum over tokens of weight times cross-entropy, float32 []; statistics are float32.
+
+    Under a mesh every device takes its own rows (data, fsdp) and columns of the head (tensor);
+    gradients are summed over devices once, after the last chunk.
+
+    Args:
+      hidden: [B, L, D] in the compute dtype.
+      head: [D, V] float32; its columns from `vocab_size` on are padding and have probability 0.
+      targets: int32 [B, L].
+      weights: float32 [B, L]; not differentiated.
+      most_logits: that a device holds at a time.
+    """
+    return _run(hidden, head, targets, weights, vocab_size, most_logits, False)[0]
+
+
+def _forward(hidden, head, targets, weights, vocab_size, most_logits):
+    loss, *grads = _run(hidden, head, targets, weights, vocab_size, most_logits, True)
+    return loss, (*grads, head)
+
+
+def _backward(vocab_size, most_logits, residuals, cotangent):
+    d_hidden, d_head, head = residuals
+    return (
+        (d_hidden * cotangent).astype(d_hidden.dtype),
+        (d_head * cotangent).astype(head.dtype),
+        None,
+        None,
+    )
+
+
+text_loss.defvjp(_forward, _backward)
+
+
+def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
+    """Loss [] and, with gradients, those of hidden [B, L, D] and head [D, V], all over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    local = functools.partial(
+        _on_device, vocab_size=vocab_size, most_logits=most_logits, with_grads=with_grads,
+        mesh=not mesh.empty,
+    )  # fmt: skip
+    if mesh.empty:
+        return local(*map(jnp.asarray, (hidden, head, targets, weights)))
+    columns = P("fsdp", "tensor")
+    out = (P(), BATCH, columns) if with_grads else (P(),)
+    return jax.shard_map(
+        local, in_specs=(BATCH, columns, BATCH, BATCH), out_specs=out, check_vma=False
+    )(hidden, head, targets, weights)
+
+
+def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_grads, mesh):
+    """`_run` for the rows and columns of one device."""
+    rows, dtype = ("data", "fsdp"), hidden.dtype
+    head, first = head.astype(dtype), 0
+    if mesh:
+        head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
+        first = jax.lax.axis_index("tensor") * head.shape[1]
+    over_columns = functools.partial(_reduce, axes="tensor" if mesh else None)
+    ids = first + jnp.arange(head.shape[1])  # of the tokens that the columns stand for
+    shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
+    targets, weights = targets.reshape(-1), weights.reshape(-1)
+
+    count = weights.size
+    chunk = min(count, max(1, most_logits // head.shape[1]))
+    chunk -= chunk % 128 if chunk > 128 else 0  # whole tiles
+    order = jnp.argsort(weights == 0, stable=True)
+    padded = jnp.pad(order, (0, -count % chunk), constant_values=count)  # read as weight 0
+
+    def turn(number, sums):
+        at = jax.lax.dynamic_slice_in_dim(padded, number * chunk, chunk)
+        h, target, weight = (
+            x.at[at].get(mode="fill", fill_value=0) for x in (hidden, targets, weights)
+        )
+        loss, d_logits = _cross_entropy(h @ head, target, weight, ids, vocab_size, over_columns)
+        if not with_grads:
+            return (sums[0] + loss,)
+        d_hidden = jax.lax.dynamic_update_slice(sums[1], d_logits @ head.T, (number * chunk, 0))
+        d_head = sums[2] + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
+        return sums[0] + loss, d_hidden, d_head
+
+    # The same number of turns everywhere, so that devices meet in the reductions of a turn.
+    used = _reduce(jnp.sum(weights != 0), rows if mesh else None, jax.lax.pmax)
+    sums = [jnp.zeros(())]
+    if with_grads:
+        sums += [jnp.zeros((padded.size, head.shape[0]), dtype), jnp.zeros(head.shape)]
+    sums = jax.lax.fori_loop(0, -(-used // chunk), turn, tuple(sums))
+    loss = _reduce(sums[0], rows if mesh else None)
+    if not with_grads:
+        return (loss,)
+    d_hidden = over_columns(sums[1][jnp.argsort(order)]).reshape(shape)
+    d_head = sums[2].astype(dtype)
+    if mesh:
+        d_head = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True)
+        d_head = jax.lax.psum(d_head, "data")
+    return loss, d_hidden, d_head
+
+
+def _cross_entropy(logits, target, weight, ids, vocab_size, over_columns):
+    """Weighted sum over a chunk, and its gradient by the logits [tokens, V]; V is this device's."""
+    kind = logits.dtype
+    logits = jnp.where(ids < vocab_size, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    top = over_columns(logits.max(-1), op=jax.lax.pmax)[:, None]
+    shifted = jnp.exp(logits - top)
+    norm = over_columns(shifted.sum(-1))[:, None]
+    is_target = target[:, None] == ids
+    own = over_columns(jnp.where(is_target, logits, 0).sum(-1))
+    loss = jnp.sum(weight * (jnp.log(norm) + top - own[:, None])[:, 0])
+    return loss, ((shifted / norm - is_target) * weight[:, None]).astype(kind)
+
+
+def _reduce(x: jax.Array, axes, op=jax.lax.psum) -> jax.Array:
+    return op(x, axes) if axes else x

@@ -1,0 +1,100 @@
+"""Layout: any mesh trains as one device does, nothing is born whole, slices cut the data axis."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.parallel import make_mesh
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def run_on_eight_devices() -> None:
+    """What the subprocess runs; prints losses by mesh, and bytes of the fresh state of one device."""
+    import dataclasses
+
+    from monoformer_jax.cli import load_config
+    from monoformer_jax.data.pipeline import Batches
+    from monoformer_jax.data.tokenizer import ByteTokenizer
+    from monoformer_jax.parallel import put_batch
+    from monoformer_jax.training.state import (
+        abstract_state,
+        init_state,
+        make_init,
+        make_train_step,
+    )
+
+    config = load_config(str(ROOT / "configs" / "digits.py:tiny"), [])
+    model = dataclasses.replace(config.model, num_kv_heads=4)
+    config = dataclasses.replace(config, model=model, batch_size=8)
+    batches = Batches(config, ByteTokenizer())
+    batches = [next(batches.iterator) for _ in range(20)]
+    found = {"losses": {}}
+    fresh = jax.device_get(init_state(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+    for axes in [(1, 1, 1), *MESHES]:
+        mesh = make_mesh(MeshConfig(*axes), jax.devices()[: np.prod(axes)])
+        where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        state, step, losses = jax.device_put(fresh, where), make_train_step(config, mesh), []
+        for batch in batches:
+            state, metrics = step(state, put_batch(batch, mesh))
+            losses.append(float(metrics.compute()["loss"]))
+        found["losses"][str(axes)] = losses
+    memory = make_init(config, mesh).lower().compile().memory_analysis()
+    found["init"] = [memory.output_size_in_bytes, memory.temp_size_in_bytes]
+    found["state"] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def eight():
+    code = "import conftest, jax; jax.config.update('jax_num_cpu_devices', 8); "
+    code += "import parallel_test; parallel_test.run_on_eight_devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # compiling is most of the time
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_any_mesh_of_eight_devices_trains_as_one_device_does(eight):
+    losses = {axes: np.array(values) for axes, values in eight["losses"].items()}
+    one = losses.pop("(1, 1, 1)")
+    assert len(losses) == len(MESHES) and one[-1] < one[0]
+    for axes, got in losses.items():
+        np.testing.assert_allclose(got[0], one[0], rtol=1e-6, err_msg=axes)
+        np.testing.assert_allclose(got, one, rtol=1e-4, err_msg=axes)
+
+
+@pytest.mark.slow
+def test_no_parameter_is_born_whole(eight):
+    """On fsdp 2, tensor 4 a device makes its part of the fresh state and holds little beside it."""
+    made, temporaries = eight["init"]
+    assert made < eight["state"] / 8 * 1.25  # norm scales and biases are on every device
+    assert temporaries < made
+
+
+def test_slices_are_whole_runs_of_the_data_axis():
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    from monoformer_jax.bench.topology import all_chips
+
+    devices = all_chips("v5e:2x2", 2)
+    mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2, slices=2), devices)
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(InputError, match=r"mesh\.slices=1, but the devices are in 2"):
+        make_mesh(MeshConfig(), devices)
+    with pytest.raises(InputError, match=r"mesh\.data=1 is not a multiple of its 2 slices"):
+        make_mesh(MeshConfig(data=1, fsdp=8, slices=2), devices)
+    with pytest.raises(InputError, match=r"mesh\.slices=2, but the devices are in 1"):
+        make_mesh(MeshConfig(slices=2))

@@ -1,0 +1,181 @@
+"""`plan`: the compiler's numbers against counts by hand, what it says where a run does not fit."""
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+from conftest import ROOT
+
+from monoformer_jax import plan
+from monoformer_jax.bench import flops
+from monoformer_jax.bench.collectives import collectives
+from monoformer_jax.bench.estimate import Estimate
+from monoformer_jax.bench.topology import CHIPS, all_chips
+from monoformer_jax.config import InputError, MeshConfig, ModelConfig
+from monoformer_jax.models import monoformer
+from monoformer_jax.parallel import make_mesh
+
+TINY = f"--config={ROOT / 'configs' / 'digits.py:tiny'}"
+KEYS = {"fits", "hbm_gib", "peak_gib", "arguments_gib", "temporaries_gib", "parameters",
+        "flops_per_step", "compile_seconds", "step_seconds_floor"}  # fmt: skip
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    args, rest = parser.parse_known_args([TINY, *arguments])
+    args.overrides = rest
+    return plan.main(args)
+
+
+@pytest.mark.slow
+def test_a_run_that_fits(tmp_path, capsys, config):
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    file = tmp_path / "plan.json"
+    assert run("--topology=v5e:2x2", "--mesh", "fsdp=4,data=1", "--json", str(file)) == 0
+    found, said = json.loads(file.read_text()), capsys.readouterr().out
+    assert set(found) == KEYS and found["fits"] and found["hbm_gib"] == 15.75
+    shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    assert found["parameters"] == count
+    # Weights, their average and two moments, most of them in four parts; and a small batch.
+    assert 16 * count / 4 < found["arguments_gib"] * 2**30 < 16 * count / 2
+    assert 0 < found["temporaries_gib"] < found["peak_gib"] < 1
+    assert found["step_seconds_floor"] > 16 * count / 4 * 2 / 819e9
+    assert "mesh data=1, fsdp=4, tensor=1" in said and "all-gather" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_gets_changes_that_do(capsys):
+    """16 rows of 4096 tokens a device with dense scores: halving what is alive at once is enough."""
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    size = ["--config.batch_size=64", "--config.data.row_length=4096"]
+    assert run("--topology=v5e:2x2", *size) == 2
+    said = capsys.readouterr().out
+    assert "TOO SMALL" in said
+    assert "is not enough: --config.optimizer.first_moment_dtype=bfloat16" in said
+    offers = [line for line in said.splitlines() if "a step at least: --config." in line]
+    assert len(offers) == 3 and any("accumulation=2" in line for line in offers)
+    assert all(float(line.split()[0]) < 15.75 for line in offers)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--topology=v5x:2x2"], "the chips are v4, v5e, v5p, v6e, tpu7x; did you mean v5"),
+        (["--topology=v5e:2x2x2"], "write it as v5e:8x8"),
+        (["--topology=v5p:4x4"], "write it as v5p:2x2x2"),
+        (["--topology=v5e:3x5"], "libtpu says INVALID_ARGUMENT"),
+        (["--topology=v5e:2x2", "--mesh=fsdp=3"], "fsdp=3, tensor=1 does not fit 4 devices"),
+        (["--topology=v5e:2x2", "--mesh=colour=3"], "unknown config key mesh.colour"),
+        (["--topology=v5e:2x2", "--mesh=tensor=4"], "kv_heads of 2 is not divisible"),
+        (["--topology=v5e:2x4"], "batch_size=4 is not a multiple"),
+        (["--topology=v5e:2x2", "--json=nowhere/x.json"], "there is no folder nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, message):
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    with pytest.raises(InputError, match=message):
+        run(*arguments)
+
+
+def test_a_missing_libtpu_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'monoformer_jax\[tpu\]'"):
+        all_chips("v5e:2x2")
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_every_chip_is_known_to_libtpu(chip):
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    devices = all_chips(f"{chip}:2x2" if chip in ("v5e", "v6e") else f"{chip}:2x2x1")
+    assert len(devices) == (8 if chip == "tpu7x" else 4)
+    assert chip != "v5e" or len(all_chips("v5e-16")) == 16
+
+
+def test_suggestions_are_the_fitting_ones_and_the_fastest_comes_first(config):
+    """Against a memory made up here: the compiler is asked only for what may be enough."""
+    mesh = make_mesh(MeshConfig())
+    config = dataclasses.replace(config, batch_size=32)
+    chip = dataclasses.replace(CHIPS["v5e"], hbm_gib=10 / 2**30)
+    first = Estimate(config, mesh, chip, False, 8, 8, 16, 0, 1, 1, 1, (), 0.0)
+    asked = []
+
+    def try_(changed):
+        asked.append(changed)
+        more = changed.optimizer.accumulation
+        return dataclasses.replace(first, fits=more > 2, repeated_flops=1000 * more)
+
+    def arguments_of(changed):
+        return 8 // changed.mesh.fsdp
+
+    found = plan.suggest(first, try_, arguments_of, "train")
+    everything = " ".join(
+        f"--config.{key}"
+        for key in ("mesh.data=1", "mesh.fsdp=4", "optimizer.first_moment_dtype=bfloat16",
+                    "model.remat=nothing_saveable", "optimizer.accumulation=4")
+    )  # fmt: skip
+    alone = "--config.optimizer.accumulation"
+    assert [text for text, _ in found] == [f"{alone}=4", everything, f"{alone}=8"]
+    # What cannot be enough was never compiled.
+    assert not any(a.optimizer.accumulation == 2 and a.mesh.fsdp == 1 for a in asked)
+
+
+def test_products_are_those_that_xla_counts():
+    """One block and one of each head, against XLA's own count of the compiled forward pass."""
+    c = ModelConfig(num_layers=1, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256,
+                    channels=4, vocab_size=256, dtype="float32", remat="none")  # fmt: skip
+    params = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
+    x = jax.ShapeDtypeStruct((2, 64, 64), "float32")
+
+    def forward(params, x):
+        model = monoformer.bind(c, params)
+        block = jax.tree.map(lambda leaf: leaf[0], model.decoder.layers)
+        starts = jax.numpy.zeros((2, 64), int)
+        from monoformer_jax.attention import IntervalMask
+
+        mask = IntervalMask(starts, starts + 64)
+        return model.text_logits(block(x, starts, mask, None, None)[0])
+
+    counted = jax.jit(forward).lower(params, x).compile().cost_analysis()["flops"]
+    tokens = 2 * 64
+    want = tokens * (flops.layers(c) + flops.text_head(c) + 64 * flops.attention(c))
+    assert want < counted < 1.06 * want  # norms, RoPE and the softmax are the rest
+
+
+HLO = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = bf16[4,8]{1,0} all-gather(%x), channel_id=1, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %a)
+}
+%started (p: f32[8]) -> f32[8] {
+  %b = f32[8]{0} all-gather(%x), channel_id=2, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="1"}
+  ROOT %c = f32[8] custom-call(%b), custom_call_target="AsyncCollectiveStart"
+}
+%goes_on (p: f32[8]) -> f32[8] {
+  %b.1 = f32[8]{0} all-gather(%x), channel_id=2, replica_groups={{0,1},{2,3}}, frontend_attributes={chain_id="1"}
+}
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t0), condition=%condition, body=%body
+  %f = f32[8] fusion(%p), kind=kLoop, calls=%started
+  %g = f32[8] fusion(%p), kind=kLoop, calls=%goes_on
+  %r = (f32[6]{0}, f32[2]{0}) all-reduce(%p, %q), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_counted_with_their_loops():
+    mesh = make_mesh(MeshConfig(1, 2, 2))
+    found = {(one.kind, one.axes): one for one in collectives(HLO, mesh)}
+    assert len(found) == 3
+    looped = found["all-gather", ("fsdp",)]
+    assert (looped.times, looped.size, looped.sent) == (7, 64, 7 * 32)
+    assert found["all-gather", ("tensor",)].sent == 16  # once, not at every part of its chain
+    assert found["all-reduce", ("fsdp",)].sent == 32  # of 8 numbers, there and back
