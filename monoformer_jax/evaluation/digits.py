@@ -41,14 +41,15 @@ class Trained:
 
     def exact(self, prompts: list, answers: list[str]) -> float:
         """Share of prompts that are continued, greedily, with exactly the answer and then </s>."""
-        wanted = [[*self.tokenizer.encode(a), self.tokenizer.eos_id] for a in answers]
+        wanted = [self.tokenizer.encode(answer) for answer in answers]
         right = 0
         for i in range(0, len(prompts), _BATCH):
             got = generate_text(
                 self.config, self.params, self.tokenizer, prompts[i : i + _BATCH],
-                max_tokens=max(map(len, wanted)),
+                max_tokens=max(map(len, wanted)) + 1,
             )  # fmt: skip
-            right += sum(g == w for g, w in zip(got, wanted[i : i + _BATCH]))
+            pairs = zip(got, wanted[i : i + _BATCH])
+            right += sum(g.why == "end" and g.tokens == w for g, w in pairs)
         return right / len(prompts)
 
 
