@@ -33,9 +33,9 @@ def interleaved(config):
 def params(config):
     """Random weights whose text opens images now and then, and ends sometimes."""
     params = monoformer.init(config.model, jax.random.key(3))
-    head = 5 * params["text_head"]
-    head = head.at[:, TOKENIZER.im_start_id].set(2.5 * head[:, 40])
-    head = head.at[:, TOKENIZER.eos_id].set(1.5 * head[:, 50])
+    head = params["text_head"]
+    for token in (TOKENIZER.im_start_id, TOKENIZER.eos_id):
+        head = head.at[:, token].multiply(4.0)
     return params | {"text_head": head}
 
 
@@ -79,26 +79,27 @@ def talk(interleaved, params):
     s = session(interleaved, params, 3, seed=[4, 5, 6])
     turns = [[["draw"], ["read this: ", PICTURE], ["a longer beginning than the others have"]],
              [["and now another"], None, ["x"]],
-             [None, ["b", PICTURE, "c"], None]]  # fmt: skip
+             [None, ["b", PICTURE, "c"], None],
+             [[" so"], ["?"], [" then "]]]  # fmt: skip
     replies = []
-    for turn in turns:
+    for turn in turns[:-1]:
         s.add(turn)
         replies.append(s.reply(max_tokens=12))
-    return s, turns, replies
+    s.add(turns[-1])
+    return s, turns, [*replies, [[], [], []]]
 
 
 def test_the_talk_has_all_that_the_tests_are_about(talk):
     s, _, replies = talk
     images = [[sum(not isinstance(x, str) for x in reply) for reply in turn] for turn in replies]
     assert max(map(max, images)) >= 2, "no row painted twice in one reply"
-    assert min(map(min, images)) == 0 and len({tuple(row) for row in zip(*images)}) == 3
+    assert min(map(min, images)) == 0 and len({tuple(row) for row in zip(*images)}) > 1
     assert any(isinstance(x, str) for turn in replies for reply in turn for x in reply)
     assert len(set(s.lengths)) == 3
 
 
 def test_the_next_token_of_every_row_equals_one_full_pass(talk, forward, params, interleaved):
     s, _, _ = talk
-    s.add([[" so"], ["?"], [" then "]])  # rows that have ended wait for something to go on from
     model = monoformer.bind(interleaved.model, params)
     logits = np.asarray(model.text_logits(s._rows.hidden))
     for row in range(3):
@@ -132,14 +133,12 @@ def test_the_stream_is_one_document_of_all_turns(talk, interleaved):
             parts += [x if isinstance(x, str) else Image(x, denoise=False) for x in reply[row]]
         want = build(parts, TOKENIZER, interleaved.model, closing=[])
         got = s.stream(row)
-        texts, images = (got["kinds"] == TEXT), (got["kinds"] == PATCH)
-        assert texts.sum() >= len(TOKENIZER.encode("".join(p for p in parts if isinstance(p, str))))
-        np.testing.assert_array_equal(
-            got["patches"][images], want["patches"][want["kinds"] == PATCH]
-        )
-        assert (got["tokens"] == TOKENIZER.im_end_id).sum() == sum(
-            not isinstance(p, str) for p in parts
-        )
+        images, painted = got["kinds"] == PATCH, want["kinds"] == PATCH
+        np.testing.assert_array_equal(got["patches"][images], want["patches"][painted])
+        ends = (got["tokens"] == TOKENIZER.im_end_id).sum()
+        assert ends == sum(not isinstance(part, str) for part in parts)
+        said = TOKENIZER.decode(got["tokens"][got["kinds"] == TEXT].tolist())
+        assert said == "".join(part for part in parts if isinstance(part, str))
 
 
 def test_every_painted_image_equals_uncached_denoising(talk, forward, interleaved):
@@ -150,7 +149,7 @@ def test_every_painted_image_equals_uncached_denoising(talk, forward, interleave
         document, painted = s.stream(row), 0
         opened = np.flatnonzero(document["tokens"] == TOKENIZER.im_start_id)
         images = iter(shown_or_painted(turns, replies, row))
-        for number, start in enumerate(opened):
+        for start in opened:
             image = next(images)
             if image is None:
                 continue  # the user's
@@ -203,7 +202,7 @@ def denoised(forward, before, x, model):
 def test_a_row_is_the_same_alone(talk, interleaved, params):
     _, turns, replies = talk
     alone = session(interleaved, params, 1, seed=[5])
-    for turn, reply in zip(turns, replies):
+    for turn, reply in zip(turns[:-1], replies):
         if turn[1] is None:
             continue
         alone.add([turn[1]])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PATCH, TIME, unpatchify
@@ -28,10 +28,12 @@ from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.guidance import Guidance, guide
 from monoformer_jax.diffusion.solvers import Grid, make_grid, solve
-from monoformer_jax.generation.rows import Rows, place, prefill, with_room
-from monoformer_jax.generation.streams import Parts, check_size, prompt, without_text
+from monoformer_jax.generation.rows import Rows, no_rows, place, prefill, with_room
+from monoformer_jax.generation.streams import Parts, bucket, check_size, prompt, without_text
 from monoformer_jax.generation.text import row_keys
 from monoformer_jax.models import monoformer
+from monoformer_jax.nn.decoder import KVCache
+from monoformer_jax.parallel import BATCH, parameter_shardings
 
 # (steps that are done, images [B, height, width, C] as the model sees them by now)
 Preview = Callable[[int, np.ndarray], None]
@@ -173,7 +175,8 @@ def paint_steps(
     """
     grid = make_grid(sampling.solver, sampling.steps, sampling.shift)
     guidance = make_guidance(sampling)
-    x = noise(keys, canvas.patches, canvas.model.patch_dim)
+    # Where what comes back will lie, or the second call would be compiled anew.
+    x = jax.device_put(noise(keys, canvas.patches, canvas.model.patch_dim), rows.lengths.sharding)
     done = 0
     while done < sampling.steps:
         stop = min(done + every, sampling.steps) if every else sampling.steps
@@ -219,6 +222,44 @@ def paint(
     return solve(
         canvas.solver, predict, x, grid, draw=draw, clip=canvas.clip, start=start, stop=stop
     )
+
+
+def lower_paint(
+    config: Config,
+    mesh: Mesh,
+    images: int,
+    prompt_tokens: int,
+    sampling: SamplingConfig | None = None,
+) -> jax.stages.Lowered:
+    """The denoising loop of a batch, from shapes alone, for a mesh that need not be there.
+
+    Args:
+      images: in the batch, cut over data and fsdp; parameters are placed as in training.
+      prompt_tokens: of the longest prompt.
+    """
+    sampling = config.sampling if sampling is None else sampling
+    c, n = config.model, branch_count(sampling, shown=False)
+    canvas = make_canvas(config, sampling, (config.data.image_size,) * 2, n)
+    shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
+    placed = parameter_shardings(monoformer.parameter_axes(c), shapes, mesh)
+    params = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
+    )
+
+    def like(x, axis=0):
+        where = NamedSharding(mesh, PartitionSpec(*[None] * axis, *BATCH))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    rows, slots = jax.eval_shape(lambda: no_rows(c, images * n)), bucket(prompt_tokens)
+    cache = jax.eval_shape(lambda: KVCache.create(c, images * n, slots))
+    cache = KVCache(like(cache.k, 1), like(cache.v, 1), cache.index)
+    rows = rows.replace(cache=cache, lengths=like(rows.lengths), hidden=like(rows.hidden))
+    x = like(jax.ShapeDtypeStruct((images, canvas.patches, c.patch_dim), np.float32))
+    keys = like(jax.eval_shape(lambda: row_keys(0, images)))
+    grid = make_grid(sampling.solver, sampling.steps, sampling.shift)
+    ends = (np.int32(0), np.int32(sampling.steps))
+    with jax.set_mesh(mesh):
+        return paint.lower(params, rows, x, keys, grid, make_guidance(sampling), *ends, canvas)
 
 
 def predictor(

@@ -234,7 +234,7 @@ class Session:
             return
         nothing = {k: v[:0] for k, v in self._text([self.tokenizer.bos_id]).items()}
         block = stack([nothing if piece is None else piece for piece in pieces],
-                      bucket(counts.max()), self.tokenizer.pad_id)  # fmt: skip
+                      bucket(counts.max(), 16), self.tokenizer.pad_id)  # fmt: skip
         lengths = self._lengths + counts
         with self._on_mesh():
             self._rows = extend(

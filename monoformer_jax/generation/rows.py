@@ -76,12 +76,19 @@ def aligned(cache: KVCache, ends: jax.Array, slots: int) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def cut(rows: Rows, ends: jax.Array, lengths: jax.Array, slots: int) -> Rows:
-    """Rows of `lengths` tokens, whose last ones stood before slot ends[b].
+def keep(rows: Rows, tokens: jax.Array, kept: jax.Array, slots: int) -> Rows:
+    """Rows that keep the first kept[b] of the tokens [B, L] in the last L slots.
 
-    `hidden` stays as it was: a row that lost tokens is to go on with `extend`.
+    `hidden` stays that of the last token that ran: a row that lost some goes on with `extend`.
     """
-    return rows.replace(cache=aligned(rows.cache, ends, slots), lengths=lengths)
+    cache = aligned(rows.cache, rows.slots - tokens.shape[1] + kept, slots)
+    real = jnp.arange(tokens.shape[1]) < kept[:, None]
+    return Rows(cache, rows.lengths + kept, rows.hidden, _saw(rows.seen, tokens, real))
+
+
+def _saw(seen: jax.Array, tokens: jax.Array, real: jax.Array) -> jax.Array:
+    tokens = jnp.where(real, tokens, seen.shape[1])
+    return seen.at[jnp.arange(len(seen))[:, None], tokens].set(True, mode="drop")
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -125,13 +132,11 @@ def extend_with(model: MonoFormer, rows: Rows, block: dict[str, jax.Array], slot
     )
     count = real.sum(1)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    said = jnp.where(block["kinds"] == TEXT, block["tokens"], model.config.padded_vocab)
-    seen = rows.seen.at[jnp.arange(batch)[:, None], said].set(True, mode="drop")
     return Rows(
         aligned(cache, rows.slots + count, slots),
         rows.lengths + count,
         jnp.where(count[:, None] > 0, last, rows.hidden),
-        seen,
+        _saw(rows.seen, block["tokens"], block["kinds"] == TEXT),
     )
 
 

@@ -17,7 +17,7 @@ Parts = Sequence[Part]
 _STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "features")
 
 
-def bucket(length: int, least: int = 16) -> int:
+def bucket(length: int, least: int = 64) -> int:
     """The power of two that a length is padded to, so that few lengths are ever compiled."""
     return max(least, 1 << max(int(length) - 1, 0).bit_length())
 

@@ -14,7 +14,7 @@ import numpy as np
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.config import Config, ModelConfig, require
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.generation.rows import Rows, cut, prefill, with_room
+from monoformer_jax.generation.rows import Rows, keep, prefill, with_room
 from monoformer_jax.generation.streams import Parts, bucket, prompt, text_inputs
 from monoformer_jax.models import monoformer
 
@@ -30,7 +30,7 @@ class TextSampling:
     top_k: int | Sequence[int] = 0  # only the k likeliest; 0: all
     top_p: float | Sequence[float] = 1.0  # only the likeliest that make up this share
     # Logits of tokens that stand in the row already are divided by this, or multiplied if negative
-    # (Keskar et al., arXiv 1909.05858).
+    # (Keskar et al., arXiv 1909.05858); never those of </s> and <|im_start|>.
     repetition_penalty: float | Sequence[float] = 1.0
     stop: tuple[str, ...] = ()  # text ends before the first of these
 
@@ -129,8 +129,7 @@ def continue_rows(
     while going.any():
         left = np.minimum(most - [len(w.tokens) for w in written], config.data.row_length - lengths)
         left = np.where(going, left, 0)
-        room = min(_CHUNK, bucket(left.max()))
-        before = rows.slots
+        room = min(_CHUNK, bucket(left.max(), 16))
         rows, tokens, counts = write(params, rows, left, choice, config.model, room)
         tokens, counts = jax.device_get((tokens, counts))
         kept = np.zeros_like(lengths)
@@ -139,7 +138,7 @@ def continue_rows(
             kept[b] = _add(written[b], new, int(lengths[b]), int(most[b]), config, tokenizer, stop)
             going[b] = not written[b].why
         lengths = lengths + kept
-        rows = cut(rows, before + kept, lengths, bucket(lengths.max()))
+        rows = keep(rows, tokens, kept, bucket(lengths.max()))
     return rows, lengths, written
 
 
@@ -231,7 +230,7 @@ def pick(logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: Choice) ->
     """
     penalty = choice.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(seen, penalised, logits)
+    logits = jnp.where(seen & ~choice.stops, penalised, logits)
     logits = jnp.where(choice.allowed, logits, -jnp.inf)
     greedy = logits.argmax(-1)
     warm = choice.temperature > 0
@@ -265,8 +264,8 @@ def write(
       most: int32 [B], most tokens for each row; 0 leaves it as it is.
 
     Returns:
-      The rows in a cache with `room` more slots, of which row b has used counts[b]: they want
-      `rows.aligned`. Then the tokens int32 [B, room] and counts int32 [B]; the stop is counted.
+      The rows in a cache with `room` more slots, for `rows.keep`; the tokens int32 [B, room]; and
+      how many of them are real, int32 [B], with the stop.
     """
     model = monoformer.bind(c, params)
     batch, end, starts = len(most), rows.slots, rows.starts
@@ -294,5 +293,5 @@ def write(
     tokens, counts = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
     carry = (jnp.int32(0), most > 0, counts, tokens, rows.hidden, rows.seen)
     carry = jax.lax.while_loop(going_on, step, (*carry, with_room(rows.cache, room)))
-    _, _, counts, tokens, hidden, seen, cache = carry
-    return Rows(cache, rows.lengths + counts, hidden, seen), tokens, counts
+    _, _, counts, tokens, hidden, _, cache = carry
+    return rows.replace(cache=cache, hidden=hidden), tokens, counts
