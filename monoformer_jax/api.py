@@ -14,8 +14,8 @@ import numpy as np
 import PIL.Image
 
 from monoformer_jax.config import Config, SamplingConfig, require
-from monoformer_jax.data import prompts as said
-from monoformer_jax.data.documents import Features, Image, Part
+from monoformer_jax.data.documents import End, Features, Image, Part
+from monoformer_jax.data.prompts import CHAT_TEMPLATE
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.generation.image import generate_images
 from monoformer_jax.generation.interleaved import Session
@@ -102,9 +102,9 @@ class Eyes:
         self.check()
         size = self.config.data.image_size
         if self._vae is None:
-            return Image(to_pixels(picture, (size, size), self.channels), denoise=False)
+            return Image(to_pixels(picture, size, self.channels), denoise=False)
         c, params = self._vae
-        pixels = to_pixels(picture, (size * c.factor,) * 2, 3)[None]
+        pixels = to_pixels(picture, size * c.factor, 3)[None]
         return Image(np.asarray(_encode(params, pixels, c))[0], denoise=False)
 
     def look_again(self, painted: np.ndarray) -> Part:
@@ -252,7 +252,7 @@ class Model:
         messages: Sequence[Mapping[str, Content]],
         *,
         max_tokens: int = 64,
-        template: bool = False,
+        template: bool | None = None,
         seed: int = 0,
         output: str = "pil",
         temperature: float = 0.0,
@@ -265,10 +265,12 @@ class Model:
         Args:
           messages: {"role": "user" or "assistant", "content": a text, a picture or a list of both};
             an answer of this function is the content of an assistant's message.
-          template: put what the user says into the original's chat template.
+          template: put what the user says into the original's chat template; unless told, where
+            the model was trained on records, which do.
           sampling: of images, see `generate_images`.
         """
         self._check_output(output)
+        template = bool(self.config.data.records) if template is None else template
         parts: list[Part] = []
         for number, message in enumerate(messages, 1):
             role = message.get("role")
@@ -278,9 +280,9 @@ class Model:
             )
             new = self._parts(message["content"], f"message {number}")
             if template and role == "user":
-                before, after = said.CHAT_TEMPLATE[0].split("{}")
+                before, after = CHAT_TEMPLATE[0].split("{}")
                 new = [before, *new, after]
-            parts += new
+            parts += [*new, End()] if role == "assistant" else new
         last = messages[-1]["role"] if messages else None
         require(last == "user", "the last message must be the user's")
         session = Session(

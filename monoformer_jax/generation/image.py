@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PATCH, TIME, unpatchify
 from monoformer_jax.config import Config, ModelConfig, SamplingConfig
-from monoformer_jax.data.documents import Document, build
+from monoformer_jax.data.documents import Document, Features, Image, build
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.guidance import Guidance, guide
@@ -130,7 +130,7 @@ def make_canvas(
 
 
 def _branches(prompts: Sequence[Parts], sampling: SamplingConfig) -> int:
-    shown = any(not isinstance(part, str) for parts in prompts for part in parts)
+    shown = any(isinstance(part, Image | Features) for parts in prompts for part in parts)
     return branch_count(sampling, shown)
 
 

@@ -7,7 +7,8 @@
 
 A row opens an image by writing <|im_start|>. It then waits until every row has stopped writing; those
 that opened an image are painted together, each finished image is read once more as clean context
-(t = 0), and they write on. A row gets the same tokens and images whatever it shares the batch with.
+(t = 0), and they write on. </s> stays where an answer has ended, as in training. A row gets the same
+tokens and images whatever it shares the batch with.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Session:
         rows: int,
         *,
         seed: int | Sequence[int] = 0,
+        first: int = 0,
         sampling: SamplingConfig | None = None,
         text: TextSampling = GREEDY,
         look: Callable[[np.ndarray], Part] | None = None,
@@ -64,7 +66,7 @@ class Session:
     ):
         """Args:
         rows: how many streams.
-        seed: of all rows, or a list with one for each row.
+        seed, first: row i draws from (seed, first + i), or from its own seed where a list is given.
         sampling: of the images, the config's unless given.
         text: how tokens are chosen.
         look: what an image [height, width, C] that the model has painted is to its context; needed
@@ -80,7 +82,7 @@ class Session:
         )
         self._look = look or (lambda pixels: Image(pixels, denoise=False))
         self._mesh, self._stop = mesh, text.stop
-        self._keys = row_keys(seed, rows)
+        self._keys = row_keys(seed, rows, first)
         self._choice = make_choice(text, text_keys(self._keys), tokenizer, config.model, True)
         self._rows: Rows = no_rows(config.model, rows)
         self._lengths = np.zeros(rows, np.int64)
@@ -136,9 +138,9 @@ class Session:
                 self.tokenizer, self._choice, self._stop,
             )  # fmt: skip
         for b, w in enumerate(written):
-            opened = [self.tokenizer.im_start_id] if w.why == "image" else []
-            if w.tokens or opened:
-                self._pieces[b].append(self._text([*w.tokens, *opened]))
+            last = {"image": [self.tokenizer.im_start_id], "end": [self.tokenizer.eos_id]}
+            if ids := [*w.tokens, *last.get(w.why, [])]:
+                self._pieces[b].append(self._text(ids))
             if w.why:
                 self._asked[b] = w.why in ("image", "length")
         return written

@@ -13,13 +13,14 @@ import PIL.ImageOps
 from einops import rearrange, repeat
 
 from monoformer_jax.config import InputError, require
+from monoformer_jax.data.raw import crop
 
 MOST_PIXELS = 1 << 26  # 67 million; decoded, that is 200 MB
 _SIDE = 128  # pixels that a picture in a grid has at least, or 8×8 digits would be specks
 
 
 def open_picture(source, name: str = "the image") -> PIL.Image.Image:
-    """A picture, decoded and upright, mode L or RGB, transparency on white.
+    """A picture, decoded and upright, mode L or RGB, transparency on white, a strip cut to 4 : 1.
 
     Args:
       source: a path, bytes, an open binary file, a PIL image, or an array [h, w], [h, w, 1] or
@@ -60,11 +61,15 @@ def open_picture(source, name: str = "the image") -> PIL.Image.Image:
 def _plain(picture: PIL.Image.Image) -> PIL.Image.Image:
     if picture.mode.startswith("I;16") or picture.mode == "I":  # 16 bits a pixel
         values = np.asarray(picture).astype(np.float64) / 257
-        return PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+        picture = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         over = PIL.Image.new("RGBA", picture.size, "white")
         picture = PIL.Image.alpha_composite(over, picture.convert("RGBA"))
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    # Only the centre is ever looked at, and resizing a strip by its short side would be a bomb.
+    most = 4 * min(picture.size)
+    left, top = (max(side - most, 0) // 2 for side in picture.size)
+    box = (left, top, left + min(picture.width, most), top + min(picture.height, most))
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB").crop(box)
 
 
 def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
@@ -75,24 +80,13 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
     if values.dtype != np.uint8:
         inside = np.issubdtype(values.dtype, np.floating) and np.abs(values).max() <= 1.5
         require(bool(inside), f"{name} is neither uint8 nor floats in [-1, 1]")  # and no NaN
-        return to_picture(values)
-    return PIL.Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values)
+        return _plain(to_picture(values))
+    return _plain(PIL.Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values))
 
 
-def to_pixels(picture: PIL.Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Float32 [height, width, channels] in [-1, 1]: the centre of the picture, resized.
-
-    Args:
-      size: height and width. Shrinking averages, and a picture of k times the size is averaged over
-        k × k exactly, but for the rounding to 256 levels.
-      channels: 1 or 3.
-    """
-    height, width = size
-    shrinks = picture.width >= width and picture.height >= height
-    method = PIL.Image.Resampling.BOX if shrinks else PIL.Image.Resampling.BICUBIC
-    picture = picture.convert({1: "L", 3: "RGB"}[channels])
-    picture = PIL.ImageOps.fit(picture, (width, height), method)
-    return np.asarray(picture, np.float32).reshape(height, width, channels) / 127.5 - 1
+def to_pixels(picture: PIL.Image.Image, size: int, channels: int) -> np.ndarray:
+    """Float32 [size, size, 1 or 3] in [-1, 1]: the centre of the picture, as training sees it."""
+    return crop(picture.convert({1: "L", 3: "RGB"}[channels]), size)[..., :channels]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from monoformer_jax.batch import TEXT, number_images
 from monoformer_jax.config import Config, ModelConfig, require
-from monoformer_jax.data.documents import Document, Part, build
+from monoformer_jax.data.documents import Asked, Document, Image, Part, build
 from monoformer_jax.data.tokenizer import Tokenizer
 
 Parts = Sequence[Part]
@@ -55,12 +55,10 @@ def prompt(
 
 def check_parts(parts: Parts, config: Config, name: str) -> None:
     """Raises InputError for an empty text, or an image larger than those of training."""
-    require(
-        all(part for part in parts if isinstance(part, str)),
-        f"{name} is empty: write something to continue",
-    )
+    texts = [getattr(part, "text", part) for part in parts if isinstance(part, str | Asked)]
+    require(all(texts), f"{name} is empty: write something to continue")
     for part in parts:
-        if not isinstance(part, str) and hasattr(part, "pixels"):
+        if isinstance(part, Image):
             check_size(part.pixels.shape[:2], config, f"an image in {name}")
 
 

@@ -121,8 +121,8 @@ def continue_rows(
       most: most new tokens of each row; 0 leaves it as it is.
 
     Returns:
-      The rows with what was written, of which </s> is not kept and an opened image is; their
-      lengths; and one `Written` a row.
+      The rows with what was written, up to and with </s> or <|im_start|> but without a stop text;
+      their lengths; and one `Written` a row.
     """
     written = [Written([]) for _ in most]
     going = most > 0
@@ -150,7 +150,7 @@ def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, 
         fits = length + kept + config.image_tokens + 1 <= context
         w.why, kept = ("image", kept) if fits else ("full", kept - 1)
     elif end == tokenizer.eos_id:
-        w.why, kept = "end", kept - 1
+        w.why = "end"
     elif before + kept == most:
         w.why = "length"
     elif length + kept == context:
