@@ -106,13 +106,15 @@ def _whole(path: Path, write: Callable[[Any], None]) -> None:
 
 def _join(file, shards: list[Path], total: int) -> None:
     """All shards as one array, with one of them in memory at a time."""
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as out:
-            for number, shard in enumerate(shards):
-                with np.load(shard) as arrays:
-                    images = arrays["arr_0"]
-                if number == 0:
-                    header = {"descr": "|u1", "fortran_order": False,
-                              "shape": (total, *images.shape[1:])}  # fmt: skip
-                    np.lib.format.write_array_header_1_0(out, header)
-                out.write(images.tobytes())
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as out,
+    ):
+        for number, shard in enumerate(shards):
+            with np.load(shard) as arrays:
+                images = arrays["arr_0"]
+            if number == 0:
+                shape = (total, *images.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(out, header)
+            out.write(images.tobytes())
