@@ -25,7 +25,7 @@ from monoformer_jax.models import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_folder
 from monoformer_jax.pretrained import sd_vae
 from monoformer_jax.pretrained.folder import open_weights, read_json
-from monoformer_jax.pretrained.table import read_tree
+from monoformer_jax.pretrained.table import open_tree, read_tree
 from monoformer_jax.training.checkpoint import load_trained
 
 # A text, a picture (see `pictures.open_picture`), or a list of both.
@@ -123,8 +123,9 @@ def _load_clip(folder: Path) -> tuple[clip.ClipConfig, dict]:
     require(folder.is_dir(), f"vision={folder} is no folder")
     c = clip_folder.read_config(read_json(folder / "config.json"), folder / "config.json")
     target = jax.eval_shape(lambda: clip.init(c, jax.random.key(0)))
-    table, tensors = clip_folder.table(c), open_weights(folder)
-    return c, read_tree(table, tensors, target, ignored=clip_folder.IGNORED, source=str(folder))
+    tree = open_tree(clip_folder.table(c), open_weights(folder), target,
+                     ignored=clip_folder.IGNORED, source=str(folder))  # fmt: skip
+    return c, read_tree(tree)
 
 
 @functools.partial(jax.jit, static_argnums=2)
