@@ -235,8 +235,10 @@ class Session:
         if not counts.any():
             return
         nothing = {k: v[:0] for k, v in self._text([self.tokenizer.bos_id]).items()}
-        block = stack([nothing if piece is None else piece for piece in pieces],
-                      bucket(counts.max(), 16), self.tokenizer.pad_id)  # fmt: skip
+        # A first turn shares the program of `prefill`; later ones are short.
+        slots = bucket(counts.max(), 16 if self._lengths.any() else 64)
+        pieces = [nothing if piece is None else piece for piece in pieces]
+        block = stack(pieces, slots, self.tokenizer.pad_id)
         lengths = self._lengths + counts
         with self._on_mesh():
             self._rows = extend(
@@ -244,10 +246,9 @@ class Session:
                 bucket(lengths.max()),
             )  # fmt: skip
         self._lengths = lengths
-        for b, piece in enumerate(pieces):
-            if piece is not None:
-                self._pieces[b].append(piece)
-                self._asked[b] = True
+        for b in np.flatnonzero(counts):
+            self._pieces[b].append(pieces[b])
+            self._asked[b] = True
 
     def _branches(self, chosen: np.ndarray, branches: int) -> Rows:
         """The chosen rows with the other branches of their guidance, [len(chosen) * branches]."""
