@@ -109,10 +109,10 @@ def test_the_import_is_quick_and_knows_its_names():
         monoformer_jax.paint  # noqa: B018
 
 
-def random_model(config, **changes):
+def random_model(config, weights=False, **changes):
     model = dataclasses.replace(config.model, **changes)
     config = dataclasses.replace(config, model=model)
-    params = monoformer.init(model, jax.random.key(0))
+    params = monoformer.init(model, jax.random.key(0)) if weights else {}
     return Model(config, params, ByteTokenizer(), step=0, eyes=Eyes(config, None, None))
 
 
@@ -164,7 +164,7 @@ def test_a_picture_goes_through_the_autoencoder_both_ways(config):
     """Shown as the mean of its latents, scaled; painted latents come back as pixels."""
     c = autoencoder.AutoencoderConfig(widths=(8, 8), blocks=1, groups=4)
     params = autoencoder.init(c, jax.random.key(1))
-    model = random_model(config, channels=4)
+    model = random_model(config, weights=True, channels=4)
     model.eyes._vae = c, params
     part = model.eyes.look(GRAY)
     pixels = np.full((1, 16, 16, 3), 128 / 127.5 - 1, np.float32)

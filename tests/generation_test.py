@@ -106,6 +106,7 @@ def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
     assert again[:2] != together[:2] and again[2] == together[2]
 
 
+@pytest.mark.slow
 def test_settings_and_prompts_of_the_same_bucket_are_compiled_once(config, params):
     before = text.write._cache_size()
     for number, temperature in enumerate((0.0, 0.5, 2.0)):
@@ -205,6 +206,7 @@ def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, pa
     assert np.abs(three - other).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_steps_guidance_and_seeds_are_compiled_once(config, params, solver):
     """And so are prompts of one bucket, and a walk that stops for previews."""
@@ -222,16 +224,15 @@ def test_steps_guidance_and_seeds_are_compiled_once(config, params, solver):
     np.testing.assert_array_equal(whole, last)
 
 
+@pytest.mark.slow
 def test_the_batch_cut_over_four_devices_gives_the_same_images(config, params):
     mesh = make_mesh(MeshConfig())
     assert mesh.size == 4
-    sampling = SamplingConfig("euler", steps=2)
-    prompts = [[word] for word in ("one", "two", "three", "four", "five")]
-    one = generate_images(config, params, TOKENIZER, prompts, sampling=sampling, seed=3)
+    sampling = SamplingConfig("heun", steps=2)
+    options = {"prompts": [["one"], ["two"], ["three"]], "sampling": sampling, "seed": 3}
+    one = generate_images(config, params, TOKENIZER, **options)
     everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    four = generate_images(
-        config, everywhere, TOKENIZER, prompts, sampling=sampling, seed=3, mesh=mesh
-    )
+    four = generate_images(config, everywhere, TOKENIZER, mesh=mesh, **options)
     np.testing.assert_allclose(four, one, atol=1e-5)
     lowered = image.lower_paint(config, mesh, 4, 20)  # what `plan` compiles, from shapes alone
     assert "while" in lowered.as_text()
