@@ -291,8 +291,12 @@ class SamplingConfig:
     """Defaults of `sample` and `evaluate`; their flags override them."""
 
     solver: str = "heun"  # or "euler"; with objective.kind="ddpm": "ddpm" (ancestral) or "ddim"
-    steps: int = 20
-    guidance: float = 2.0  # 1 is no guidance
+    steps: int = 20  # 1 to 1000
+    guidance: float = 2.0  # by the prompt; 1 is no guidance
+    # By the images of a prompt that has some, as in editing; 1 leaves it to `guidance`, which then
+    # compares with the images alone. Other values cost a third evaluation.
+    image_guidance: float = 1.0
+    guidance_rescale: float = 0.0  # 1 keeps the size of the unguided prediction, 0 does not
     # "first_three" leaves the other channels unguided, as the original does with its four.
     guidance_channels: str = "all"
     guidance_low: float = 0.0  # guidance acts where low <= t <= high
@@ -303,9 +307,13 @@ class SamplingConfig:
     def __post_init__(self):
         _one_of("sampling.solver", self.solver, sum(SOLVERS_OF.values(), ()))
         _one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
-        _positive(self, "sampling", "steps")
-        _positive(self, "sampling", "shift")
-        _at_least(self, "sampling", "guidance", 0)
+        for name in ("steps", "shift", "guidance", "image_guidance"):
+            _positive(self, "sampling", name)
+        require(self.steps <= 1000, f"sampling.steps={self.steps} must be 1000 or less")
+        require(
+            0 <= self.guidance_rescale <= 1,
+            f"sampling.guidance_rescale={self.guidance_rescale} must be between 0 and 1",
+        )
         require(
             0 <= self.guidance_low <= self.guidance_high <= 1,
             f"sampling.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must "

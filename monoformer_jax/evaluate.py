@@ -3,8 +3,8 @@
   python -m monoformer_jax.evaluate --workdir=runs/digits --json=runs/digits/scores.json
 
 For a model of the digits: 500 drawn digits named by a support vector machine, the Fréchet distance of
-500 unguided ones, the 360 held-out digits read, every sentence ended. It writes samples.png and
-loss.png into the workdir.
+500 unguided ones, the 360 held-out digits read, every sentence ended, and whether a prompt to draw is
+answered with one image. It writes samples.png and loss.png into the workdir.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _TABLE = (
     ("  of real", "frechet_real", "500 real training digits to the test digits", "{:.2f}"),
     ("read", "read_accuracy", "test digits named exactly", "{:.1%}"),
     ("say", "say_accuracy", "sentences ended exactly", "{:.1%}"),
+    ("opens", "opens_image", "prompts to draw answered with one image", "{:.1%}"),
     ("steps", "steps", "optimizer steps", "{}"),
     ("seconds", "train_seconds", "training, compiling included", "{:.0f}"),
 )

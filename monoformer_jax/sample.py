@@ -3,181 +3,262 @@
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="two plus three is"
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="draw a seven" --count=8 --out=7.png
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="read this: " --image=7.png
+  python -m monoformer_jax.sample --workdir=runs/digits --prompts=prompts.txt
 
   python -m monoformer_jax.sample --workdir=runs/imagenet --vae=sd-vae-ft-mse --paint \\
       --prompt="an image of golden retriever"
+  python -m monoformer_jax.sample --workdir=runs/imagenet --vae=sd-vae-ft-mse --labels=labels.json \\
+      --total=50000 --out=fid
 
-Text is printed. Where the model answers with <|im_start|> it paints, and the pictures go to --out as
-one grid, a row for each prompt. The original's weights never decide to paint: --paint does it for them.
-A model of latents needs its autoencoder, a folder of diffusers' AutoencoderKL, to show them.
+Text is printed, with a number where a picture stands in it. The pictures go to --out as one grid, and
+beside it to a JSON file: seed, settings, config, checkpoint and every answer. The original's weights
+never decide to paint: --paint does it for them.
+
+With --total the prompts, evenly repeated, are painted into shards in the folder --out. The same command
+again goes on where it was stopped. Several processes share the work, each with its own --process; all
+devices of a process paint. The last one makes samples.npz, arr_0 uint8 [N, height, width, 3].
+
+A prompt that cannot be answered is reported, the others are, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
 
 from monoformer_jax.cli import run_command
 
-_SIDE = 128  # pixels that a picture in the grid has at least, or 8×8 digits would be specks
+FAILED_ROWS = 1  # exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    defaults = "default: the config's sampling"
+    add(
         "--workdir", type=epath.Path, required=True, help="of the trained run, a folder or gs://..."
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of the weights; bfloat16 halves their memory")  # fmt: skip
-    parser.add_argument("--prompt", action="append", required=True, help="may be given many times")
-    parser.add_argument(
-        "--image", type=Path, help="a picture put after every prompt; its size is a whole multiple "
-        "of the model's, as in the grids written here with --count=1",
-    )  # fmt: skip
-    parser.add_argument("--count", type=int, default=1, help="samples of each prompt (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="grid of pictures")
-    parser.add_argument(
-        "--labels",
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights; bfloat16 halves their memory")  # fmt: skip
+    add("--prompt", action="append", default=[], help="may be given many times")
+    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    add("--image", type=Path, help="a picture put after every prompt, its centre resized")
+    add("--count", type=int, default=1, help="samples of each prompt (default 1)")
+    add("--batch", type=int, default=64, help="rows at a time, images in a shard (default 64)")
+    add(
+        "--out",
         type=Path,
-        help="JSON list of ImageNet's 1000 names; the prompts are its numbers",
+        default=Path("samples.png"),
+        help="grid of pictures; folder with --total",
     )
-    parser.add_argument(
-        "--chat", action="store_true", help="put the prompts into the original's chat template"
+    add("--npz", type=Path, help="the pictures as arr_0 uint8 [N, height, width, 3] too")
+    add("--total", type=int, help="paint so many images into the folder --out")
+    add("--processes", type=int, help="that share --total (default: those of jax.distributed)")
+    add("--process", type=int, help="which of them this is, from 0")
+    add("--labels", type=Path, help="JSON list of ImageNet's 1000 names; the prompts are its "
+        "numbers, or with --total all of them if there are no prompts")  # fmt: skip
+    add("--chat", action="store_true", help="put the prompts into the original's chat template")
+    add("--paint", action="store_true", help="paint right after the prompts")
+    add("--vae", type=Path, help="folder of the autoencoder, for a model of latents")
+    add("--vision", type=Path, help="folder of the CLIP tower, for a model that looks through one")
+    add("--seed", type=int, default=0)
+    add("--max_tokens", type=int, default=64, help="longest text (default 64)")
+    add("--temperature", type=float, default=0.0, help="of the text; 0 (default) is greedy")
+    add("--top_k", type=int, default=0, help="only the k likeliest tokens (default 0: all)")
+    add(
+        "--top_p", type=float, default=1.0, help="only the likeliest of this share (default 1: all)"
     )
-    parser.add_argument("--paint", action="store_true", help="paint right after the prompts")
-    parser.add_argument(
-        "--vae", type=Path, help="folder of the autoencoder, for a model of latents"
+    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less (default 1)")
+    add(
+        "--stop", action="append", default=[], help="text ends before this; may be given many times"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max_tokens", type=int, default=64, help="longest text (default 64)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of the text; 0 (default) is greedy"
-    )
-    defaults = "default: the config's sampling"
-    parser.add_argument("--steps", type=int, help=f"solver steps ({defaults})")
-    parser.add_argument("--guidance", type=float, help=f"1 is none ({defaults})")
-    parser.add_argument("--solver", choices=("euler", "heun", "ddpm", "ddim"), help=defaults)
+    add("--steps", type=int, help=f"solver steps, 1 to 1000 ({defaults})")
+    add("--guidance", type=float, help=f"by the prompt, 1 is none ({defaults})")
+    add("--image_guidance", type=float, help=f"by the picture of --image ({defaults})")
+    add("--solver", choices=("euler", "heun", "ddpm", "ddim"), help=defaults)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    import monoformer_jax
     from monoformer_jax.config import require
-    from monoformer_jax.data.documents import Image
-    from monoformer_jax.data.tokenizer import open_tokenizer
-    from monoformer_jax.generation.image import generate_images
-    from monoformer_jax.generation.text import generate_text
-    from monoformer_jax.training.checkpoint import load_trained
+    from monoformer_jax.generation.text import TextSampling
 
-    for name in ("count", "max_tokens"):
+    for name in ("count", "max_tokens", "batch"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
-    require(args.temperature >= 0, f"--temperature={args.temperature} must be 0 or more")
-    config, params, _ = load_trained(args.workdir, args.dtype)
-    flags = {name: getattr(args, name) for name in ("steps", "guidance", "solver")}
+    text = TextSampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
+                        tuple(args.stop))  # fmt: skip
+    words = _words(args)
+    model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
+    flags = {
+        name: getattr(args, name) for name in ("steps", "guidance", "image_guidance", "solver")
+    }
     flags = {name: value for name, value in flags.items() if value is not None}
-    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, **flags))
-    tokenizer = open_tokenizer(config.data, args.workdir, config.model.vocab_size)
-    show = _decoder(args.vae, config.model.channels)
-    shown = [Image(_read_image(args.image, config), denoise=False)] if args.image else []
-    words = _words(args.prompt, args.labels, args.chat)
-    prompts = [[prompt, *shown] for prompt in words for _ in range(args.count)]
-
-    answers, painted = [], prompts
-    if not args.paint:
-        answers, painted = generate_text(
-            config, params, tokenizer, prompts,
-            max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed,
-        ), []  # fmt: skip
-    for prompt, answer in zip(prompts, answers):
-        text = tokenizer.decode(answer)
-        paints = answer[-1] == tokenizer.im_start_id
-        print(f"{prompt[0]!r} -> {text!r}{' and a picture' if paints else ''}")
-        if paints:
-            painted.append([*prompt, text] if text else prompt)
-    if painted:
-        images = generate_images(
-            config, params, tokenizer, painted, sampling=config.sampling, seed=args.seed
-        )
-        _write_grid(args.out, show(images), columns=args.count)
-        print(f"{len(painted)} picture(s) in {args.out}")
+    sampling = dataclasses.replace(model.config.sampling, **flags)
+    model.config = dataclasses.replace(model.config, sampling=sampling)
+    if args.paint or args.total:
+        model.eyes.check()
+    shown = [model.eyes.look(args.image, "--image")] if args.image else []
+    prompts = [[prompt, *shown] for prompt in words]
+    if args.total is not None:
+        return _many(model, prompts, args)
+    return _answers(model, [prompt for prompt in prompts for _ in range(args.count)], text, args)
 
 
-def _words(prompts: list[str], labels: Path | None, chat: bool) -> list[str]:
+def _words(args: argparse.Namespace) -> list[str]:
     """The prompts as the model was trained to be asked."""
     from monoformer_jax.config import require
     from monoformer_jax.data import prompts as said
 
-    if labels is not None:
-        names = said.read_labels(labels)
-        for prompt in prompts:
+    words = list(args.prompt)
+    if args.prompts is not None:
+        require(args.prompts.is_file(), f"--prompts={args.prompts}: there is no such file")
+        try:
+            words += args.prompts.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            require(False, f"--prompts={args.prompts} is no UTF-8 text")
+    if args.labels is not None:
+        names = said.read_labels(args.labels)
+        words = words or [str(i) for i in range(len(names) if args.total else 0)]
+        for word in words:
             require(
-                prompt.isdecimal() and int(prompt) < len(names),
-                f"--prompt={prompt}: with --labels it is the number of a class, 0 to 999",
+                word.isdecimal() and int(word) < len(names),
+                f"prompt {word!r}: with --labels it is the number of a class, 0 to 999",
             )
-        prompts = [said.class_prompts(names[int(prompt)])[0] for prompt in prompts]
-    return [said.chat(prompt) for prompt in prompts] if chat else prompts
+        words = [said.class_prompts(names[int(word)])[0] for word in words]
+    require(bool(words), "there is no prompt: give --prompt or --prompts")
+    return [said.chat(word) for word in words] if args.chat else words
 
 
-def _read_image(path: Path, config):
-    """Float [size, size, C] in [-1, 1]; a picture of k times the size is averaged over k × k."""
+def _answers(model, prompts: list[list], text, args: argparse.Namespace) -> int:
+    """Answers every prompt, a batch at a time; a prompt that cannot be is reported at its place."""
+    from monoformer_jax.config import InputError
+    from monoformer_jax.generation.interleaved import Session
+    from monoformer_jax.generation.streams import prompt
+
+    room = model.config.image_tokens + 1 if args.paint else 1
+    good, answers = [], {}
+    for number, parts in enumerate(prompts):
+        try:
+            closing = [model.tokenizer.im_start_id] if args.paint else []
+            prompt(parts, model.tokenizer, model.config, room=room, closing=closing)
+            good.append(number)
+        except InputError as error:
+            print(f"prompt {number + 1}, {parts[0]!r}: {error}", file=sys.stderr)
+    pictures = []
+    for start in range(0, len(good), args.batch):
+        numbers = good[start : start + args.batch]
+        session = Session(
+            model.config, model.params, model.tokenizer, len(numbers), seed=args.seed, first=start,
+            text=text, look=model.eyes.look_again,
+        )  # fmt: skip
+        session.add([prompts[number] for number in numbers])
+        if args.paint:
+            session.open_image(range(len(numbers)))
+            replies = [[image] for image in session.paint(range(len(numbers)))]
+        else:
+            replies = session.reply(args.max_tokens)
+        for number, reply in zip(numbers, replies):
+            answers[number] = []
+            for part in reply:
+                if not isinstance(part, str):
+                    pictures.append(model.eyes.show(part[None])[0])
+                    part = {"picture": len(pictures)}
+                answers[number].append(part)
+            words = [
+                p if isinstance(p, str) else f"[picture {p['picture']}]" for p in answers[number]
+            ]
+            print(f"{prompts[number][0]!r} -> {' '.join(words)!r}")
+    _write(model, prompts, answers, pictures, args)
+    return 0 if len(good) == len(prompts) else FAILED_ROWS
+
+
+def _write(model, prompts, answers: dict, pictures: Sequence, args: argparse.Namespace) -> None:
     import numpy as np
-    import PIL.Image
-    from einops import reduce
 
-    from monoformer_jax.config import require
+    from monoformer_jax.generation.pictures import to_grid
 
-    require(path.is_file(), f"--image={path}: there is no such file")
-    size, channels = config.data.image_size, config.model.channels
-    modes = {1: "L", 3: "RGB"}
-    require(channels in modes, f"a model of {channels} channels reads no pixels")
-    try:
-        picture = PIL.Image.open(path).convert(modes[channels])
-    except PIL.UnidentifiedImageError:
-        require(False, f"--image={path} is no picture that can be read")
-    width, height = picture.size
-    require(
-        width == height and width % size == 0,
-        f"--image={path} is {width}×{height}; this model sees {size}×{size} or a multiple of it",
-    )
-    pixels = np.asarray(picture, np.float32).reshape(height, width, channels)
-    return reduce(pixels, "(h a) (w b) c -> h w c", "mean", h=size, w=size) / 127.5 - 1
+    if pictures:
+        to_grid(pictures, columns=min(args.count, len(pictures))).save(args.out)
+        rows = [{"prompt": prompts[number][0], "answer": answers[number]} for number in answers]
+        sidecar = args.out.with_suffix(".json")
+        facts = _facts(model, args) | {"rows": rows}
+        sidecar.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        print(f"{len(pictures)} picture(s) in {args.out}, how they were made in {sidecar}")
+    if args.npz is not None and pictures:
+        with args.npz.open("wb") as file:
+            np.savez(file, _rgb(np.stack(pictures)))
 
 
-def _decoder(vae: Path | None, channels: int):
-    """Function from what the model paints to pixels [B, h, w, 1 or 3]."""
-    from monoformer_jax.config import require
+def _facts(model, args: argparse.Namespace) -> dict:
+    return {
+        "workdir": str(args.workdir.resolve()),
+        "step": model.step,
+        "seed": args.seed,
+        "config": model.config.to_dict(),
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "repetition_penalty": args.repetition_penalty,
+    }
 
-    if vae is None:
-        require(
-            channels in (1, 3),
-            f"the model paints latents of {channels} channels: give its autoencoder with --vae=DIR",
-        )
-        return lambda images: images
+
+def _many(model, prompts: list[list], args: argparse.Namespace) -> int:
     import jax
-
-    from monoformer_jax.models import autoencoder
-    from monoformer_jax.pretrained import sd_vae
-
-    config, params = sd_vae.load(vae)
-    require(
-        config.latent_channels == channels,
-        f"--vae={vae} has latents of {config.latent_channels} channels, the model of {channels}",
-    )
-    return jax.jit(lambda latents: autoencoder.bind(config, params).decode(latents))
-
-
-def _write_grid(path: Path, images, columns: int) -> None:
     import numpy as np
-    import PIL.Image
-    from einops import rearrange, repeat
 
-    missing = -len(images) % columns
-    images = np.pad(np.asarray(images), ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=-1)
-    grid = rearrange(images, "(r c) h w C -> (r h) (c w) C", c=columns)
-    scale = max(1, _SIDE // images.shape[2])
-    grid = repeat(grid, "h w C -> (h a) (w b) C", a=scale, b=scale)
-    pixels = np.clip((grid + 1) * 127.5, 0, 255).round().astype(np.uint8)
-    PIL.Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    from monoformer_jax.config import MeshConfig, require
+    from monoformer_jax.generation.image import generate_images
+    from monoformer_jax.generation.many import paint_many
+    from monoformer_jax.generation.streams import prompt
+    from monoformer_jax.parallel import make_mesh
+
+    given = [value is not None for value in (args.processes, args.process)]
+    require(all(given) or not any(given), "--processes and --process go together")
+    count, index = args.processes, args.process
+    if count is None:
+        count, index = jax.process_count(), jax.process_index()
+    require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
+    for number, parts in enumerate(prompts, 1):  # all of them before the first is painted
+        prompt(parts, model.tokenizer, model.config, room=model.config.image_tokens,
+               closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = jax.device_put(model.params, everywhere)
+
+    def paint(first: int, images: int) -> np.ndarray:
+        parts = [prompts[i % len(prompts)] for i in range(first, first + images)]
+        painted = generate_images(
+            model.config, params, model.tokenizer, parts, seed=args.seed, first=first, mesh=mesh
+        )
+        return _rgb(model.eyes.show(painted))
+
+    asked = "\n".join(parts[0] for parts in prompts)
+    image = args.image.read_bytes() if args.image else b""
+    facts = _facts(model, args) | {
+        "prompts": len(prompts),
+        "prompts_sha256": hashlib.sha256(asked.encode() + b"\0" + image).hexdigest(),
+    }
+    samples = paint_many(
+        args.out, args.total, args.batch, facts, paint, process=index, processes=count
+    )
+    print(f"{args.total} images in {samples}" if samples else
+          f"this share is done; {args.out / 'samples.npz'} follows when all are")  # fmt: skip
+    return 0
+
+
+def _rgb(images):
+    import numpy as np
+
+    from monoformer_jax.generation.pictures import to_uint8
+
+    pixels = to_uint8(images)
+    return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from conftest import REFERENCE
 
 from monoformer_jax.config import InputError
 from monoformer_jax.diffusion import ddpm
+from monoformer_jax.diffusion.solvers import make_grid, solve
 
 RECORDED = np.load(REFERENCE / "diffusion" / "io.npz")
 
@@ -59,14 +60,17 @@ def test_samplers_recover_a_known_image(learned):
         a = products[jnp.rint(1000 * t).astype(int)]
         return (x - jnp.sqrt(a) * image) / jnp.sqrt(1 - a), jnp.zeros(8) if learned else None
 
-    noise = jax.random.normal(jax.random.key(0), (8,))
+    def draw(i):
+        return jax.random.normal(jax.random.key(i), (8,))
+
+    noise = draw(0)
     for sections in (1, 20, "ddim25", 1000):
-        chain = ddpm.make_schedule(sections)
-        drawn = ddpm.ancestral(
-            predict, noise, lambda i: jax.random.normal(jax.random.key(i), (8,)), chain, clip=True
-        )
+        grid = make_grid("ddpm", sections)
+        drawn, seen = solve("ddpm", predict, noise, grid, draw=draw, clip=True)
         np.testing.assert_allclose(drawn, image, atol=1e-3)
-        np.testing.assert_allclose(ddpm.ddim(predict, noise, chain), image, atol=1e-3)
+        np.testing.assert_allclose(seen, image, atol=1e-3)
+        walked, _ = solve("ddim", predict, noise, grid)
+        np.testing.assert_allclose(walked, image, atol=1e-3)
 
 
 def test_without_learned_sigma_there_is_no_bound():

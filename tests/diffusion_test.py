@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monoformer_jax.config import ObjectiveConfig
-from monoformer_jax.diffusion.guidance import guide
+from monoformer_jax.config import InputError, ObjectiveConfig
+from monoformer_jax.diffusion.guidance import Guidance, guide
 from monoformer_jax.diffusion.rectified_flow import (
     interpolate,
     sample_times,
     shift_times,
     velocity_target,
 )
-from monoformer_jax.diffusion.solvers import SOLVERS, euler, time_grid
+from monoformer_jax.diffusion.solvers import make_grid, solve
 
 X = jnp.array([[1.0, -2.0], [0.5, 3.0]])
 NOISE = jnp.array([[-1.0, 0.25], [2.0, 1.0]])
@@ -26,27 +26,29 @@ def test_path_ends_at_data_and_noise_and_v_is_its_derivative():
     np.testing.assert_allclose(velocity_target(X, NOISE), derivative, rtol=1e-6)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_one_true_velocity_leads_from_noise_to_data_in_any_number_of_steps(solver, shift):
-    for steps in (1, 2, 7):
-        got = SOLVERS[solver](
-            lambda x, t: velocity_target(X, NOISE), NOISE, time_grid(steps, shift)
-        )
-        np.testing.assert_allclose(got, X, atol=1e-5)
+    compiled = jax.jit(
+        lambda grid: solve(solver, lambda x, t: (velocity_target(X, NOISE), None), NOISE, grid)
+    )
+    for steps in (1, 2, 7, 1000):
+        got, seen = compiled(make_grid(solver, steps, shift))
+        np.testing.assert_allclose(got, X, atol=1e-4)
+        np.testing.assert_allclose(seen, X, atol=1e-4)
+    assert compiled._cache_size() == 1
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
 def test_order_of_the_solver(solver, order):
     """dx/dt = x cos(2t): halving the step divides the error by 2^order."""
     exact = np.exp((np.sin(0.0) - np.sin(2.0)) / 2)
-    solve = SOLVERS[solver]
-    error = [
-        abs(
-            float(solve(lambda x, t: x * jnp.cos(2 * t), jnp.float32(1), time_grid(n, 1.0))) - exact
-        )
-        for n in (16, 32)
-    ]
+
+    def end(steps):
+        grid = make_grid(solver, steps)
+        return solve(solver, lambda x, t: (x * jnp.cos(2 * t), None), jnp.float32(1), grid)[0]
+
+    error = [abs(float(end(steps)) - exact) for steps in (16, 32)]
     assert error[0] / error[1] == pytest.approx(2**order, rel=0.15)
 
 
@@ -58,10 +60,10 @@ def test_flow_of_a_gaussian_ends_in_that_gaussian():
         variance = (1 - t) ** 2 * s**2 + t**2
         centred = x - (1 - t) * m
         x0 = m + (1 - t) * s**2 / variance * centred
-        return t / variance * centred - x0
+        return t / variance * centred - x0, None
 
     z = jnp.linspace(-2, 2, 9)
-    got = euler(velocity, z, time_grid(500, 1.0))
+    got, _ = solve("euler", velocity, z, make_grid("euler", 500))
     np.testing.assert_allclose(got, m + s * z, atol=2e-2)
 
 
@@ -81,12 +83,54 @@ def test_shift_keeps_the_ends():
     np.testing.assert_allclose(shift_times(jnp.array([0.0, 0.5, 1.0]), 3.0), [0.0, 0.75, 1.0])
 
 
-def test_guidance_by_hand():
-    conditional, unconditional = jnp.array([2.0, 4.0]), jnp.array([1.0, 1.0])
-    inside = guide(conditional, unconditional, jnp.float32(0.5), 3.0, (0.2, 0.8))
-    np.testing.assert_allclose(inside, [4.0, 10.0])
-    outside = guide(conditional, unconditional, jnp.float32(0.9), 3.0, (0.2, 0.8))
-    np.testing.assert_allclose(outside, conditional)
-    np.testing.assert_allclose(
-        guide(conditional, unconditional, jnp.float32(0.1), 1.0), conditional
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddpm", "ddim"])
+def test_a_walk_in_parts_is_the_whole_walk(solver):
+    def predict(x, t):
+        return x * jnp.cos(3 * t), jnp.zeros_like(x)
+
+    grid = make_grid(solver, 7)
+    draw = lambda i: jax.random.normal(jax.random.key(i), X.shape)  # noqa: E731
+    walk = jax.jit(
+        lambda x, start, stop: solve(solver, predict, x, grid, draw=draw, start=start, stop=stop)
     )
+    whole, seen = walk(NOISE, 0, 7)
+    x = NOISE
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        x, clean = walk(x, start, stop)
+    np.testing.assert_array_equal(x, whole)
+    np.testing.assert_array_equal(clean, seen)
+    assert walk._cache_size() == 1
+
+
+def test_steps_and_solvers_that_cannot_be_are_one_sentence():
+    with pytest.raises(InputError, match="there is no solver 'rk4'; there are euler, heun, ddpm"):
+        make_grid("rk4", 4)
+    for steps in (0, 1001):
+        with pytest.raises(InputError, match=f"steps={steps}: an image is painted in 1 to 1000"):
+            make_grid("euler", steps)
+
+
+def branches(*values):
+    return jnp.asarray(values, jnp.float32).reshape(1, len(values), 1, -1)
+
+
+def test_guidance_by_hand():
+    everything, less, nothing = [2.0, 4.0], [1.0, 1.0], [0.5, -1.0]
+    two, t = branches(everything, less), jnp.float32(0.5)
+    np.testing.assert_allclose(guide(two, t, Guidance(3.0, low=0.2, high=0.8)), [[[4.0, 10.0]]])
+    np.testing.assert_allclose(guide(two, t, Guidance(3.0, low=0.6)), [[everything]])
+    np.testing.assert_allclose(guide(two, t, Guidance(1.0)), [[everything]])
+    np.testing.assert_allclose(guide(two, t, Guidance(3.0), values=1), [[[4.0, 4.0]]])
+    np.testing.assert_allclose(guide(branches(everything), t, Guidance(3.0)), [[everything]])
+    three = branches(everything, less, nothing)
+    # 0.5 + 1.5 (1 - 0.5) + 3 (2 - 1), and -1 + 1.5 (1 + 1) + 3 (4 - 1)
+    got = guide(three, t, Guidance(3.0, 1.5))
+    np.testing.assert_allclose(got, [[[4.25, 11.0]]], rtol=1e-6)
+
+
+def test_rescaled_guidance_has_the_size_of_the_unguided_prediction():
+    two, t = branches([2.0, 4.0, -1.0], [1.0, 1.0, 1.0]), jnp.float32(0.5)
+    plain, whole, half = (guide(two, t, Guidance(5.0, rescale=r)) for r in (0.0, 1.0, 0.5))
+    np.testing.assert_allclose(whole.std(), two[0, 0].std(), rtol=1e-6)
+    np.testing.assert_allclose(whole / plain, (whole / plain)[0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(half, (plain + whole) / 2, rtol=1e-6)

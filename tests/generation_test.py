@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, patchify
-from monoformer_jax.config import InputError, ModelConfig, SamplingConfig, named_size
+from monoformer_jax.config import InputError, MeshConfig, ModelConfig, SamplingConfig, named_size
 from monoformer_jax.data.documents import Image, build
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.generation import image, text
 from monoformer_jax.generation.image import generate_images
-from monoformer_jax.generation.text import generate_text
+from monoformer_jax.generation.text import Choice, TextSampling, generate_text, pick
 from monoformer_jax.models import monoformer
+from monoformer_jax.parallel import make_mesh
 
 TOKENIZER = ByteTokenizer()
 PICTURE = Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1), denoise=False)
@@ -55,14 +58,13 @@ def forward(config, params):
 
 def greedy_without_cache(forward, prompt, max_tokens):
     never = [TOKENIZER.pad_id, TOKENIZER.bos_id, TOKENIZER.image_id, TOKENIZER.im_end_id]
-    document, found = None, []
+    found = []
     for _ in range(max_tokens):
-        document = build_with(prompt, found)
-        last = forward(document, [0.0, 0.0])[0][-1].copy()
+        last = forward(build_with(prompt, found), [0.0, 0.0])[0][-1].copy()
         last[never] = -np.inf
         found.append(int(last.argmax()))
         if found[-1] in (TOKENIZER.eos_id, TOKENIZER.im_start_id):
-            break
+            return found[:-1]
     return found
 
 
@@ -70,30 +72,104 @@ def build_with(prompt, closing):
     return build(prompt, TOKENIZER, ModelConfig(**named_size("tiny")), closing=closing)
 
 
-def test_cached_text_equals_one_full_pass_a_token(config, params, forward):
-    """A batch of prompts of different lengths, one of them with an image."""
+def tokens(written):
+    return [w.tokens for w in written]
+
+
+def test_cached_text_equals_one_full_pass_a_token(config, params, forward, monkeypatch):
+    """Prompts of different lengths, one with an image, in a cache that grows every four tokens."""
+    monkeypatch.setattr(text, "_CHUNK", 4)
     got = generate_text(config, params, TOKENIZER, PROMPTS, max_tokens=10)
-    want = [greedy_without_cache(forward, prompt, 10) for prompt in PROMPTS]
-    assert got == want
-    assert len({tuple(tokens) for tokens in got}) == 3
+    assert tokens(got) == [greedy_without_cache(forward, prompt, 10) for prompt in PROMPTS]
+    assert [w.why for w in got] == ["length", "length", "image"]
+    assert got[0].tokens != got[1].tokens and len(got[0].tokens) == 10
+    assert [w.text for w in got] == [TOKENIZER.decode(w.tokens) for w in got]
 
 
 def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
-    options = {"max_tokens": 8, "temperature": 1.0, "seed": 7}
-    together = generate_text(config, params, TOKENIZER, PROMPTS, **options)
-    assert generate_text(config, params, TOKENIZER, PROMPTS[:1], **options)[0] == together[0]
-    other = generate_text(config, params, TOKENIZER, PROMPTS, **options | {"seed": 8})
-    assert other != together
+    """Each row has its own settings and its own seed."""
+    settings = {"temperature": [1.0, 0.7, 0.0], "top_k": [0, 5, 0], "top_p": [0.9, 1.0, 1.0],
+                "repetition_penalty": [1.0, 1.0, 1.3]}  # fmt: skip
+    seeds = [7, 8, 9]
+
+    def write(rows, seeds=seeds):
+        chosen = {name: [values[i] for i in rows] for name, values in settings.items()}
+        return tokens(generate_text(
+            config, params, TOKENIZER, [PROMPTS[i] for i in rows], max_tokens=8,
+            sampling=TextSampling(**chosen), seed=[seeds[i] for i in rows],
+        ))  # fmt: skip
+
+    together = write([0, 1, 2])
+    assert [write([i])[0] for i in range(3)] == together
+    assert write([2, 1, 0]) == together[::-1]
+    again = write([0, 1, 2], [1, 2, 3])
+    assert again[:2] != together[:2] and again[2] == together[2]
 
 
-@pytest.mark.parametrize("stop", [TOKENIZER.eos_id, TOKENIZER.im_start_id])
-def test_text_stops_at_the_end_or_where_a_picture_starts(config, params, stop):
+@pytest.mark.slow
+def test_settings_and_prompts_of_the_same_bucket_are_compiled_once(config, params):
+    before = text.write._cache_size()
+    for number, temperature in enumerate((0.0, 0.5, 2.0)):
+        sampling = TextSampling(temperature, top_k=number, top_p=1 - number / 4)
+        generate_text(config, params, TOKENIZER, [["a" * (3 + number)]] * 3, max_tokens=8 - number,
+                      sampling=sampling, seed=number)  # fmt: skip
+    assert text.write._cache_size() <= before + 1
+
+
+def choice(rows, vocabulary, **changes):
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    arrays = {k: np.full(rows, v, np.int32 if k == "top_k" else np.float32)
+              for k, v in (plain | changes).items()}  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), rows)
+    allowed = np.arange(vocabulary) != 0
+    return Choice(**arrays, keys=keys, allowed=allowed, stops=np.zeros(vocabulary, bool))
+
+
+@pytest.mark.parametrize(
+    "changes, seen, shares",
+    [
+        ({}, [], [0, 0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [], [0, 16 / 30, 9 / 30, 4 / 30, 1 / 30]),
+        ({"top_k": 2}, [], [0, 4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.65}, [], [0, 4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.75}, [], [0, 4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [], [0, 4 / 7, 3 / 7, 0, 0]),
+        ({"temperature": 0}, [], [0, 1, 0, 0, 0]),
+        # log(0.4) / 0.5 and log(0.3) / 0.5 would be lower; negative logits are multiplied.
+        ({"repetition_penalty": 2.0}, [1], [0, 0.16 / 0.76, 0.3 / 0.76, 0.2 / 0.76, 0.1 / 0.76]),
+    ],
+)
+def test_tokens_are_drawn_with_their_shares(changes, seen, shares):
+    """Token 0 is the likeliest by far, and not allowed."""
+    rows = 20_000
+    logits = jnp.log(jnp.array([1000.0, 0.4, 0.3, 0.2, 0.1]))
+    said = jnp.zeros((rows, 5), bool).at[:, jnp.array(seen, int)].set(True)
+    c = choice(rows, 5, **changes)
+    drawn = jax.jit(pick)(jnp.broadcast_to(logits, (rows, 5)), said, c.keys, c)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=5) / rows, shares, atol=0.015)
+
+
+@pytest.mark.parametrize("stop, why", [(TOKENIZER.eos_id, "end"), (TOKENIZER.im_start_id, "image")])
+def test_text_stops_at_the_end_or_where_a_picture_starts(config, params, stop, why):
     """The head's column of what would come third, a little louder, becomes the stop's."""
-    free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=6)[0]
+    free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=6)[0].tokens
     head = params["text_head"]
     loud = params | {"text_head": head.at[:, stop].set(1.01 * head[:, free[2]])}
     got = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6)[0]
-    assert got == [*free[: free.index(free[2])], stop]
+    assert (got.tokens, got.why) == (free[: free.index(free[2])], why)
+    if why == "image":
+        kept = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6, paints=False)[0]
+        assert kept.tokens == free
+
+
+def test_text_ends_before_a_stop_text_and_where_the_context_is_full(config, params):
+    free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8)[0]
+    stop = free.text[3:5]
+    got = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8,
+                        sampling=TextSampling(stop=("never said", stop)))[0]  # fmt: skip
+    assert (got.text, got.why) == (free.text[: free.text.index(stop)], "stop")
+    got = generate_text(config, params, TOKENIZER, [["a" * 155]], max_tokens=20, paints=False)[0]
+    assert len(got.tokens) == 4 and got.why == "full"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -130,11 +206,67 @@ def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, pa
     assert np.abs(three - other).max() > 0.1
 
 
-def test_prompts_that_cannot_be_continued_are_refused(config, params):
-    with pytest.raises(InputError, match="prompt 2 is empty"):
-        generate_text(config, params, TOKENIZER, [["a"], [""]], max_tokens=4)
-    with pytest.raises(InputError, match="prompt 1 has 158 tokens and 4 are to follow"):
-        generate_text(config, params, TOKENIZER, [["a" * 157]], max_tokens=4)
-    with pytest.raises(InputError, match="prompt 1 has 159 tokens and 17 are to follow"):
-        sampling = dataclasses.replace(config.sampling, steps=1)
-        generate_images(config, params, TOKENIZER, [["a" * 157]], sampling=sampling)
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_steps_guidance_and_seeds_are_compiled_once(config, params, solver):
+    """And so are prompts of one bucket, and a walk that stops for previews."""
+    params = jax.device_put(params, jax.devices()[0])  # as weights from a checkpoint are
+    before, shown = image.paint._cache_size(), []
+    for steps, guidance, every in ((1, 2.0, 0), (5, 3.0, 0), (7, 1.5, 3)):
+        sampling = SamplingConfig(solver, steps, guidance, guidance_rescale=0.1 * steps)
+        last = generate_images(config, params, TOKENIZER, [["a" * steps]], sampling=sampling,
+                               seed=steps, preview=lambda *x: shown.append(x), every=every)  # fmt: skip
+    assert image.paint._cache_size() <= before + 1
+    assert [step for step, _ in shown] == [1, 5, 3, 6, 7]
+    assert all(images.shape == (1, 8, 8, 1) and np.isfinite(images).all() for _, images in shown)
+    np.testing.assert_array_equal(shown[-1][1], last)
+    whole = generate_images(config, params, TOKENIZER, [["aaaaaaa"]], sampling=sampling, seed=7)
+    np.testing.assert_array_equal(whole, last)
+
+
+@pytest.mark.slow
+def test_the_batch_cut_over_four_devices_gives_the_same_images(config, params):
+    mesh = make_mesh(MeshConfig())
+    assert mesh.size == 4
+    sampling = SamplingConfig("heun", steps=2)
+    options = {"prompts": [["one"], ["two"], ["three"]], "sampling": sampling, "seed": 3}
+    one = generate_images(config, params, TOKENIZER, **options)
+    everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    four = generate_images(config, everywhere, TOKENIZER, mesh=mesh, **options)
+    np.testing.assert_allclose(four, one, atol=1e-5)
+    lowered = image.lower_paint(config, mesh, 4, 20)  # what `plan` compiles, from shapes alone
+    assert "while" in lowered.as_text()
+
+
+def test_bad_input_is_one_sentence(config, params):
+    def write(*prompts, **settings):
+        generate_text(config, params, TOKENIZER, prompts, max_tokens=4, **settings)
+
+    def draw(prompt="a", size=None, **settings):
+        sampling = dataclasses.replace(config.sampling, **settings)
+        generate_images(config, params, TOKENIZER, [[prompt]], sampling=sampling, size=size)
+
+    large = Image(np.zeros((8, 10, 1), np.float32), denoise=False)
+    for call, message in (
+        (lambda: write(["a"], [""]), "prompt 2 is empty"),
+        (lambda: write(["a" * 160]), "prompt 1 has 161 tokens and 1 are to follow"),
+        (lambda: write(["a", large]), "image in prompt 1 is 8×10, but the model was trained up to"),
+        (lambda: write(["a"], seed=[1, 2]), "2 seeds for 1 rows"),
+        (lambda: write(["a"], seed=-1), "seed=-1 is not between"),
+        (lambda: TextSampling(temperature=-1.0), "temperature=-1.0 must be 0"),
+        (lambda: TextSampling(top_p=[0.5, 0.0]), "top_p=\\[0.5, 0.0\\] must be above 0"),
+        (lambda: TextSampling(top_k=-1), "top_k=-1 must be 0"),
+        (lambda: TextSampling(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
+        (lambda: draw(""), "prompt 1 is empty"),
+        (lambda: draw("a" * 157), "prompt 1 has 159 tokens and 17 are to follow"),
+        (lambda: draw(size=(8, 16)), "the image to paint is 8×16, but the model was trained up to"),
+        (lambda: draw(size=(8, 7)), "both sides must be multiples of the patch of 2"),
+        (lambda: draw(guidance=0.0), "guidance=0.0 must be above 0"),
+        (lambda: draw(guidance=-2.0), "guidance=-2.0 must be above 0"),
+        (lambda: draw(steps=0), "steps=0 must be above 0"),
+        (lambda: draw(steps=1001), "steps=1001 must be 1000 or less"),
+        (lambda: draw(solver="rk4"), "solver='rk4' is none of euler, heun, ddpm, ddim"),
+        (lambda: draw(solver="ddim"), "'ddim' does not sample objective.kind='rectified_flow'"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            call()

@@ -9,10 +9,12 @@ from fixtures import cases, channels_last, close, label
 from parity_model import IdTokenizer, inputs_of, load, run_config
 
 from monoformer_jax.batch import number_images, patchify, unpatchify
-from monoformer_jax.data.documents import Features
+from monoformer_jax.data.documents import Features, build
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.generation.image import predictor
-from monoformer_jax.generation.prompt import stack_prompts
+from monoformer_jax.diffusion.solvers import make_grid, solve
+from monoformer_jax.generation.image import make_canvas, make_guidance, predictor
+from monoformer_jax.generation.rows import prefill
+from monoformer_jax.generation.streams import bucket, stack
 from monoformer_jax.generation.text import generate_text
 from monoformer_jax.models import monoformer
 
@@ -35,17 +37,22 @@ class Sampler:
             text = " ".join(map(str, ids[1 : image - 1]))
             prompts.append([text] if text else [])
         self.config = run_config(folder, self.model)
-        self.streams = stack_prompts(
-            prompts, tokenizer, self.config, room=self.config.image_tokens,
-            closing=[tokenizer.im_start_id],
-        )  # fmt: skip
+        self.params, self.pad_id = params, tokenizer.pad_id
+        self.prompts = [
+            build(prompt, tokenizer, self.model, closing=[tokenizer.im_start_id])
+            for prompt in prompts
+        ]
         self.schedule = ddpm.make_schedule(len(self.recorded["timestep_map"]))
 
-    def predictor(self, images):
+    def predictor(self, branches):
+        """With two, the second half of the recorded prompts is what the first is guided against."""
         scale = float(self.recorded["cfg_scale"])
         sampling = dataclasses.replace(self.config.sampling, guidance=scale)
-        side = self.side // self.model.patch_size
-        return predictor(self.bound, self.streams, images, side, 1, sampling)
+        pairs = zip(self.prompts[: self.n], self.prompts[self.n :])
+        prompts = self.prompts if branches == 1 else [prompt for pair in pairs for prompt in pair]
+        rows = prefill(self.params, prompts, self.pad_id, self.model, None)
+        canvas = make_canvas(self.config, sampling, (self.side, self.side), branches)
+        return predictor(self.bound, rows, canvas, make_guidance(sampling))
 
     def patches(self, x):
         """[n, C, h, w] -> [n, patches, P]."""
@@ -85,9 +92,9 @@ def test_one_guided_evaluation(sampler, folder, case):
     recorded = s.recorded
     t = ddpm.clock(recorded["fw_t"][0])
     assert (recorded["fw_t"] == recorded["fw_t"][0]).all()
-    guided = jax.jit(lambda x: s.predictor(s.n)(x, t))(s.patches(recorded["z"][: s.n]))
+    guided = jax.jit(lambda x: s.predictor(2)(x, t))(s.patches(recorded["z"][: s.n]))
     close(s.output(*guided), recorded["fw_x_out"][: s.n])
-    plain = jax.jit(lambda x: s.predictor(2 * s.n)(x, t))(s.patches(recorded["z"]))
+    plain = jax.jit(lambda x: s.predictor(1)(x, t))(s.patches(recorded["z"]))
     close(s.output(*plain), recorded["fw_x_out_nocfg"])
 
 
@@ -98,21 +105,21 @@ def test_sampling_loops(sampler, folder, case):
     recorded, noise, start = s.recorded, s.noise(), s.patches(s.recorded["z"][: s.n])
     np.testing.assert_array_equal(s.schedule.timestep_map, recorded["timestep_map"])
     chains = {
-        "final": lambda predict, x: ddpm.ancestral(predict, x, lambda i: noise_at(i), s.schedule),
-        "final_clip": lambda predict, x: ddpm.ancestral(
-            predict, x, lambda i: noise_at(i), s.schedule, clip=True
-        ),
-        "ddim_final": lambda predict, x: ddpm.ddim(predict, x, s.schedule),
+        "final": ("ddpm", False),
+        "final_clip": ("ddpm", True),
+        "ddim_final": ("ddim", False),
     }
+    grid = make_grid("ddpm", len(s.schedule))
 
-    def noise_at(i):
-        return jax.numpy.asarray(noise)[i]
+    def run(x, solver, clip):
+        draw = lambda i: jax.numpy.asarray(noise)[i]  # noqa: E731
+        return solve(solver, s.predictor(2), x, grid, draw=draw, clip=clip)[0]
 
     checked = 0
-    for name, chain in chains.items():
+    for name, (solver, clip) in chains.items():
         if name not in recorded:
             continue
-        got = s.pictures(jax.jit(lambda x, chain=chain: chain(s.predictor(s.n), x))(start))
+        got = s.pictures(jax.jit(run, static_argnums=(1, 2))(start, solver, clip))
         want = recorded[name][: s.n]
         close(got / np.abs(want).max(), want / np.abs(want).max(), 1e-4)
         checked += 1
@@ -125,7 +132,7 @@ def test_first_step(sampler, folder, case):
     k = len(s.schedule) - 1
     start, draw = s.patches(s.recorded["z"][: s.n]), s.noise()[0]
     t = ddpm.clock(s.schedule.timestep_map[k])
-    predicted, variance = jax.jit(lambda x: s.predictor(s.n)(x, t))(start)
+    predicted, variance = jax.jit(lambda x: s.predictor(2)(x, t))(start)
     checked = 0
     for clip, names in ((False, ("sample_step0", "pred_xstart_step0")),
                         (True, ("sample_clip_step0",))):  # fmt: skip
@@ -140,9 +147,9 @@ def test_first_step(sampler, folder, case):
 
 
 def stops(ids, tokenizer):
-    """The ids up to and with the first at which generation stops."""
+    """The ids before the first at which generation stops."""
     ends = [i for i, token in enumerate(ids) if token in (tokenizer.eos_id, tokenizer.im_start_id)]
-    return ids[: ends[0] + 1] if ends else ids
+    return ids[: ends[0]] if ends else ids
 
 
 def uncached(model, params, streams):
@@ -172,12 +179,14 @@ def test_text_token_for_token(folder, case):
     if tokenizer.image_id in ids:
         assert ids[1:4] == [tokenizer.im_start_id, tokenizer.image_id, tokenizer.im_end_id]
         parts = [Features(recorded_features(folder)), " ".join(map(str, ids[4:]))]
-    streams = stack_prompts([parts], tokenizer, config, room=1, closing=[])
+    document = build(parts, tokenizer, model, closing=[])
+    streams = stack([document], bucket(len(document["tokens"])), tokenizer.pad_id)
+    streams["positions"] = np.arange(streams["tokens"].shape[1])[None]
     logits = uncached(model, params, streams)[streams["segment_ids"] > 0]
     close(logits, recorded["prefill_logits" if len(parts) > 1 else "logits"][0])
     generated = recorded["generated"][0].tolist()
     got = generate_text(config, params, tokenizer, [parts], max_tokens=len(generated))
-    assert got == [stops(generated, tokenizer)]
+    assert got[0].tokens == stops(generated, tokenizer)
 
 
 @pytest.mark.parametrize("folder, case", cases("llama", "hidden_last", "logits"), ids=label)
@@ -226,4 +235,4 @@ def test_llama_token_for_token(folder, case):
     tokenizer.bos_id = prompt[0]  # whatever it starts with
     parts = [" ".join(map(str, prompt[1:]))]
     got = generate_text(config, params, tokenizer, [parts], max_tokens=len(generated))
-    assert got == [stops(generated, tokenizer)]
+    assert got[0].tokens == stops(generated, tokenizer)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,16 +41,20 @@ def step_at(t: jax.Array) -> jax.Array:
     return jnp.rint(STEPS * t).astype(jnp.int32)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@flax.struct.dataclass
 class Schedule:
     """Tables of a chain, float64 [steps]; they are looked up as float32.
 
     Attributes:
       timestep_map: int64, the step of the whole chain that each step of this one stands for.
+      fixed_log_variance: where the model does not learn it: of beta, but of the posterior at step
+        0, where that is the better code.
     """
 
     timestep_map: np.ndarray
     betas: np.ndarray
+    log_betas: np.ndarray
+    fixed_log_variance: np.ndarray
     alphas_cumprod: np.ndarray
     alphas_cumprod_prev: np.ndarray
     sqrt_recip_alphas_cumprod: np.ndarray
@@ -61,6 +66,10 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.betas)
+
+    def padded(self) -> Schedule:
+        """Tables of length STEPS, the last value repeated, so that every chain has one shape."""
+        return jax.tree.map(lambda x: np.pad(x, (0, STEPS - len(x)), mode="edge"), self)
 
 
 def linear_betas(steps: int = STEPS) -> np.ndarray:
@@ -80,18 +89,19 @@ def make_schedule(sections: int | str = STEPS) -> Schedule:
     before = np.append(1.0, products[:-1])
     variance = betas * (1 - before) / (1 - products)
     # The first variance is 0 and has no logarithm; the second stands in for it.
-    clipped = (
-        np.append(variance[1], variance[1:]) if len(variance) > 1 else np.maximum(betas, 1e-20)
-    )
+    clipped = np.append(variance[1], variance[1:]) if len(variance) > 1 else betas
+    clipped = np.log(np.maximum(clipped, 1e-20))
     return Schedule(
         timestep_map=kept,
         betas=betas,
+        log_betas=np.log(betas),
+        fixed_log_variance=np.append(clipped[0], np.log(betas[1:])),
         alphas_cumprod=products,
         alphas_cumprod_prev=before,
         sqrt_recip_alphas_cumprod=np.sqrt(1 / products),
         sqrt_recipm1_alphas_cumprod=np.sqrt(1 / products - 1),
         posterior_variance=variance,
-        posterior_log_variance_clipped=np.log(clipped),
+        posterior_log_variance_clipped=clipped,
         posterior_mean_coef1=betas * np.sqrt(before) / (1 - products),
         posterior_mean_coef2=(1 - before) * np.sqrt(1 - betas) / (1 - products),
     )
@@ -168,13 +178,12 @@ def reverse(
     clean = clean - _at(schedule.sqrt_recipm1_alphas_cumprod, step) * noise
     if clip:
         clean = jnp.clip(clean, -1.0, 1.0)
-    lower, upper = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
     if variance is None:
-        # beta, but at step 0, where the posterior's is the better code.
-        log_variance = _at(np.append(lower[0], upper[1:]), step)
+        log_variance = _at(schedule.fixed_log_variance, step)
     else:
         share = (variance + 1) / 2
-        log_variance = share * _at(upper, step) + (1 - share) * _at(lower, step)
+        log_variance = share * _at(schedule.log_betas, step)
+        log_variance += (1 - share) * _at(schedule.posterior_log_variance_clipped, step)
     mean = _posterior_mean(clean, x, step, schedule)
     return Reverse(mean, jnp.broadcast_to(log_variance, mean.shape), clean)
 
@@ -251,40 +260,35 @@ def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
 Predictor = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
-def ancestral(
+def ancestral_step(
     predict: Predictor,
     x: jax.Array,
-    draw: Callable[[jax.Array], jax.Array],
+    k: jax.Array,
+    noise: jax.Array,
     schedule: Schedule,
     clip: bool = False,
-) -> jax.Array:
-    """Walks the chain from noise x to an image, drawing every step.
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the chain, from x_k to a draw of x_{k-1}.
 
     Args:
-      draw: number of the step from 0, counted from the noisy end -> normal noise like x.
+      noise: normal, like x.
+
+    Returns:
+      x_{k-1}, and the clean image that the model sees in x_k.
     """
-
-    def step(x, i):
-        k = len(schedule) - 1 - i
-        predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
-        p = reverse(x, predicted, variance, k, schedule, clip)
-        fresh = jnp.where(k == 0, 0.0, jnp.exp(0.5 * p.log_variance)) * draw(i)
-        return p.mean + fresh, None
-
-    return jax.lax.scan(step, x, jnp.arange(len(schedule)))[0]
+    predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
+    p = reverse(x, predicted, variance, k, schedule, clip)
+    return p.mean + jnp.where(k == 0, 0.0, jnp.exp(0.5 * p.log_variance)) * noise, p.clean
 
 
-def ddim(predict: Predictor, x: jax.Array, schedule: Schedule, clip: bool = False) -> jax.Array:
-    """Walks the chain without drawing anything (eta = 0)."""
-
-    def step(x, i):
-        k = len(schedule) - 1 - i
-        predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
-        clean = reverse(x, predicted, variance, k, schedule, clip).clean
-        # A clipped image implies another noise than the one that was predicted.
-        noise = _at(schedule.sqrt_recip_alphas_cumprod, k) * x - clean
-        noise = noise / _at(schedule.sqrt_recipm1_alphas_cumprod, k)
-        before = _at(schedule.alphas_cumprod_prev, k)
-        return jnp.sqrt(before) * clean + jnp.sqrt(1 - before) * noise, None
-
-    return jax.lax.scan(step, x, jnp.arange(len(schedule)))[0]
+def ddim_step(
+    predict: Predictor, x: jax.Array, k: jax.Array, schedule: Schedule, clip: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The same without drawing anything (eta = 0)."""
+    predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
+    clean = reverse(x, predicted, variance, k, schedule, clip).clean
+    # A clipped image implies another noise than the one that was predicted.
+    noise = _at(schedule.sqrt_recip_alphas_cumprod, k) * x - clean
+    noise = noise / _at(schedule.sqrt_recipm1_alphas_cumprod, k)
+    before = _at(schedule.alphas_cumprod_prev, k)
+    return jnp.sqrt(before) * clean + jnp.sqrt(1 - before) * noise, clean

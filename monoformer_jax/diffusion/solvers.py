@@ -1,43 +1,123 @@
-"""Integrates dx/dt = v(x, t) from t = 1 (noise) down to t = 0 (data)."""
+"""Walks from noise to an image: Euler and Heun for rectified flow, DDPM's chain and DDIM.
+
+The levels that a walk visits are arrays of one length, whatever the number of steps, and the loop
+counts to a number that is an array too: 1 step and 1000 run the same compiled program, and so does any
+part of a walk.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from monoformer_jax.config import require
+from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import shift_times
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+MAX_STEPS = ddpm.STEPS
 
 
-def time_grid(steps: int, shift: float) -> jax.Array:
-    """steps + 1 times from 1 to 0, float32."""
-    return shift_times(jnp.linspace(1.0, 0.0, steps + 1), shift)
+@flax.struct.dataclass
+class Grid:
+    """The noise levels of a walk."""
+
+    steps: jax.Array  # int32 []
+    times: jax.Array  # float32 [MAX_STEPS + 1], from 1 to 0 and then 0; what the flows walk along
+    schedule: ddpm.Schedule | None  # padded; what the chains walk down
 
 
-def euler(velocity: Velocity, x: jax.Array, times: jax.Array) -> jax.Array:
+# (number of the step) -> normal noise like x, for the solvers that draw.
+Draw = Callable[[jax.Array], jax.Array]
+
+
+def make_grid(solver: str, steps: int | str, shift: float = 1.0) -> Grid:
+    """The grid of a solver.
+
+    Args:
+      solver: a name in `SOLVERS`.
+      steps: how many; for "ddpm" and "ddim" also a respacing, see `ddpm.spaced_steps`.
+      shift: moves the times of the flows, see `shift_times`.
+
+    Raises:
+      InputError: an unknown solver, or steps outside 1 … 1000.
+    """
+    require(solver in SOLVERS, f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    if isinstance(steps, int):
+        require(
+            1 <= steps <= MAX_STEPS,
+            f"steps={steps}: an image is painted in 1 to {MAX_STEPS} steps",
+        )
+    if solver in ("ddpm", "ddim"):
+        schedule = ddpm.make_schedule(steps)
+        times = np.zeros(MAX_STEPS + 1, np.float32)
+        return Grid(np.int32(len(schedule)), times, schedule.padded())
+    times = shift_times(np.linspace(1.0, 0.0, int(steps) + 1), shift).astype(np.float32)
+    return Grid(np.int32(steps), np.pad(times, (0, MAX_STEPS - int(steps))), None)
+
+
+def solve(
+    solver: str,
+    predict: ddpm.Predictor,
+    x: jax.Array,
+    grid: Grid,
+    *,
+    draw: Draw | None = None,
+    clip: bool = False,
+    start: jax.Array | int = 0,
+    stop: jax.Array | int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Walks the steps start … stop of the grid, all of them unless told otherwise.
+
+    Args:
+      predict: (x, t) -> velocity, or noise and variance, see `ddpm.Predictor`.
+      draw: of "ddpm" alone.
+      clip: of "ddpm" and "ddim": keep the clean image that they see in [-1, 1].
+
+    Returns:
+      x after the last step, and the clean image that the model saw in it before.
+    """
+
+    def body(i, carry):
+        return SOLVERS[solver](predict, carry[0], jnp.asarray(i), grid, draw, clip)
+
+    stop = grid.steps if stop is None else stop
+    return jax.lax.fori_loop(start, stop, body, (x, jnp.zeros_like(x)))
+
+
+def _times(grid: Grid, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    times = jnp.asarray(grid.times)
+    return times[i], times[i + 1]
+
+
+def _euler(predict, x, i, grid, draw, clip):
     """First order: one evaluation a step."""
-
-    def step(x, ends):
-        t, t_next = ends
-        return x + (t_next - t) * velocity(x, t), None
-
-    return jax.lax.scan(step, x, (times[:-1], times[1:]))[0]
+    t, t_next = _times(grid, i)
+    v, _ = predict(x, t)
+    return x + (t_next - t) * v, x - t * v
 
 
-def heun(velocity: Velocity, x: jax.Array, times: jax.Array) -> jax.Array:
+def _heun(predict, x, i, grid, draw, clip):
     """Second order: two evaluations a step, and one in the last, which ends where v is smoothest."""
+    t, t_next = _times(grid, i)
+    v, _ = predict(x, t)
+    ahead = x + (t_next - t) * v
 
-    def step(x, ends):
-        t, t_next = ends
-        v = velocity(x, t)
-        v_next = velocity(x + (t_next - t) * v, t_next)
-        return x + (t_next - t) * (v + v_next) / 2, None
+    def correct(v):
+        return x + (t_next - t) * (v + predict(ahead, t_next)[0]) / 2
 
-    x = jax.lax.scan(step, x, (times[:-2], times[1:-1]))[0]
-    return euler(velocity, x, times[-2:])
+    return jax.lax.cond(i == grid.steps - 1, lambda v: ahead, correct, v), x - t * v
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def _ddpm(predict, x, i, grid, draw, clip):
+    return ddpm.ancestral_step(predict, x, grid.steps - 1 - i, draw(i), grid.schedule, clip)
+
+
+def _ddim(predict, x, i, grid, draw, clip):
+    return ddpm.ddim_step(predict, x, grid.steps - 1 - i, grid.schedule, clip)
+
+
+SOLVERS = {"euler": _euler, "heun": _heun, "ddpm": _ddpm, "ddim": _ddim}

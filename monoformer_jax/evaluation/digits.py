@@ -13,6 +13,7 @@ from monoformer_jax.data.sources import NAMES, READ_PROMPT, digits, draw_prompt,
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.evaluation.frechet import frechet_distance
 from monoformer_jax.generation.image import generate_images
+from monoformer_jax.generation.interleaved import Session
 from monoformer_jax.generation.text import generate_text
 
 _BATCH = 250
@@ -39,16 +40,26 @@ class Trained:
         ]  # fmt: skip
         return np.clip(np.concatenate(images), -1, 1)
 
+    def opens_image(self) -> float:
+        """Share of 100 prompts to draw that are answered, greedily, with one image and then </s>."""
+        session = Session(self.config, self.params, self.tokenizer, 100)
+        session.add([[draw_prompt(number % 10)] for number in range(100)])
+        replies = session.reply(max_tokens=8)
+        ended = [session.stream(b)["tokens"][-1] == self.tokenizer.eos_id for b in range(100)]
+        one = [len(reply) == 1 and not isinstance(reply[0], str) for reply in replies]
+        return float(np.logical_and(one, ended).mean())
+
     def exact(self, prompts: list, answers: list[str]) -> float:
         """Share of prompts that are continued, greedily, with exactly the answer and then </s>."""
-        wanted = [[*self.tokenizer.encode(a), self.tokenizer.eos_id] for a in answers]
+        wanted = [self.tokenizer.encode(answer) for answer in answers]
         right = 0
         for i in range(0, len(prompts), _BATCH):
             got = generate_text(
                 self.config, self.params, self.tokenizer, prompts[i : i + _BATCH],
-                max_tokens=max(map(len, wanted)),
+                max_tokens=max(map(len, wanted)) + 1,
             )  # fmt: skip
-            right += sum(g == w for g, w in zip(got, wanted[i : i + _BATCH]))
+            pairs = zip(got, wanted[i : i + _BATCH])
+            right += sum(g.why == "end" and g.tokens == w for g, w in pairs)
         return right / len(prompts)
 
 
@@ -61,6 +72,7 @@ def evaluate(model: Trained, say: Callable[[str], None]) -> tuple[dict[str, floa
       frechet_real is that of 500 real training digits.
     read_accuracy: share of the 360 test digits that are named exactly.
     say_accuracy: share of the sentences it was trained on that it ends exactly.
+    opens_image: share of prompts to draw that it answers with one image and nothing else.
     """
     from sklearn.svm import SVC
 
@@ -76,6 +88,8 @@ def evaluate(model: Trained, say: Callable[[str], None]) -> tuple[dict[str, floa
     say("reading 360 test digits")
     shown = [[READ_PROMPT, Image(image, denoise=False)] for image in test_x]
     read = model.exact(shown, [NAMES[digit] for digit in test_y])
+    say("asking 100 times for a drawing")
+    opens_image = model.opens_image()
     said = sentences()
     say(f"ending {len(said)} sentences")
     scores = {
@@ -83,6 +97,7 @@ def evaluate(model: Trained, say: Callable[[str], None]) -> tuple[dict[str, floa
         "frechet": frechet_distance(_flat(unguided), _flat(test_x)),
         "frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x)),
         "read_accuracy": read,
+        "opens_image": opens_image,
         "say_accuracy": model.exact([[start] for start, _ in said], [end for _, end in said]),
     }
     return scores, drawn

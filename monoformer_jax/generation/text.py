@@ -1,4 +1,4 @@
-"""Continues prompts with text, token by token on the key/value cache."""
+"""Writes text after rows, token by token on the key/value cache."""
 
 from __future__ import annotations
 
@@ -6,15 +6,63 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from monoformer_jax.attention import IntervalMask
-from monoformer_jax.config import Config, ModelConfig
+from monoformer_jax.config import Config, ModelConfig, require
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.generation.prompt import Parts, prefill, stack_prompts, text_inputs
+from monoformer_jax.generation.rows import Rows, keep, prefill, with_room
+from monoformer_jax.generation.streams import Parts, bucket, prompt, text_inputs
 from monoformer_jax.models import monoformer
+
+_CHUNK = 64  # tokens between looks at the host, and by which the cache grows
+_TEXT = np.uint32(2**31)  # folded into keys; images and their steps have small numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSampling:
+    """How the next token is chosen: a number for all rows, or one for each."""
+
+    temperature: float | Sequence[float] = 0.0  # 0 takes the likeliest token
+    top_k: int | Sequence[int] = 0  # only the k likeliest; 0: all
+    top_p: float | Sequence[float] = 1.0  # only the likeliest that make up this share
+    # Logits of tokens that stand in the row already are divided by this, or multiplied if negative
+    # (Keskar et al., arXiv 1909.05858); never those of </s> and <|im_start|>.
+    repetition_penalty: float | Sequence[float] = 1.0
+    stop: tuple[str, ...] = ()  # text ends before the first of these
+
+    def __post_init__(self):
+        def every(name, fits, what):
+            value = getattr(self, name)
+            require(bool(np.all(fits(np.asarray(value)))), f"{name}={value} must be {what}")
+
+        every("temperature", lambda x: (x >= 0) & np.isfinite(x), "0 (greedy) or more")
+        every("top_k", lambda x: x >= 0, "0 (off) or more")
+        every("top_p", lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (off)")
+        every("repetition_penalty", lambda x: (x > 0) & np.isfinite(x), "above 0; 1 is off")
+        require(all(self.stop), "stop: an empty text would end every answer at once")
+
+
+GREEDY = TextSampling()
+
+
+@dataclasses.dataclass
+class Written:
+    """What was written after a row.
+
+    Attributes:
+      tokens: new ids, without </s> and without <|im_start|>.
+      text: of them, without a stop text.
+      why: it ended with </s> ("end"), opened an image ("image"), said a stop text ("stop"), has as
+        many tokens as it may ("length"), or the model's context is full ("full").
+    """
+
+    tokens: list[int]
+    text: str = ""
+    why: str = ""
 
 
 def generate_text(
@@ -24,74 +72,226 @@ def generate_text(
     prompts: Sequence[Parts],
     *,
     max_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[list[int]]:
-    """New token ids of every prompt, up to and with </s> or <|im_start|>, at which it stops.
+    sampling: TextSampling = GREEDY,
+    seed: int | Sequence[int] = 0,
+    first: int = 0,
+    paints: bool = True,
+) -> list[Written]:
+    """Continues every prompt with text, up to </s> or <|im_start|>.
 
-    A row that ends in <|im_start|> has decided to paint: `image.generate_images` takes it from there.
+    A row that opens an image has decided to paint: `interleaved.Session` goes on from there.
 
     Args:
       prompts: parts of documents, see `data.documents.build`.
       max_tokens: most tokens to add to a prompt.
-      temperature: 0 takes the likeliest token.
-      seed: the draw of row i depends on (seed, i) and not on the other rows.
+      seed, first: the draws of row i depend on (seed, first + i), or on row i's own seed where a
+        list is given, and not on the other rows.
+      paints: whether a row may open an image.
 
     Raises:
-      InputError: an empty prompt, or one that is too long for the context.
+      InputError: an empty prompt, or one that leaves no room in the context.
     """
-    streams = stack_prompts(prompts, tokenizer, config, room=max_tokens)
-    stops = (tokenizer.eos_id, tokenizer.im_start_id)
-    never = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.im_end_id)
-    static = _Static(config.model, config.max_images, max_tokens, stops, never)
-    tokens = _decode(params, streams, jax.random.key(seed), jnp.float32(temperature), static)
-    found = []
-    for row in np.asarray(tokens).tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        found.append(row[:end])
-    return found
+    require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
+    documents = [
+        prompt(parts, tokenizer, config, room=1, name=f"prompt {number}")
+        for number, parts in enumerate(prompts, 1)
+    ]
+    rows = prefill(params, documents, tokenizer.pad_id, config.model, None)
+    lengths = np.array([len(document["tokens"]) for document in documents])
+    keys = text_keys(row_keys(seed, len(documents), first))
+    choice = make_choice(sampling, keys, tokenizer, config.model, paints)
+    most = np.full(len(documents), max_tokens)
+    return continue_rows(params, rows, lengths, most, config, tokenizer, choice, sampling.stop)[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """What `_decode` is compiled for."""
+def continue_rows(
+    params: dict,
+    rows: Rows,
+    lengths: np.ndarray,
+    most: np.ndarray,
+    config: Config,
+    tokenizer: Tokenizer,
+    choice: Choice,
+    stop: Sequence[str],
+) -> tuple[Rows, np.ndarray, list[Written]]:
+    """Writes after rows until each has ended; a few dozen tokens at a time in a cache that grows.
 
-    model: ModelConfig
-    max_images: int
-    max_tokens: int
-    stops: tuple[int, ...]
-    never: tuple[int, ...]
+    Args:
+      lengths: of the rows, on the host.
+      most: most new tokens of each row; 0 leaves it as it is.
+
+    Returns:
+      The rows with what was written, up to and with </s> or <|im_start|> but without a stop text;
+      their lengths; and one `Written` a row.
+    """
+    written = [Written([]) for _ in most]
+    going = most > 0
+    while going.any():
+        left = np.minimum(most - [len(w.tokens) for w in written], config.data.row_length - lengths)
+        left = np.where(going, left, 0)
+        room = min(_CHUNK, bucket(left.max(), 16))
+        rows, tokens, counts = write(params, rows, left, choice, config.model, room)
+        tokens, counts = jax.device_get((tokens, counts))
+        kept = np.zeros_like(lengths)
+        for b in np.flatnonzero(going):
+            new = tokens[b, : counts[b]].tolist()
+            kept[b] = _add(written[b], new, int(lengths[b]), int(most[b]), config, tokenizer, stop)
+            going[b] = not written[b].why
+        lengths = lengths + kept
+        rows = keep(rows, tokens, kept, bucket(lengths.max()))
+    return rows, lengths, written
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def _decode(params, streams, key, temperature, static: _Static) -> jax.Array:
-    """Tokens [B, max_tokens]; what follows a stop means nothing."""
-    model, max_tokens = monoformer.bind(static.model, params), static.max_tokens
-    batch, length = streams["tokens"].shape
-    hidden, cache, start = prefill(model, streams, length + max_tokens, static.max_images)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(batch))
+def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, stop) -> int:
+    """Adds tokens to what was written and notes if it has ended; how many of them the row keeps."""
+    end, kept, context = new[-1], len(new), config.data.row_length
+    before = len(w.tokens)
+    if end == tokenizer.im_start_id:
+        fits = length + kept + config.image_tokens + 1 <= context
+        w.why, kept = ("image", kept) if fits else ("full", kept - 1)
+    elif end == tokenizer.eos_id:
+        w.why = "end"
+    elif before + kept == most:
+        w.why = "length"
+    elif length + kept == context:
+        w.why = "full"
+    w.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
+    w.text = tokenizer.decode(w.tokens)
+    places = [place for place in (w.text.find(s) for s in stop) if place >= 0]
+    if places:
+        w.why, w.text = "stop", w.text[: min(places)]
+        while len(tokenizer.decode(w.tokens)) > len(w.text):
+            w.tokens.pop()
+        kept = max(len(w.tokens) - before, 0)
+    return kept
 
-    def pick(hidden, i):
-        logits = model.text_logits(hidden).at[:, jnp.array(static.never)].set(-jnp.inf)
-        keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        drawn = jax.vmap(jax.random.categorical)(keys_now, logits / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+
+@flax.struct.dataclass
+class Choice:
+    """What `write` chooses tokens by; nothing in it is compiled in."""
+
+    temperature: jax.Array  # float32 [B]
+    top_k: jax.Array  # int32 [B]
+    top_p: jax.Array  # float32 [B]
+    repetition_penalty: jax.Array  # float32 [B]
+    keys: jax.Array  # keys [B]
+    allowed: jax.Array  # bool [V]
+    stops: jax.Array  # bool [V], tokens that end the text
+
+
+def row_keys(seed: int | Sequence[int], rows: int, first: int = 0) -> jax.Array:
+    """A key for each row: of (seed, first + i), or of row i's own seed if they are given."""
+    seeds, numbers = [seed] * rows, range(first, first + rows)
+    if not isinstance(seed, int | np.integer):
+        seeds, numbers = list(seed), [0] * rows
+        require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} rows: give one for each")
+    for value in seeds:
+        require(0 <= value < 2**32, f"seed={value} is not between 0 and 2**32 - 1")
+    seeds, numbers = np.array(seeds, np.uint32), np.array(numbers, np.uint32)
+    return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seeds, numbers)
+
+
+def text_keys(keys: jax.Array) -> jax.Array:
+    """The rows' keys for their text; the keys themselves are for their first image."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, _TEXT)
+
+
+def make_choice(
+    sampling: TextSampling, keys: jax.Array, tokenizer: Tokenizer, c: ModelConfig, paints: bool
+) -> Choice:
+    """Arrays of the settings; with `paints` the text may end in <|im_start|>.
+
+    Raises:
+      InputError: a list of settings that has not one for each row.
+    """
+    rows = len(keys)
+    arrays = {}
+    for name, dtype in (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32),
+                        ("repetition_penalty", np.float32)):  # fmt: skip
+        value = np.asarray(getattr(sampling, name), dtype)
+        require(value.shape in ((), (rows,)), f"{name} has shape {value.shape} for {rows} rows")
+        arrays[name] = np.broadcast_to(value, (rows,))
+    allowed = np.arange(c.padded_vocab) < c.vocab_size
+    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.im_end_id]
+    never += [] if paints else [tokenizer.im_start_id]
+    allowed[[i for i in never if i >= 0]] = False
+    stops = np.zeros(c.padded_vocab, bool)
+    stops[[i for i in (tokenizer.eos_id, tokenizer.im_start_id) if i >= 0]] = True
+    return Choice(**arrays, keys=keys, allowed=allowed, stops=stops)
+
+
+def pick(logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: Choice) -> jax.Array:
+    """The next token int32 [B]: penalty, temperature, top k, then top p.
+
+    Args:
+      logits: [B, V].
+      seen: bool [B, V].
+      keys: of this token, [B].
+    """
+    penalty = choice.repetition_penalty[:, None]
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen & ~choice.stops, penalised, logits)
+    logits = jnp.where(choice.allowed, logits, -jnp.inf)
+    greedy = logits.argmax(-1)
+    warm = choice.temperature > 0
+    logits = logits / jnp.where(warm, choice.temperature, 1.0)[:, None]
+    cuts = (warm & ((choice.top_k > 0) | (choice.top_p < 1))).any()
+    logits = jax.lax.cond(cuts, lambda x: _cut(x, choice), lambda x: x, logits)
+    drawn = jax.vmap(jax.random.categorical)(keys, logits)
+    return jnp.where(warm, drawn, greedy).astype(jnp.int32)
+
+
+def _cut(logits: jax.Array, choice: Choice) -> jax.Array:
+    """Logits without the tokens that top k and top p leave out; ties with the last one stay."""
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    rank = jnp.arange(logits.shape[-1])
+    k = jnp.where(choice.top_k > 0, choice.top_k, logits.shape[-1])[:, None]
+    ordered = jnp.where(rank < k, ordered, -jnp.inf)
+    share = jax.nn.softmax(ordered, axis=-1)
+    kept = (share.cumsum(-1) - share < choice.top_p[:, None]) & (ordered > -jnp.inf)
+    kept = kept.at[:, 0].set(True)
+    lowest = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnames=("c", "room"))
+def write(
+    params: dict, rows: Rows, most: jax.Array, choice: Choice, c: ModelConfig, room: int
+) -> tuple[Rows, jax.Array, jax.Array]:
+    """Writes up to `room` tokens after every row, to a stop at the earliest.
+
+    Args:
+      most: int32 [B], most tokens for each row; 0 leaves it as it is.
+
+    Returns:
+      The rows in a cache with `room` more slots, for `rows.keep`; the tokens int32 [B, room]; and
+      how many of them are real, int32 [B], with the stop.
+    """
+    model = monoformer.bind(c, params)
+    batch, end, starts = len(most), rows.slots, rows.starts
+    everyone = jnp.arange(batch)
 
     def going_on(carry):
-        i, _, done, _, _ = carry
-        return (i < max_tokens) & ~done.all()
+        i, writing = carry[:2]
+        return (i < room) & writing.any()
 
     def step(carry):
-        i, hidden, done, tokens, cache = carry
-        token = pick(hidden, i)
-        tokens = tokens.at[:, i].set(token)
-        done = done | jnp.isin(token, jnp.array(static.stops))
-        slot = cache.index
-        inputs = text_inputs(token[:, None], (slot - start)[:, None], static.model)
-        mask = IntervalMask(start[:, None], jnp.broadcast_to(slot + 1, (batch, 1)))
-        hidden, cache = model(inputs, jnp.zeros((batch, 1)), mask, cache)
-        return i + 1, hidden[:, -1], done, tokens, cache
+        i, writing, counts, tokens, hidden, seen, cache = carry
+        keys = jax.vmap(jax.random.fold_in)(choice.keys, rows.lengths + i)
+        token = pick(model.text_logits(hidden), seen, keys, choice)
+        tokens, counts = tokens.at[:, i].set(token), counts + writing
+        seen = seen.at[everyone, token].max(writing)
+        inputs = text_inputs(token[:, None], (rows.lengths + i)[:, None], c)
+        stop = jnp.full((batch, 1), end + 1 + i)
+        new, cache = model(
+            inputs, jnp.zeros((batch, 1)), IntervalMask(starts[:, None], stop), cache
+        )
+        hidden = jnp.where(writing[:, None], new[:, 0], hidden)
+        writing = writing & ~choice.stops[token] & (counts < most)
+        return i + 1, writing, counts, tokens, hidden, seen, cache
 
-    tokens = jnp.full((batch, max_tokens), static.stops[0], jnp.int32)
-    carry = (jnp.int32(0), hidden, jnp.zeros(batch, bool), tokens, cache)
-    return jax.lax.while_loop(going_on, step, carry)[3]
+    tokens, counts = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
+    carry = (jnp.int32(0), most > 0, counts, tokens, rows.hidden, rows.seen)
+    carry = jax.lax.while_loop(going_on, step, (*carry, with_room(rows.cache, room)))
+    _, _, counts, tokens, hidden, _, cache = carry
+    return rows.replace(cache=cache, hidden=hidden), tokens, counts

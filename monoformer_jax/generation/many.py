@@ -1,0 +1,120 @@
+"""Many images in shards: a run that is stopped goes on, and several processes share the work.
+
+    FOLDER/sampling.json      what is painted, from which checkpoint; another run is refused
+    FOLDER/00000128.npz       arr_0 uint8 [n, height, width, 3]: images 128, 129, …
+    FOLDER/samples.npz        all of them in order, the form of ADM's evaluator, written last
+
+A shard appears whole or not at all. Image i has the noise of (seed, i), so neither the size of a shard
+nor who paints it changes an image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from monoformer_jax.config import InputError, require
+
+
+def paint_many(
+    folder: Path,
+    total: int,
+    shard: int,
+    facts: Mapping[str, Any],
+    paint: Callable[[int, int], np.ndarray],
+    *,
+    process: int = 0,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+) -> Path | None:
+    """Paints what is not there yet of this process's share.
+
+    Args:
+      folder: where the shards are and go.
+      total: images over all processes.
+      shard: images in a shard.
+      facts: what decides the images; they must be those of the shards that are there.
+      paint: (first, count) -> uint8 [count, height, width, 3].
+      process, processes: every shard whose number is `process` modulo `processes` is this one's.
+
+    Returns:
+      samples.npz, or None while shards of other processes are missing.
+
+    Raises:
+      InputError: the folder holds shards of other images.
+    """
+    for name, value in (("total", total), ("batch", shard)):
+        require(value > 0, f"--{name}={value} must be above 0")
+    facts = json.loads(json.dumps({**facts, "total": total, "shard": shard}))
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, facts)
+    starts = range(0, total, shard)
+    mine = [first for first in starts[process::processes] if not _file(folder, first).exists()]
+    there = sum(_file(folder, first).exists() for first in starts)
+    if there:
+        say(f"{folder}: {there} of {len(starts)} shards are there already")
+    for number, first in enumerate(mine, 1):
+        images = paint(first, min(shard, total - first))
+        _whole(_file(folder, first), lambda file, images=images: np.savez(file, images))
+        say(f"shard {number}/{len(mine)}: images {first} to {first + len(images) - 1}")
+    if not all(_file(folder, first).exists() for first in starts):
+        return None
+    samples = folder / "samples.npz"
+    if not samples.exists():
+        _whole(samples, lambda file: _join(file, [_file(folder, first) for first in starts], total))
+    return samples
+
+
+def _file(folder: Path, first: int) -> Path:
+    return folder / f"{first:08d}.npz"
+
+
+def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
+    path = folder / "sampling.json"
+    if not path.exists():
+        strays = sorted(folder.glob("*.npz"))
+        require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no sampling.json "
+                "to say what it is: give another --out")  # fmt: skip
+        _whole(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
+    try:
+        there = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: remove the folder, or give another --out") from error
+    changed = [
+        key for key in sorted(facts.keys() | there.keys()) if facts.get(key) != there.get(key)
+    ]
+    require(
+        not changed,
+        f"{folder} holds images painted with another {', '.join(changed)} (see {path.name}); "
+        "nothing was touched, give another --out",
+    )
+
+
+def _whole(path: Path, write: Callable[[Any], None]) -> None:
+    """Writes a file that is there only when it is complete."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with new.open("wb") as file:
+        write(file)
+    new.replace(path)
+
+
+def _join(file, shards: list[Path], total: int) -> None:
+    """All shards as one array, with one of them in memory at a time."""
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as out,
+    ):
+        for number, shard in enumerate(shards):
+            with np.load(shard) as arrays:
+                images = arrays["arr_0"]
+            if number == 0:
+                shape = (total, *images.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(out, header)
+            out.write(images.tobytes())

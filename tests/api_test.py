@@ -1,0 +1,176 @@
+"""monoformer_jax.load and what it gives, the example of the README, and `sample` on top."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import ROOT
+
+import monoformer_jax
+from monoformer_jax import sample
+from monoformer_jax.api import Eyes, Model
+from monoformer_jax.config import InputError
+from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.models import autoencoder, monoformer
+from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir
+
+GRAY = PIL.Image.new("RGB", (30, 20), "gray")
+
+
+@pytest.fixture(scope="module")
+def workdir(config, tmp_path_factory):
+    """runs/digits with random weights that end an answer at once, or open an image before."""
+    folder = tmp_path_factory.mktemp("somewhere") / "runs" / "digits"
+    params = monoformer.init(config.model, jax.random.key(3))
+    opens = jax.random.normal(jax.random.key(1), (config.model.embed_dim,))
+    head = jnp.zeros_like(params["text_head"]).at[:, ByteTokenizer.im_start_id].set(opens)
+    claim_workdir(folder, config)
+    with Checkpoints(folder, 1) as checkpoints:
+        checkpoints.save_weights({"ema": lambda: params | {"text_head": head}})
+    return folder
+
+
+def readme_example():
+    """The block of Python in the README that loads a model."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "monoformer_jax.load(" in block]
+    return block
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs(workdir, monkeypatch):
+    monkeypatch.chdir(workdir.parent.parent)
+    said = {}
+    exec(compile(readme_example(), "README.md", "exec"), said)
+    assert said["seven"].size == (8, 8)
+    assert said["texts"] == [""] and said["answer"] == []
+    first, second = (turn["content"] for turn in said["talk"][1::2])
+    assert first == [] and [picture.size for picture in second] == [(8, 8)]
+    assert said["edited"].size == (8, 8)
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        sample.run_command("sample", sample.__doc__, sample.add_arguments, sample.main)
+    return stopped.value.code
+
+
+@pytest.mark.slow
+def test_sample_reports_a_bad_prompt_and_answers_the_others(workdir, tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("draw\n\n" + "long" * 100 + "\nread\n")
+    out = tmp_path / "a.png"
+    code = command(monkeypatch, f"--workdir={workdir}", f"--prompts={prompts}", f"--out={out}",
+                   "--paint", "--steps=1", "--seed=5", f"--npz={tmp_path / 'a.npz'}")  # fmt: skip
+    said = capsys.readouterr()
+    assert code == 1
+    assert "prompt 2, '': the prompt is empty" in said.err
+    assert "prompt 3" in said.err and "has 402 tokens and 18 are to follow" in said.err
+    assert "'draw' -> '[picture 1]'" in said.out and "'read' -> '[picture 2]'" in said.out
+    sidecar = json.loads(out.with_suffix(".json").read_text())
+    assert sidecar["seed"] == 5 and sidecar["step"] == 0
+    assert sidecar["config"]["sampling"]["steps"] == 1
+    assert sidecar["rows"][1] == {"prompt": "read", "answer": [{"picture": 2}]}
+    assert PIL.Image.open(out).size == (128, 256)
+    with np.load(tmp_path / "a.npz") as arrays:
+        images = arrays["arr_0"]
+    assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
+
+    # Many images, on four devices and in shards: the same pictures, whoever paints them.
+    many = [f"--workdir={workdir}", "--prompt=draw", "--prompt=read", "--total=6", "--batch=4",
+            "--steps=1", "--seed=5"]  # fmt: skip
+    for process in (1, 0):
+        options = [f"--out={tmp_path / 'many'}", "--processes=2", f"--process={process}"]
+        assert command(monkeypatch, *many, *options) == 0
+    with np.load(tmp_path / "many" / "samples.npz") as arrays:
+        six = arrays["arr_0"].astype(int)
+    assert six.shape == (6, 8, 8, 3) and np.abs(six[:2] - images).max() <= 1
+    assert command(monkeypatch, *many[:-1], f"--out={tmp_path / 'many'}") == 2
+    assert "painted with another seed" in capsys.readouterr().err
+
+
+def test_the_import_is_quick_and_knows_its_names():
+    code = (
+        "import sys, monoformer_jax; "
+        "print([m for m in ('jax', 'numpy', 'torch', 'tensorflow') if m in sys.modules]); "
+        "print(monoformer_jax.InputError.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\nInputError\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'paint'"):
+        monoformer_jax.paint  # noqa: B018
+
+
+def random_model(config, weights=False, **changes):
+    model = dataclasses.replace(config.model, **changes)
+    config = dataclasses.replace(config, model=model)
+    params = monoformer.init(model, jax.random.key(0)) if weights else {}
+    return Model(config, params, ByteTokenizer(), step=0, eyes=Eyes(config, None, None))
+
+
+def test_bad_input_is_one_sentence(config, tmp_path):
+    model = random_model(config)
+    user = {"role": "user", "content": "a"}
+    (tmp_path / "text.png").write_text("no picture")
+    for call, message in (
+        (lambda: monoformer_jax.load(tmp_path), "holds no trained model"),
+        (lambda: model.generate_text([]), "there is no prompt"),
+        (lambda: model.generate_text(["ok", ""]), "prompt 2 is empty"),
+        (lambda: model.generate_text("a" * 200), "has 201 tokens"),
+        (lambda: model.generate_text("a", max_tokens=0), "max_tokens=0 must be above 0"),
+        (lambda: model.generate_images("a", count=0), "count=0 must be above 0"),
+        (lambda: model.generate_images("a", size=(16, 8)), "is 16×8, but the model was trained up"),
+        (lambda: model.generate_images("a", steps=0), "steps=0 must be above 0"),
+        (lambda: model.generate_images("a", guidance=-1.0), "guidance=-1.0 must be above 0"),
+        (lambda: model.generate_images("a", solver="rk4"), "'rk4' is none of"),
+        (lambda: model.generate_images("a", step=3), "there is no setting step; there are solver"),
+        (lambda: model.generate_images("a", output="jpg"), "output='jpg' is neither"),
+        (lambda: model.edit(tmp_path / "text.png", "b"), "text.png\\) is no picture that can be"),
+        (lambda: model.edit(GRAY, ""), "prompt 1 is empty"),
+        (lambda: model.edit(GRAY, 3), "the instruction is a text"),
+        (lambda: model.chat([]), "the last message must be the user's"),
+        (lambda: model.chat([user, {"role": "assistant", "content": "b"}]), "the last message"),
+        (lambda: model.chat([{"content": "a"}]), "message 1 is not"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_a_model_of_latents_or_with_an_encoder_asks_for_what_it_lacks(config):
+    latents = random_model(config, channels=4)
+    for call in (
+        lambda: latents.generate_images("a"),
+        lambda: latents.generate_text([[GRAY, "a"]]),
+    ):
+        with pytest.raises(
+            InputError, match="latents of 4 channels: give its autoencoder with vae="
+        ):
+            call()
+    seeing = random_model(config, channels=3, feature_dim=8)
+    with pytest.raises(InputError, match="through a vision encoder: give its folder with vision="):
+        seeing.chat([{"role": "user", "content": [GRAY, "what is it?"]}])
+
+
+@pytest.mark.slow
+def test_a_picture_goes_through_the_autoencoder_both_ways(config):
+    """Shown as the mean of its latents, scaled; painted latents come back as pixels."""
+    c = autoencoder.AutoencoderConfig(widths=(8, 8), blocks=1, groups=4)
+    params = autoencoder.init(c, jax.random.key(1))
+    model = random_model(config, weights=True, channels=4)
+    model.eyes._vae = c, params
+    part = model.eyes.look(GRAY)
+    pixels = np.full((1, 16, 16, 3), 128 / 127.5 - 1, np.float32)
+    want = autoencoder.bind(c, params).encode(pixels).mean[0] * c.scale
+    np.testing.assert_allclose(part.pixels, want, atol=1e-5)
+    painted = model.generate_images([[GRAY, "b"]], steps=1, output="numpy", size=(8, 16))
+    assert painted[0].shape == (8, 16, 3) and painted[0].dtype == np.uint8
+    with pytest.raises(InputError, match="both must be multiples of 2"):
+        model.generate_images("b", size=(7, 8))

@@ -1,0 +1,273 @@
+"""Text and images in one stream: every number of a session equals one full pass over what came out."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from monoformer_jax.batch import PATCH, TEXT, number_images, patchify
+from monoformer_jax.config import InputError, SamplingConfig
+from monoformer_jax.data.documents import Features, Image, build
+from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.generation.image import generate_images
+from monoformer_jax.generation.interleaved import Session
+from monoformer_jax.generation.text import TextSampling
+from monoformer_jax.models import monoformer
+from monoformer_jax.models.monoformer import attention_mask
+
+TOKENIZER = ByteTokenizer()
+STEPS = 2
+pytestmark = pytest.mark.slow
+SAMPLING = SamplingConfig("euler", steps=STEPS, guidance=2.0)
+EDITING = dataclasses.replace(SAMPLING, image_guidance=1.5)
+PICTURE = Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1), denoise=False)
+
+
+@pytest.fixture(scope="module")
+def interleaved(config):
+    """Room for several images."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=256))
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    """Random weights whose text opens images now and then, and ends sometimes."""
+    params = monoformer.init(config.model, jax.random.key(3))
+    head = params["text_head"]
+    for token in (TOKENIZER.im_start_id, TOKENIZER.eos_id):
+        head = head.at[:, token].multiply(4.0)
+    return params | {"text_head": head}
+
+
+def full_pass(c, params):
+    """(document, noise levels of its images) -> logits and image output of every token, uncached."""
+
+    @jax.jit
+    def run(streams, times):
+        model = monoformer.bind(c, params)
+        hidden, _ = model(streams, times, attention_mask(c, streams))
+        return model.text_logits(hidden), model.image_output(hidden, streams["image_ids"], times)
+
+    def padded(document, times, length=256):
+        n = len(document["tokens"])
+        row = {
+            k: np.pad(v, [(0, length - n)] + [(0, 0)] * (v.ndim - 1)) for k, v in document.items()
+        }
+        row["segment_ids"] = (np.arange(length) < n).astype(np.int32)
+        row["positions"] = np.arange(length, dtype=np.int32)
+        row["image_ids"] = number_images(row["kinds"])
+        times = np.pad(np.asarray(times, np.float32), (0, 12 - len(times)))
+        logits, output = run({k: v[None] for k, v in row.items()}, times[None])
+        return np.asarray(logits)[0, :n], np.asarray(output)[0, :n]
+
+    return padded
+
+
+@pytest.fixture(scope="module")
+def forward(interleaved, params):
+    return full_pass(interleaved.model, params)
+
+
+def session(config, params, rows, sampling=SAMPLING, **options):
+    text = TextSampling(temperature=0.8)
+    return Session(config, params, TOKENIZER, rows, sampling=sampling, text=text, **options)
+
+
+@pytest.fixture(scope="module")
+def talk(interleaved, params):
+    """Two rows, three turns: shown pictures, text and painted ones, not both rows in every turn."""
+    s = session(interleaved, params, 2, seed=[4, 5])
+    turns = [[["draw"], ["read this: ", PICTURE]],
+             [["and now another"], None],
+             [None, ["b", PICTURE, "c"]],
+             [[" so"], ["?"]]]  # fmt: skip
+    replies = []
+    for turn in turns[:-1]:
+        s.add(turn)
+        replies.append(s.reply(max_tokens=12))
+    s.add(turns[-1])
+    return s, turns, [*replies, [[], []]]
+
+
+def test_the_talk_has_all_that_the_tests_are_about(talk):
+    s, _, replies = talk
+    images = [[sum(not isinstance(x, str) for x in reply) for reply in turn] for turn in replies]
+    assert max(map(max, images)) >= 2, "no row painted twice in one reply"
+    assert min(map(min, images)) == 0 and len({tuple(row) for row in zip(*images)}) > 1
+    assert any(isinstance(x, str) for turn in replies for reply in turn for x in reply)
+    assert len(set(s.lengths)) == 2
+
+
+def test_the_next_token_of_every_row_equals_one_full_pass(talk, forward, params, interleaved):
+    s, _, _ = talk
+    model = monoformer.bind(interleaved.model, params)
+    logits = np.asarray(model.text_logits(s._rows.hidden))
+    for row in range(2):
+        want, _ = forward(s.stream(row), [0.0] * 12)
+        np.testing.assert_allclose(logits[row], want[-1], atol=1e-5)
+
+
+def test_the_cache_holds_what_a_fresh_pass_over_the_stream_would_put_there(
+    talk, interleaved, params
+):
+    s, _, _ = talk
+    for row in range(2):
+        document = s.stream(row)
+        fresh = session(interleaved, params, 1)
+        fresh._extend([document])
+        n = len(document["tokens"])
+        for name in ("k", "v"):
+            got = np.asarray(getattr(s._rows.cache, name))[:, row, -n:]
+            want = np.asarray(getattr(fresh._rows.cache, name))[:, 0, -n:]
+            np.testing.assert_allclose(got, want, atol=1e-5)
+        assert s.lengths[row] == n
+        np.testing.assert_array_equal(s._rows.seen[row], fresh._rows.seen[0])
+
+
+def test_the_stream_is_one_document_of_all_turns(talk, interleaved):
+    s, turns, replies = talk
+    for row in range(2):
+        parts = []
+        for turn, reply in zip(turns, replies):
+            parts += turn[row] or []
+            parts += [x if isinstance(x, str) else Image(x, denoise=False) for x in reply[row]]
+        want = build(parts, TOKENIZER, interleaved.model, closing=[])
+        got = s.stream(row)
+        images, painted = got["kinds"] == PATCH, want["kinds"] == PATCH
+        np.testing.assert_array_equal(got["patches"][images], want["patches"][painted])
+        ends = (got["tokens"] == TOKENIZER.im_end_id).sum()
+        assert ends == sum(not isinstance(part, str) for part in parts)
+        said = TOKENIZER.decode(got["tokens"][got["kinds"] == TEXT].tolist())
+        assert said == "".join(part for part in parts if isinstance(part, str))
+
+
+def test_every_painted_image_equals_uncached_denoising(talk, forward, interleaved):
+    """Each is painted again from its noise, by full passes over what stood before it."""
+    s, turns, replies = talk
+    checked = 0
+    for row in range(2):
+        document, painted = s.stream(row), 0
+        opened = np.flatnonzero(document["tokens"] == TOKENIZER.im_start_id)
+        images = iter(shown_or_painted(turns, replies, row))
+        for start in opened:
+            image = next(images)
+            if image is None:
+                continue  # the user's
+            before = {k: v[: start + 1] for k, v in document.items()}
+            x = start_noise(4 + row, painted)
+            want = denoised(forward, before, x, interleaved.model)
+            np.testing.assert_allclose(patchify(image, 2)[0], want, atol=2e-5)
+            painted, checked = painted + 1, checked + 1
+    assert checked >= 4
+
+
+def shown_or_painted(turns, replies, row):
+    """The images of a row in order, None for those of the user."""
+    for turn, reply in zip(turns, replies):
+        yield from [None for part in turn[row] or () if not isinstance(part, str)]
+        yield from [part for part in reply[row] if not isinstance(part, str)]
+
+
+def start_noise(seed, number):
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    if number:
+        key = jax.random.fold_in(key, np.uint32(2**31 + number))
+    return np.asarray(jax.random.normal(key, (16, 4)))
+
+
+def denoised(forward, before, x, model):
+    """Euler with two branches, written out: everything, and everything but the words."""
+    kept = (before["kinds"] != TEXT) | np.isin(before["tokens"], (1, 4, 5))
+    branches = [before, {k: v[kept] for k, v in before.items()}]
+    block = build([Image(np.zeros((8, 8, 1)), True)], TOKENIZER, model, closing=[])
+    block = {k: v[2:-1] for k, v in block.items()}
+    for step in range(STEPS):
+        t, v = 1 - step / STEPS, []
+        for prefix in branches:
+            document = {k: np.concatenate([prefix[k], block[k]]) for k in block}
+            image = document["denoise"] & (document["kinds"] == PATCH)
+            document["patches"][image] = x
+            context = number_images(prefix["kinds"]).max()
+            v.append(forward(document, [0.0] * context + [t])[1][image])
+        x = x - (v[1] + 2.0 * (v[0] - v[1])) / STEPS
+    return x
+
+
+def test_a_row_is_the_same_alone(talk, interleaved, params):
+    _, turns, replies = talk
+    alone = session(interleaved, params, 1, seed=[5])
+    for turn, reply in zip(turns[:-1], replies):
+        if turn[1] is None:
+            continue
+        alone.add([turn[1]])
+        got = alone.reply(max_tokens=12)[0]
+        assert [x for x in got if isinstance(x, str)] == [x for x in reply[1] if isinstance(x, str)]
+        pairs = zip(got, reply[1], strict=True)
+        for mine, theirs in ((a, b) for a, b in pairs if not isinstance(a, str)):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_the_first_image_is_that_of_generate_images(interleaved, params):
+    """Also for an edit, an image and an instruction, with a scale for each; and of other sides."""
+    s = session(interleaved, params, 2, EDITING, seed=9)
+    prompts = [["draw"], [PICTURE, "darker"]]
+    s.add(prompts)
+    s.open_image([0, 1])
+    got = s.paint([0, 1], size=(4, 8))
+
+    def want(sampling):
+        return generate_images(interleaved, params, TOKENIZER, prompts, sampling=sampling, seed=9,
+                               size=(4, 8))  # fmt: skip
+
+    assert got.shape == (2, 4, 8, 1)
+    np.testing.assert_allclose(got, want(EDITING), atol=1e-5)
+    changed = want(dataclasses.replace(EDITING, image_guidance=4.0))
+    np.testing.assert_allclose(changed[0], got[0], atol=1e-5)
+    assert np.abs(changed[1] - got[1]).max() > 0.01
+
+
+def test_painted_images_go_through_the_vision_encoder_of_a_model_that_has_one(interleaved):
+    model = dataclasses.replace(interleaved.model, feature_dim=6, context_images="causal")
+    config = dataclasses.replace(interleaved, model=model)
+    params = monoformer.init(model, jax.random.key(0))
+    with pytest.raises(InputError, match="through a vision encoder"):
+        session(config, params, 1)
+    seen = []
+
+    def look(pixels):
+        seen.append(pixels)
+        return Features(np.tile(pixels.mean((1, 2))[:6], (5, 1)).astype(np.float32))
+
+    s = session(config, params, 1, look=look)
+    s.add([["a", Features(np.ones((5, 6), np.float32)), "b"]])
+    s.open_image([0])
+    (painted,) = s.paint([0])
+    np.testing.assert_array_equal(painted, seen[0])
+    want, _ = full_pass(model, params)(s.stream(0), [0.0, 0.0])
+    logits = monoformer.bind(model, params).text_logits(s._rows.hidden)
+    np.testing.assert_allclose(logits[0], want[-1], atol=1e-5)
+    assert jnp.isfinite(logits).all()
+
+
+def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
+    s = session(interleaved, params, 2)
+    s.add([["a"], ["b"]])
+    large = Image(np.zeros((16, 8, 1), np.float32), denoise=False)
+    for turn, message in (
+        ([["a"], [""]], "the turn of row 2 is empty"),
+        ([["a"]], "1 turns for 2 rows"),
+        ([[large], None], "an image in the turn of row 1 is 16×8, but the model was trained up to"),
+        ([["ok"], ["b" * 255]], "row 1 has 2 tokens and 255 are to follow"),
+    ):
+        with pytest.raises(InputError, match=message):
+            s.add(turn)
+    assert list(s.lengths) == [2, 2]
+    with pytest.raises(InputError, match="row 1 has not opened an image"):
+        s.paint([1])
+    with pytest.raises(InputError, match="3 rows cannot be cut over 4 devices"):
+        from monoformer_jax.config import MeshConfig
+        from monoformer_jax.parallel import make_mesh
+
+        session(interleaved, params, 3, mesh=make_mesh(MeshConfig()))
