@@ -1,0 +1,412 @@
+"""launch/: the TPU and GPU launchers against a fake cloud (tests/fake_gcloud), no network."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+
+LAUNCH = ROOT / "launch"
+FAKE = ROOT / "tests" / "fake_gcloud"
+# What the launchers call besides gcloud; nothing else is on their PATH here.
+TOOLS = (
+    "awk bash cat cp cut date dirname env git grep gzip head ln mkdir mktemp mv nohup paste rm "
+    "sed setsid sleep tail tar timeout touch"
+)
+SLICE = ("--name=probe", "--type=v5litepod-16", "--zone=us-central1-a")
+RUN = (*SLICE, "--config=configs/digits.py", "--workdir=gs://bucket/run")
+WHERE = "--project=my-project --zone=us-central1-a"
+NODE_STATE = f"compute tpus tpu-vm describe probe {WHERE} --format=value(state)"
+DESCRIBE = (
+    f"compute tpus queued-resources describe probe {WHERE} --format=csv[no-heading](state.state,"
+    "tpu.nodeSpec[0].node.labels.owner,tpu.nodeSpec[0].node.acceleratorType,"
+    "tpu.nodeSpec[0].multisliceParams.nodeCount)"
+)
+DELETE = f"compute tpus queued-resources delete probe --force {WHERE} --quiet"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A small committed checkout that holds launch/ and a config."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(LAUNCH, folder / "launch", ignore=shutil.ignore_patterns("pictures"))
+    (folder / "configs").mkdir()
+    shutil.copy(ROOT / "configs" / "digits.py", folder / "configs")
+    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "all"], check=True)
+    return folder
+
+
+class Cloud:
+    """The fake cloud in a folder, and a user of it."""
+
+    def __init__(self, folder: Path, checkout: Path, gcloud: bool = True):
+        self.folder, self.checkout = folder, checkout
+        for name in ("bin", "vmbin", "faults", "qr", "vm", "gs/bucket"):
+            (folder / name).mkdir(parents=True)
+        for name in TOOLS.split():
+            (folder / "bin" / name).symlink_to(shutil.which(name))
+        if gcloud:
+            (folder / "bin" / "gcloud").symlink_to(FAKE)
+        for name in ("gcloud", "python3", "sudo", "fuser"):
+            (folder / "vmbin" / name).symlink_to(FAKE)
+        (folder / "steps").write_text("5")
+        self.env = {"PATH": str(folder / "bin"), "FAKE": str(folder), "HOME": str(folder)}
+
+    def start(self, *words: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [self.checkout / "launch" / "tpu.sh", *words],
+            env=self.env,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def tpu(self, *words: str) -> subprocess.CompletedProcess:
+        process = self.start(*words)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def babysit(self, *words: str) -> subprocess.CompletedProcess:
+        return self.tpu("babysit", "--poll-seconds=0", "--delete-when-done", *RUN, *words)
+
+    def fault(self, name: str, text: str = "1"):
+        (self.folder / "faults" / name).write_text(text)
+
+    @property
+    def calls(self) -> list[str]:
+        file = self.folder / "calls"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [re.sub(r"\d{8}T\d{6}Z-\w+|/\S+/monoformer.tar.gz", "…", line) for line in lines]
+
+    def made(self) -> list[str]:
+        return [call for call in self.calls if "queued-resources create" in call]
+
+    def alive(self) -> list[str]:
+        return [path.name for path in (self.folder / "qr").iterdir()]
+
+    @property
+    def trained(self) -> list[int]:
+        """The steps in the order in which they were trained."""
+        file = self.folder / "gs" / "bucket" / "run" / "trained"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    def close(self):
+        """Ends the trainers of slices that a test left alive."""
+        for pid in self.folder.glob("vm/*/*/monoformer/run/pid"):
+            try:
+                os.killpg(int(pid.read_text()), signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # it has ended by itself
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+    made = Cloud(tmp_path / "cloud", checkout)
+    yield made
+    made.close()
+
+
+# --- the TPU launcher: what it calls ----------------------------------------------------------------
+
+
+def test_babysit_calls_exactly_this(cloud):
+    """A run without trouble on a slice of four machines: every call, and what it leaves."""
+    done = cloud.babysit("--spot", "--", "--config.mesh.fsdp=16")
+    assert done.returncode == 0, done.stderr
+    worker = "monoformer/code/launch/tpu_worker.sh"
+    ssh = "compute tpus tpu-vm ssh probe --worker=all --command="
+    status = (
+        f"{ssh}if [ -f {worker} ]; then bash {worker} status 0; else "
+        f"echo worker 0:${{HOSTNAME##*-w-}} new; fi {WHERE} --quiet"
+    )
+    looks = [call for call in cloud.calls if call in (DESCRIBE, NODE_STATE, status)]
+    rest = [call for call in cloud.calls if call not in looks]
+    assert rest == [
+        "config list --format=csv[no-heading](core.account,core.project)",
+        "storage ls gs://bucket/run/done.json",
+        "compute tpus queued-resources create probe --node-id=probe "
+        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot "
+        f"--labels=owner=me-example-org {WHERE} --quiet",
+        f"compute tpus tpu-vm scp … probe:monoformer.tar.gz --worker=all {WHERE} --quiet",
+        f"{ssh}rm -rf monoformer/code && mkdir -p monoformer/code && tar -xzf monoformer.tar.gz "
+        f"-C monoformer/code && bash {worker} setup {WHERE} --quiet",
+        f"{ssh}bash {worker} start 0 gs://bucket/run … --config=configs/digits.py "
+        f"--config.mesh.fsdp=16 {WHERE} --quiet",
+        "storage ls gs://bucket/run/done.json",
+        DELETE,
+    ]
+    # Absent; then in the queue, provisioned, ready (its node too); nothing runs yet; then the watch.
+    first = [DESCRIBE] * 4 + [NODE_STATE, status] + [DESCRIBE, NODE_STATE, status]
+    assert looks[: len(first)] == first
+    assert cloud.trained == [1, 2, 3, 4, 5]
+    assert cloud.alive() == []
+    logs = sorted((cloud.folder / "gs" / "bucket" / "run" / "logs").iterdir())
+    assert [path.name[-7:] for path in logs] == ["0-0.log", "0-1.log", "0-2.log", "0-3.log"]
+    assert "--workdir=gs://bucket/run --config=configs/digits.py --config.mesh.fsdp=16" in (
+        logs[0].read_text()
+    )
+
+
+def test_run_goes_on_with_a_ready_slice(cloud):
+    """run, status, logs, stop and run again: one slice, every worker with the lock's packages."""
+    (cloud.folder / "steps").write_text("100000")
+    assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
+    started = cloud.tpu(*RUN, "run")
+    assert started.returncode == 0, started.stderr
+    assert "may cost money until: launch/tpu.sh delete --name=probe" in started.stderr
+    for worker in range(4):
+        lock = cloud.folder / "vm" / "probe" / str(worker) / "installed"
+        assert lock.read_text() == (LAUNCH / "requirements-tpu.lock").read_text()
+    twice = cloud.tpu("run", *RUN)
+    assert twice.returncode == 2 and "already training" in twice.stderr
+    short = ("--name", "probe", "--zone", "us-central1-a")
+    status = cloud.tpu("status", *short, "--price-per-chip-hour=1.5")
+    assert status.stdout.split("\n")[:4] == [f"worker 0:{i} running" for i in range(4)]
+    assert "1 x v5litepod-16 (16 chips)" in status.stderr
+    assert "2.00 h x 16 chips x 1.5 = 48.00" in status.stderr
+    assert "training with --workdir=" in cloud.tpu("logs", "--worker=3", *short).stdout
+    assert cloud.tpu("stop", *short).returncode == 0
+    assert "worker 0:3 stopped" in cloud.tpu("status", *short).stdout
+    before = len(cloud.trained)
+    assert cloud.tpu("run", *RUN).returncode == 0
+    time.sleep(0.05)
+    assert cloud.tpu("delete", *short).returncode == 0 and cloud.alive() == []
+    assert cloud.trained == list(range(1, len(cloud.trained) + 1)) and len(cloud.trained) > before
+    assert len(cloud.made()) == 1
+    assert "nothing to delete" in cloud.tpu("delete", *short).stderr
+
+
+@pytest.mark.slow
+def test_slices_are_set_up_together(cloud):
+    done = cloud.babysit("--type=v4-16", "--zone=us-central2-b", "--slices=2", "--reservation")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "create probe --node-count=2 --node-prefix=probe --accelerator-type=v4-16 "
+        "--runtime-version=tpu-ubuntu2204-base --reserved" in cloud.made()[0]
+    )
+    for node in ("probe-0", "probe-1"):
+        assert sum(f"scp … {node}:" in call for call in cloud.calls) == 1
+        assert any(f"ssh {node} " in call and f"start {node[-1]} gs:" in call for call in cloud.calls)
+    assert cloud.trained == [1, 2, 3, 4, 5] and cloud.alive() == []
+
+
+# --- the TPU launcher: what goes wrong --------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_preempted_runs_finish_with_each_step_trained_once(tmp_path, checkout, seed):
+    """Fifty runs, each preempted once to three times at random calls, shown in three ways."""
+    for run in range(10):
+        cloud = Cloud(tmp_path / str(run), checkout)
+        rng = random.Random(10 * seed + run)
+        calls = sorted(rng.sample(range(3, 60), rng.randint(1, 3)))
+        hows = [rng.choice(["SUSPENDED", "PREEMPTED", "NOTICE"]) for _ in calls]
+        cloud.fault("preempt", "".join(f"{c} {how}\n" for c, how in zip(calls, hows)))
+        done = cloud.babysit("--type=v5litepod-8")
+        said = f"seed {seed}, run {run}: {calls} {hows}\n{done.stderr}"
+        cloud.close()
+        assert done.returncode == 0, said
+        assert cloud.trained == [1, 2, 3, 4, 5], said
+        assert cloud.alive() == [], said
+
+
+def test_a_bug_ends_the_run_and_shows_the_log(cloud):
+    """One worker of four fails; the others would wait for ever."""
+    (cloud.folder / "steps").write_text("100000")
+    cloud.fault("exit", "2 4")
+    done = cloud.babysit()
+    assert done.returncode == 4
+    assert "worker 0:2 of probe ended with code 4 (it crashes again and again)" in done.stderr
+    assert "Traceback: a bug" in done.stderr
+    assert cloud.alive() == [] and len(cloud.made()) == 1
+
+
+TROUBLE = [
+    # what goes wrong, exit code, slices requested, what is said
+    pytest.param({"scp": "2", "ssh": "2"}, 0, 1, "trying again (2)", id="scp and ssh fail at first"),
+    pytest.param({"unavailable": "3", "delete": "2"}, 0, 4, "", id="requests are refused at first"),
+    pytest.param({"fails": "2"}, 0, 3, "probe failed: out of capacity", id="no capacity twice"),
+    pytest.param({"fails": "9"}, 1, 6, "FAILED five times in a row", id="no capacity ever"),
+    pytest.param({"quota": "1"}, 2, 1, "nothing was created: ERROR: (gcloud", id="quota"),
+    pytest.param({"scp": "99"}, 1, 1, "could not be set up", id="scp fails for ever"),
+    pytest.param({"deaf": "1"}, 1, 1, "could not be set up", id="a worker never answers"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults,code,requests,said", TROUBLE)
+def test_trouble_with_the_cloud(cloud, faults, code, requests, said):
+    for name, text in faults.items():
+        cloud.fault(name, text)
+    done = cloud.babysit()
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert cloud.alive() == [] and len(cloud.made()) == requests
+    assert cloud.trained == ([1, 2, 3, 4, 5] if code == 0 else [])
+
+
+@pytest.mark.slow
+def test_a_worker_that_falls_silent_is_replaced(cloud):
+    (cloud.folder / "steps").write_text("400")
+    process = cloud.start("babysit", "--poll-seconds=0", "--delete-when-done", *RUN)
+    while not cloud.trained:
+        time.sleep(0.02)
+    cloud.fault("deaf", "3")
+    while not any(call == DELETE for call in cloud.calls):
+        time.sleep(0.02)
+    (cloud.folder / "faults" / "deaf").unlink()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "5 times not every worker answered" in err
+    assert cloud.trained == list(range(1, 401)) and len(cloud.made()) == 2
+
+
+@pytest.mark.slow
+def test_a_trainer_that_ends_without_being_done(cloud):
+    (cloud.folder / "steps").write_text("0")
+    done = cloud.babysit()
+    assert done.returncode == 1 and "there is no gs://bucket/run/done.json" in done.stderr
+    assert cloud.alive() == []
+
+
+@pytest.mark.slow
+def test_time_is_up(cloud):
+    (cloud.folder / "steps").write_text("100000")
+    done = cloud.babysit("--max-hours=0.0003", "--price-per-chip-hour=2")
+    assert done.returncode == 1 and "--max-hours=0.0003 are over" in done.stderr
+    assert "stopped after 0.00 h x 16 chips x 2 = 0.0" in done.stderr
+    assert cloud.alive() == []
+    log = next((cloud.folder / "gs" / "bucket" / "run" / "logs").glob("*-0-0.log"))
+    assert "saved at step" in log.read_text()
+
+
+@pytest.mark.slow
+def test_restarts_are_capped(cloud):
+    cloud.fault("preempt", "".join(f"{call} SUSPENDED\n" for call in range(6, 999)))
+    done = cloud.babysit("--max-restarts=2")
+    assert done.returncode == 1 and "gave up after 2 restarts" in done.stderr
+    assert cloud.alive() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delete", [True, False])
+def test_an_interrupted_babysit_deletes_or_says_how_and_can_go_on(cloud, delete):
+    (cloud.folder / "steps").write_text("100")
+    options = ["--delete-when-done"] if delete else []
+    process = cloud.start("babysit", "--poll-seconds=30", *options, *RUN)
+    while not cloud.trained:
+        time.sleep(0.02)
+        if "wait" not in cloud.env:  # its sleep in the queue
+            (cloud.folder / "qr" / "probe" / "queue").write_text("ACTIVE")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert cloud.alive() == ([] if delete else ["probe"])
+    assert ("probe: deleted" if delete else "delete --name=probe --zone=us-central1-a") in err
+    done = cloud.babysit()
+    assert done.returncode == 0, done.stderr
+    assert ("watching" in done.stderr) is not delete  # what is training is left alone
+    assert cloud.trained == list(range(1, 101)) and cloud.alive() == []
+
+
+BAD_INPUT = [
+    (["fly", *RUN], "there is no verb 'fly'"),
+    ([*SLICE], "which of: babysit run"),
+    (["run", "create", *RUN], "one verb at a time"),
+    (["run", *RUN, "--workdirr=x"], "no option --workdirr"),
+    (["run", *RUN, "--slices"], "--slices needs a value"),
+    (["run", *SLICE], "run needs --config="),
+    (["run", *RUN, "--name=Probe"], "--name=Probe: at most 40 lower-case"),
+    (["run", *RUN, "--workdir=runs/a"], "must be gs://BUCKET/FOLDER"),
+    (["run", *RUN, "--workdir=gs://other/run"], "gs://other not found"),
+    (["run", *RUN, "--type=v5e-16"], "Google names it v5litepod-16"),
+    (["run", *RUN, "--type=v5litepod-20"], "nearest: v5litepod-16"),
+    (["run", *RUN, "--type=v5p-200", "--zone=us-east5-a"], "nearest: v5p-128"),
+    (["run", *RUN, "--type=v7-8"], "no such TPU; nearest: v4-8"),
+    (["run", *RUN, "--zone=us-centrall-a"], "has no listed v5litepod; nearest: us-central1-a"),
+    (["run", *RUN, "--spot", "--reservation"], "exclude each other"),
+    (["run", *RUN, "--max-hours=2"], "use babysit"),
+    (["run", *RUN, "--config=configs/no.py"], "--config=configs/no.py is not in commit"),
+    (["run", *RUN, "--price-per-chip-hour=cheap"], "PRICE=cheap: a number"),
+    (["setup", *SLICE], "is ABSENT; make it with: launch/tpu.sh create"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words,said", BAD_INPUT)
+def test_bad_input_is_one_sentence_before_anything_is_made(cloud, words, said):
+    done = cloud.tpu(*words)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert cloud.made() == []
+
+
+@pytest.mark.parametrize(
+    "fault,said", [("logged_out", "gcloud auth login"), ("no_project", "gcloud config set project")]
+)
+def test_an_account_and_a_project_are_needed(cloud, fault, said):
+    cloud.fault(fault)
+    done = cloud.tpu("run", *RUN)
+    assert done.returncode == 2 and said in done.stderr and cloud.made() == []
+
+
+def test_gcloud_is_needed(tmp_path, checkout):
+    done = Cloud(tmp_path / "cloud", checkout, gcloud=False).tpu("run", *RUN)
+    assert done.returncode == 2 and "gcloud is not installed" in done.stderr
+
+
+def test_uncommitted_changes_are_not_shipped_silently(cloud, checkout):
+    file = checkout / "configs" / "mine.py"
+    file.write_text("# not committed\n")
+    try:
+        done = cloud.tpu("run", *RUN)
+        assert done.returncode == 2 and "not shipped: configs/mine.py" in done.stderr
+        assert cloud.made() == []
+        assert cloud.tpu("run", "--poll-seconds=0", "--allow-dirty", *RUN).returncode == 0
+        assert not list(cloud.folder.glob("vm/probe/*/monoformer/code/configs/mine.py"))
+    finally:
+        file.unlink()
+
+
+def test_a_slice_of_somebody_else_is_left_alone(cloud):
+    assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
+    other = cloud.tpu("run", *RUN, "--type=v5litepod-4")
+    assert other.returncode == 2 and "'probe' is 1 x v5litepod-16, not" in other.stderr
+    (cloud.folder / "qr" / "probe" / "owner").write_text("you")
+    for verb in ("run", "delete"):
+        done = cloud.tpu(verb, *RUN)
+        assert done.returncode == 2 and "belongs to 'you', not to 'me-example-org'" in done.stderr
+    assert cloud.alive() == ["probe"] and DELETE not in cloud.calls
+
+
+# --- dry runs, and the files themselves -------------------------------------------------------------
+
+
+def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
+    """Its lines, run by a shell, are the calls of the real thing on a new slice."""
+    cloud = Cloud(tmp_path / "cloud", checkout)
+    (cloud.folder / "bin" / "git").unlink()  # not even git
+    for verb in ("babysit", "create", "setup", "status", "logs", "stop", "delete"):
+        assert cloud.tpu("--dry-run", verb, *RUN).returncode == 0
+    dry = cloud.tpu("--dry-run", "run", *RUN, "--", "--config.name='a b'")
+    assert dry.returncode == 0 and cloud.calls == []
+    assert all(line.startswith("# ") for line in dry.stderr.splitlines())
+    for line in dry.stdout.splitlines():
+        if line.startswith("gcloud"):
+            subprocess.run(["bash", "-c", line], env=cloud.env, capture_output=True)
+    assert "--accelerator-type=v5litepod-16" in cloud.made()[0]
+    assert cloud.calls[-1].endswith(
+        "start 0 gs://bucket/run … --config=configs/digits.py '--config.name='\\''a b'\\''' "
+        "--project=your-project --zone=us-central1-a --quiet"
+    )
