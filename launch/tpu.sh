@@ -37,7 +37,9 @@ if ((BASH_VERSINFO[0] < 5)); then
 fi
 ROOT=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
 # shellcheck source-path=SCRIPTDIR
-source "$ROOT/launch/tpu_lib.sh"
+source "$ROOT/launch/tpu_checks.sh"
+# shellcheck source-path=SCRIPTDIR
+source "$ROOT/launch/tpu_slice.sh"
 
 # --- the command line ------------------------------------------------------------------------------
 VERB='' NAME='' TYPE='' ZONE='' PROJECT='' CONFIG='' WORKDIR='' SLICES='' PRICE='' MAX_HOURS=''

@@ -3,12 +3,14 @@
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -82,7 +84,7 @@ class Cloud:
         return self.tpu("babysit", "--poll-seconds=0", "--delete-when-done", *RUN, *words)
 
     def fault(self, name: str, text: str = "1"):
-        (self.folder / "faults" / name).write_text(text)
+        (self.folder / "faults" / name).write_text(text + "\n")
 
     @property
     def calls(self) -> list[str]:
@@ -159,6 +161,7 @@ def test_babysit_calls_exactly_this(cloud):
     )
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_a_ready_slice(cloud):
     """run, status, logs, stop and run again: one slice, every worker with the lock's packages."""
     (cloud.folder / "steps").write_text("100000")
@@ -198,7 +201,9 @@ def test_slices_are_set_up_together(cloud):
     )
     for node in ("probe-0", "probe-1"):
         assert sum(f"scp … {node}:" in call for call in cloud.calls) == 1
-        assert any(f"ssh {node} " in call and f"start {node[-1]} gs:" in call for call in cloud.calls)
+        assert any(
+            f"ssh {node} " in call and f"start {node[-1]} gs:" in call for call in cloud.calls
+        )
     assert cloud.trained == [1, 2, 3, 4, 5] and cloud.alive() == []
 
 
@@ -214,7 +219,7 @@ def test_preempted_runs_finish_with_each_step_trained_once(tmp_path, checkout, s
         rng = random.Random(10 * seed + run)
         calls = sorted(rng.sample(range(3, 60), rng.randint(1, 3)))
         hows = [rng.choice(["SUSPENDED", "PREEMPTED", "NOTICE"]) for _ in calls]
-        cloud.fault("preempt", "".join(f"{c} {how}\n" for c, how in zip(calls, hows)))
+        cloud.fault("preempt", "\n".join(f"{c} {how}" for c, how in zip(calls, hows)))
         done = cloud.babysit("--type=v5litepod-8")
         said = f"seed {seed}, run {run}: {calls} {hows}\n{done.stderr}"
         cloud.close()
@@ -236,13 +241,15 @@ def test_a_bug_ends_the_run_and_shows_the_log(cloud):
 
 TROUBLE = [
     # what goes wrong, exit code, slices requested, what is said
-    pytest.param({"scp": "2", "ssh": "2"}, 0, 1, "trying again (2)", id="scp and ssh fail at first"),
+    pytest.param(
+        {"scp": "2", "ssh": "2"}, 0, 1, "trying again (2)", id="scp and ssh fail at first"
+    ),
     pytest.param({"unavailable": "3", "delete": "2"}, 0, 4, "", id="requests are refused at first"),
     pytest.param({"fails": "2"}, 0, 3, "probe failed: out of capacity", id="no capacity twice"),
     pytest.param({"fails": "9"}, 1, 6, "FAILED five times in a row", id="no capacity ever"),
     pytest.param({"quota": "1"}, 2, 1, "nothing was created: ERROR: (gcloud", id="quota"),
     pytest.param({"scp": "99"}, 1, 1, "could not be set up", id="scp fails for ever"),
-    pytest.param({"deaf": "1"}, 1, 1, "could not be set up", id="a worker never answers"),
+    pytest.param({"deaf": "99"}, 1, 1, "could not be set up", id="a worker never answers"),
 ]
 
 
@@ -260,17 +267,15 @@ def test_trouble_with_the_cloud(cloud, faults, code, requests, said):
 
 @pytest.mark.slow
 def test_a_worker_that_falls_silent_is_replaced(cloud):
-    (cloud.folder / "steps").write_text("400")
+    (cloud.folder / "steps").write_text("200")
     process = cloud.start("babysit", "--poll-seconds=0", "--delete-when-done", *RUN)
-    while not cloud.trained:
+    while not cloud.trained or "status 0" not in cloud.calls[-1]:
         time.sleep(0.02)
-    cloud.fault("deaf", "3")
-    while not any(call == DELETE for call in cloud.calls):
-        time.sleep(0.02)
-    (cloud.folder / "faults" / "deaf").unlink()
+    cloud.fault("deaf", "7")  # the last one or two hit the new slice: tried again
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "5 times not every worker answered" in err
-    assert cloud.trained == list(range(1, 401)) and len(cloud.made()) == 2
+    assert process.returncode == 0, err
+    assert "5 times not every worker answered" in err
+    assert cloud.trained == list(range(1, 201)) and len(cloud.made()) == 2
 
 
 @pytest.mark.slow
@@ -294,7 +299,7 @@ def test_time_is_up(cloud):
 
 @pytest.mark.slow
 def test_restarts_are_capped(cloud):
-    cloud.fault("preempt", "".join(f"{call} SUSPENDED\n" for call in range(6, 999)))
+    cloud.fault("exit", "0 75")  # every time
     done = cloud.babysit("--max-restarts=2")
     assert done.returncode == 1 and "gave up after 2 restarts" in done.stderr
     assert cloud.alive() == []
@@ -305,11 +310,10 @@ def test_restarts_are_capped(cloud):
 def test_an_interrupted_babysit_deletes_or_says_how_and_can_go_on(cloud, delete):
     (cloud.folder / "steps").write_text("100")
     options = ["--delete-when-done"] if delete else []
+    assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
     process = cloud.start("babysit", "--poll-seconds=30", *options, *RUN)
     while not cloud.trained:
         time.sleep(0.02)
-        if "wait" not in cloud.env:  # its sleep in the queue
-            (cloud.folder / "qr" / "probe" / "queue").write_text("ACTIVE")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 143
@@ -410,3 +414,150 @@ def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
         "start 0 gs://bucket/run … --config=configs/digits.py '--config.name='\\''a b'\\''' "
         "--project=your-project --zone=us-central1-a --quiet"
     )
+
+
+def readme_commands(program: str) -> list[str]:
+    """The commands of README's code blocks that call this program, each as one line."""
+    blocks = re.findall(
+        r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith(program)]
+
+
+@pytest.mark.parametrize("program", ["launch/tpu.sh", "launch/gpu.sh"])
+def test_the_commands_in_readme(tmp_path, checkout, program):
+    cloud = Cloud(tmp_path / "cloud", checkout)
+    commands = readme_commands(program)
+    assert commands
+    for command in commands:
+        config = re.search(r"--config=([\w/.]+)", command)
+        assert config is None or (ROOT / config[1]).is_file(), command
+        shutil.copytree(ROOT / "configs", checkout / "configs", dirs_exist_ok=True)
+        dry = command.replace(program, f"{program} --dry-run", 1)
+        done = subprocess.run(
+            ["bash", "-c", dry], cwd=checkout, env=cloud.env, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout, f"{dry}\n{done.stderr}"
+    assert cloud.calls == []
+
+
+@pytest.mark.slow
+def test_shellcheck_finds_nothing():
+    files = [LAUNCH / f"{name}.sh" for name in ("tpu", "tpu_worker", "gpu", "demo", "test")]
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "--check-sourced", *files, FAKE],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_lock_satisfies_setup(monkeypatch):
+    """Every requirement of setup.py and its extras tpu and demo has one version, in its range."""
+    asked = {}
+    setuptools = SimpleNamespace(setup=asked.update, find_packages=lambda include: [])
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    runpy.run_path(str(ROOT / "setup.py"))
+    lines = (LAUNCH / "requirements-tpu.lock").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
+    on_a_worker = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64"}
+    extras = asked["extras_require"]
+    for text in [*asked["install_requires"], *extras["tpu"], *extras["demo"], "jaxlib", "libtpu"]:
+        need = Requirement(text)
+        if need.marker is None or need.marker.evaluate(on_a_worker):
+            assert locked[need.name] in need.specifier, f"{text}: locked is {locked[need.name]}"
+
+
+# --- the GPU launcher -------------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str, text: str):
+    file = folder / name
+    file.unlink(missing_ok=True)
+    file.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def gpu(tmp_path, checkout):
+    """Runs gpu.sh where nvidia-smi, srun and scontrol are fakes that note how they were called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in TOOLS.split():
+        (folder / name).symlink_to(shutil.which(name))
+    note = f'echo "${{0##*/}} $*" >>{tmp_path}/calls; '
+    program(folder, "python", note + "exit ${CODE:-0}")
+    program(folder, "srun", note + "exit ${CODE:-0}")
+    program(folder, "scontrol", note)
+    program(folder, "nvidia-smi", "echo GPU 0")
+
+    def run(*words, **env):
+        base = {"PATH": str(folder), "PYTHON": "python"}
+        done = subprocess.run(
+            [checkout / "launch" / "gpu.sh", *words],
+            env=base | env, cwd=checkout, capture_output=True, text=True,
+        )  # fmt: skip
+        calls = tmp_path / "calls"
+        done.calls = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return done
+
+    run.folder = folder
+    return run
+
+
+GPU_RUN = ("--config=configs/digits.py", "--workdir=runs/a")
+TRAIN = "-m monoformer_jax.train --config=configs/digits.py --workdir=runs/a"
+
+
+def test_gpu_on_this_host(gpu):
+    assert gpu(*GPU_RUN, "--", "--config.mesh.fsdp=8").calls == [
+        f"python {TRAIN} --config.mesh.fsdp=8"
+    ]
+    assert gpu(*GPU_RUN, CODE="3").returncode == 3  # the trainer's own
+    dry = gpu("--dry-run", *GPU_RUN)
+    assert dry.calls == [] and dry.stdout.strip() == f"python {TRAIN}"
+    program(gpu.folder, "nvidia-smi", "exit 9")
+    blind = gpu(*GPU_RUN)
+    assert blind.returncode == 2 and blind.stderr == "error: nvidia-smi finds no GPU here\n"
+    for words, said in [
+        (
+            ["--config=configs/no.py", "--workdir=a"],
+            "--config=configs/no.py: there is no such file",
+        ),
+        ([*GPU_RUN, "--gpus=2"], "belong to --nodes=N"),
+        ([*GPU_RUN, "--nodes=2"], "how many GPUs on each?"),
+        ([*GPU_RUN, "--node=2"], "there is no option --node"),
+        (["--config=configs/digits.py"], "--workdir=DIR are needed"),
+    ]:
+        done = gpu(*words)
+        assert done.returncode == 2 and said in done.stderr and not done.calls
+
+
+def test_gpu_under_slurm(gpu):
+    """One process a GPU, which is what jax.distributed makes of Slurm's variables."""
+    srun = "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --kill-on-bad-exit=1"
+    by_hand = gpu(*GPU_RUN, "--nodes", "2", "--gpus=8", "--partition=p", "--time=60")
+    assert by_hand.calls == [f"{srun} --partition=p --time=60 python {TRAIN}"]
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    assert gpu(*GPU_RUN, **job).calls == [f"{srun} python {TRAIN}"]
+    saved = gpu(*GPU_RUN, **job, CODE="75")  # the job's time was up
+    assert saved.calls == [f"{srun} python {TRAIN}", "scontrol requeue 7"]
+    assert gpu(*GPU_RUN, **job, CODE="3").calls == [f"{srun} python {TRAIN}"]
+    (gpu.folder / "srun").unlink()
+    assert "there is no srun here" in gpu(*GPU_RUN, **job).stderr
+
+
+def test_jax_reads_slurm_as_the_launcher_means_it(monkeypatch):
+    """Second node, fourth GPU of 2 x 8: process 11 of 16, seeing GPU 3 alone."""
+    from jax._src.clusters.slurm_cluster import SlurmCluster
+
+    variables = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "16",
+        "SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_NODES": "2",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert SlurmCluster.is_env_present()
+    assert SlurmCluster.get_process_count() == 16 and SlurmCluster.get_process_id() == 11
+    assert SlurmCluster.get_local_process_id() == 3
