@@ -127,7 +127,7 @@ log_in() {
     exec 3>&1
     PROJECT=${PROJECT:-your-project} OWNER=your-account COMMIT=HEAD ARCHIVE=/tmp/monoformer.tar.gz
     case $VERB in create | run | babysit) DRY_STATE=ABSENT ;; esac
-    say "Nothing is called; your-account stands for what gcloud would say."
+    say "Nothing is called; your-account and your-project stand for what gcloud is set to."
     return
   fi
   command -v gcloud >/dev/null || bad "gcloud is not installed: cloud.google.com/sdk/docs/install"

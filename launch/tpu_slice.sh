@@ -176,10 +176,10 @@ each_slice() {
 }
 ship_to() { cloud compute tpus tpu-vm scp "$ARCHIVE" "$2:monoformer.tar.gz" --worker=all; }
 ssh_to() {
-  cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3//SLICE/$1}" </dev/null
+  cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3//@SLICE@/$1}" </dev/null
 }
 ship() { each_slice ship_to; }
-on_workers() { each_slice ssh_to "$1"; } # the word SLICE becomes the number of the slice
+on_workers() { each_slice ssh_to "$1"; } # the word @SLICE@ becomes the number of the slice
 
 REMOTE=monoformer/code/launch/tpu_worker.sh
 worker_command() { quoted bash "$REMOTE" "$@"; }
@@ -196,14 +196,14 @@ tar -xzf monoformer.tar.gz -C monoformer/code && $(worker_command setup)"
 start_workers() {
   local stamp
   stamp=$(date -u +%Y%m%dT%H%M%SZ)-$COMMIT # the same on all workers: it begins the logs' names
-  retry on_workers "$(worker_command start SLICE "$WORKDIR" "$stamp" --config="$CONFIG" "${TRAIN_FLAGS[@]}")"
+  retry on_workers "$(worker_command start @SLICE@ "$WORKDIR" "$stamp" --config="$CONFIG" "${TRAIN_FLAGS[@]}")"
 }
 
 # One line a worker in REPORT (see tpu_worker.sh status); fails unless every worker has answered.
 worker_report() {
   local line lines='' count=0
-  REPORT=$(on_workers "if [ -f $REMOTE ]; then $(worker_command status SLICE); else \
-echo worker SLICE:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
+  REPORT=$(on_workers "if [ -f $REMOTE ]; then $(worker_command status @SLICE@); else \
+echo worker @SLICE@:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
   [[ -z $DRY ]] || return 0
   while IFS= read -r line; do
     [[ $line != worker\ * ]] || lines+=$line$'\n' count=$((count + 1))

@@ -8,7 +8,7 @@
 #   tpu_worker.sh tail LINES [follow]
 set -euo pipefail
 
-UV=0.9.9 # fetches Python: the images come with 3.10, which is too old
+UV=0.13.8 # fetches Python: the images come with 3.10, which is too old
 PYTHON=3.11
 HERE=$HOME/monoformer # code/, venv/ and run/: pid, log, exit ("CODE TIME"), stopped
 RUN=$HERE/run

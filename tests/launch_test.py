@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
 
@@ -466,6 +467,35 @@ def test_the_lock_satisfies_setup(monkeypatch):
         need = Requirement(text)
         if need.marker is None or need.marker.evaluate(on_a_worker):
             assert locked[need.name] in need.specifier, f"{text}: locked is {locked[need.name]}"
+
+
+def test_the_skypilot_task(tmp_path):
+    """Its two scripts, run on a machine of the fake cloud: the same set-up and command as tpu.sh's."""
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    home = tmp_path / "home"
+    shutil.copytree(LAUNCH, home / "launch", ignore=shutil.ignore_patterns("pictures"))
+    for name in ("python3", "sudo", "rm"):
+        program(home, name, f'echo "${{0##*/}} $*" >>{tmp_path}/calls')
+    for name in (".local/bin/uv", ".venv/bin/python"):
+        (home / name).parent.mkdir(parents=True)
+        program(home, name, f'echo "${{0##*/}} $*" >>{tmp_path}/calls')
+    env = {"HOME": str(home), "PATH": f"{home}:/usr/bin:/bin", **task["envs"]}
+    env |= {"WORKDIR": "gs://bucket/run", "FLAGS": "--config.steps=3 --config.seed=1"}
+    for script in ("setup", "run"):
+        subprocess.run(["bash", "-c", task[script]], cwd=home, env=env, check=True)
+    worker = (LAUNCH / "tpu_worker.sh").read_text()
+    uv = re.search(r"^UV=(\S+)", worker, re.M)[1]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        f"python3 -m pip install --user --quiet uv=={uv}",
+        "uv pip sync --quiet --python .venv/bin/python launch/requirements-tpu.lock",
+        "sudo rm -f /tmp/libtpu_lockfile",
+        "python -m monoformer_jax.train --config=configs/digits.py --workdir=gs://bucket/run "
+        "--config.steps=3 --config.seed=1",
+    ]
+    assert f"uv=={uv} " in (ROOT / "README.md").read_text()
+    assert task["resources"]["accelerator_args"]["runtime_version"] in (
+        (LAUNCH / "tpu_checks.sh").read_text()
+    )
 
 
 # --- the GPU launcher -------------------------------------------------------------------------------
