@@ -71,6 +71,7 @@ fi
 [[ -x $PYTHON ]] || command -v "$PYTHON" >/dev/null ||
   bad "there is no $PYTHON: python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'"
 
+export PYTHONUNBUFFERED=1 # a log shows a line when it is printed
 code=0
 "${command[@]}" || code=$?
 if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then

@@ -97,12 +97,12 @@ usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch/tpu.sh"; }
 
 # --- the verbs -------------------------------------------------------------------------------------
 main() {
-  read_options "$@"
-  check_options
-  log_in
   trap farewell EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
+  read_options "$@"
+  check_options
+  log_in
   case $VERB in
     create) create_slice ;;
     setup) existing_slice && setup_workers ;;
@@ -116,7 +116,10 @@ main() {
 }
 
 run() {
-  run_is_complete && say "$WORKDIR/done.json is there: the run is complete" && return
+  if run_is_complete; then
+    say "$WORKDIR/done.json is there: the run is complete"
+    return
+  fi
   create_slice
   if worker_report && [[ $REPORT == *running* ]]; then
     bad "'$NAME' is already training; follow it with 'babysit' or 'logs', end it with 'stop'"
@@ -138,16 +141,13 @@ babysit() {
     create_slice
     if worker_report && [[ $REPORT == *running* && $REPORT != *exited* && $REPORT != *new* ]]; then
       say "it is training already: watching"
-      OUTCOME=''
+      watch_workers
+    elif setup_workers && start_workers; then
+      watch_workers
     else
-      OUTCOME=''
-      if ! setup_workers || ! start_workers; then
-        look
-        [[ $STATE != READY ]] || fail "a worker could not be set up or started (its own words are above)"
-        OUTCOME=preempted
-      fi
+      [[ $STATE != READY ]] || fail "a worker could not be set up or started (its own words are above)"
+      OUTCOME=preempted
     fi
-    [[ -n $OUTCOME ]] || watch_workers
     [[ -z $DRY ]] || return 0 # one round shows every command
     say "$OUTCOME; $(cost)"
     [[ $OUTCOME == preempted ]] || break

@@ -21,9 +21,19 @@ ask() {
     if ANSWER=$(gcloud "$@" 2>"$ERRORS"); then return 0; fi
     ERROR=$(<"$ERRORS")
     [[ ${ERROR,,} != *not_found* && ${ERROR,,} != *"not found"* && $ERROR != *"matched no objects"* ]] || return 1
-    ((try < 5)) || fail "gcloud ${*:1:4} failed $try times: $ERROR"
+    if is_refused; then refused; fi
+    ((try < 10)) || fail "gcloud ${*:1:4} failed $try times: ${ERROR%%$'\n'*}"
     back_off "$try"
   done
+}
+
+# Trying again cannot help.
+is_refused() {
+  [[ $ERROR =~ RESOURCE_EXHAUSTED|[Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT|[Rr]eauth|'auth login' ]]
+}
+refused() {
+  [[ -z $TOUCHED ]] || fail "gcloud refused: ${ERROR%%$'\n'*}"
+  bad "gcloud refused, nothing was created: ${ERROR%%$'\n'*}"
 }
 
 # Sleeps such that a signal is heard at once.
@@ -32,7 +42,7 @@ nap() {
   sleep "$1" &
   wait "$!"
 }
-back_off() { nap $(((POLL < 5 ? POLL : 5) * 2 ** ($1 - 1))); }
+back_off() { nap $(((POLL < 5 ? POLL : 5) * 2 ** ($1 < 5 ? $1 - 1 : 4))); } # 5 s to 80 s
 
 # A command up to five times, with back-off, as long as the slice stands.
 retry() {
@@ -105,7 +115,7 @@ create_slice() {
       SUSPENDING | DELETING | STARTING | RESTARTING | REPAIRING) nap "$POLL" ;;
       *)
         if [[ $STATE == FAILED ]]; then explain_failure; fi
-        ((++replaced <= 5)) || fail "$NAME ended as $STATE five times in a row"
+        ((++replaced < 5)) || fail "$NAME ended as $STATE five times in a row"
         delete_slice
         back_off "$replaced"
         ;;
@@ -125,11 +135,8 @@ request_slice() {
       return
     fi
     ERROR=$(<"$ERRORS")
-    if [[ $ERROR =~ RESOURCE_EXHAUSTED|[Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT ]]; then
-      TOUCHED=''
-      bad "the request was refused, nothing was created: $ERROR"
-    fi
-    ((try < 5)) || fail "the request failed $try times: $ERROR"
+    if is_refused; then TOUCHED='' && refused; fi
+    ((try < 5)) || fail "the request failed $try times: ${ERROR%%$'\n'*}"
     back_off "$try"
     look # it may have arrived all the same
     [[ $STATE == ABSENT ]] || return 0
@@ -152,7 +159,7 @@ delete_slice() {
     if cloud compute tpus queued-resources delete "$NAME" --force 2>"$ERRORS"; then break; fi
     ERROR=$(<"$ERRORS")
     [[ ${ERROR,,} != *not_found* ]] || break
-    ((try < 5)) || fail "'$NAME' could not be deleted and may still cost money: $ERROR"
+    ((try < 5)) || fail "'$NAME' could not be deleted and may still cost money: ${ERROR%%$'\n'*}"
     back_off "$try"
   done
   TOUCHED='' STATE=ABSENT DRY_STATE=ABSENT

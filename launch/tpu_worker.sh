@@ -66,7 +66,7 @@ supervise() {
   local bucket_log=$1 code signalled=1 trainer
   shift
   echo "$HOSTNAME: train $*"
-  "$HERE/venv/bin/python" -m monoformer_jax.train "$@" &
+  PYTHONUNBUFFERED=1 "$HERE/venv/bin/python" -m monoformer_jax.train "$@" &
   trainer=$!
   trap 'signalled=1; kill -TERM "$trainer" 2>/dev/null || true' TERM
   while sleep 60; do copy_log "$bucket_log"; done &

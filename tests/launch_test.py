@@ -245,9 +245,11 @@ TROUBLE = [
     pytest.param(
         {"scp": "2", "ssh": "2"}, 0, 1, "trying again (2)", id="scp and ssh fail at first"
     ),
-    pytest.param({"unavailable": "3", "delete": "2"}, 0, 4, "", id="requests are refused at first"),
+    pytest.param({"unavailable": "3", "delete": "2"}, 0, 4, "", id="busy at first"),
+    pytest.param({"away": "6"}, 0, 1, "", id="the network is away at first"),
+    pytest.param({"away": "99"}, 1, 0, "failed 10 times: ERROR", id="the network is away"),
     pytest.param({"fails": "2"}, 0, 3, "probe failed: out of capacity", id="no capacity twice"),
-    pytest.param({"fails": "9"}, 1, 6, "FAILED five times in a row", id="no capacity ever"),
+    pytest.param({"fails": "9"}, 1, 5, "FAILED five times in a row", id="no capacity ever"),
     pytest.param({"quota": "1"}, 2, 1, "nothing was created: ERROR: (gcloud", id="quota"),
     pytest.param({"scp": "99"}, 1, 1, "could not be set up", id="scp fails for ever"),
     pytest.param({"deaf": "99"}, 1, 1, "could not be set up", id="a worker never answers"),
@@ -358,12 +360,18 @@ def test_bad_input_is_one_sentence_before_anything_is_made(cloud, words, said):
 
 
 @pytest.mark.parametrize(
-    "fault,said", [("logged_out", "gcloud auth login"), ("no_project", "gcloud config set project")]
+    "fault,said",
+    [
+        ("logged_out", "gcloud auth login"),
+        ("expired", "Reauthentication failed"),
+        ("no_project", "gcloud config set project"),
+    ],
 )
 def test_an_account_and_a_project_are_needed(cloud, fault, said):
     cloud.fault(fault)
     done = cloud.tpu("run", *RUN)
-    assert done.returncode == 2 and said in done.stderr and cloud.made() == []
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert cloud.made() == []
 
 
 def test_gcloud_is_needed(tmp_path, checkout):
@@ -447,7 +455,7 @@ def test_the_commands_in_readme(tmp_path, checkout, program):
 def test_shellcheck_finds_nothing():
     files = [LAUNCH / f"{name}.sh" for name in ("tpu", "tpu_worker", "gpu", "demo", "test")]
     done = subprocess.run(
-        ["shellcheck", "--external-sources", "--check-sourced", *files, FAKE],
+        [Path(sys.executable).parent / "shellcheck", "--external-sources", "--check-sourced", *files, FAKE],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
