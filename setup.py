@@ -48,6 +48,8 @@ setup(
         "test": [
             *DEMO,
             *COMPILERS,
+            "ipykernel>=6",
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
