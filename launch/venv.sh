@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced from the repository root by demo.sh and test.sh: `source launch/venv.sh EXTRA` makes .venv if
 # there is none, installs this checkout with that extra, and puts it first on the PATH.
 python_is_new() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }

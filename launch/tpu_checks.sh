@@ -1,0 +1,154 @@
+# shellcheck shell=bash
+# Sourced by tpu.sh: which slices there are, and what is checked before anything is created.
+
+# --- what there is ---------------------------------------------------------------------------------
+# Sizes and zones as listed at cloud.google.com/tpu/docs/regions-zones and the pages of each TPU;
+# runtimes at cloud.google.com/tpu/docs/runtimes. --unlisted goes past the sizes and zones.
+FAMILIES=(v4 v5litepod v5p v6e)
+sizes() {
+  case $1 in
+    v4) echo 8 16 32 64 128 256 512 1024 2048 4096 ;;
+    v5p) echo 8 16 32 64 {128..12288..128} ;;
+    v5litepod | v6e) echo 1 4 8 16 32 64 128 256 ;;
+  esac
+}
+zones() {
+  case $1 in
+    v4) echo us-central2-b ;;
+    v5litepod) echo us-central1-a us-south1-a us-west1-c us-west4-a europe-west4-b ;;
+    v5p) echo us-central1-a us-east5-a europe-west4-b ;;
+    v6e) echo us-central1-b us-east1-d us-east5-a us-east5-b europe-west4-a asia-northeast1-b \
+      southamerica-west1-a ;;
+  esac
+}
+
+# TYPE -> RUNTIME, CHIPS and HOSTS of one slice. v4 and v5p are named by their cores, two a chip.
+slice_facts() {
+  local size=${TYPE##*-}
+  case $TYPE in
+    v4-*) RUNTIME=tpu-ubuntu2204-base CHIPS=$((size / 2)) ;;
+    v5litepod-*) RUNTIME=v2-alpha-tpuv5-lite CHIPS=$size ;;
+    v5p-*) RUNTIME=v2-alpha-tpuv5 CHIPS=$((size / 2)) ;;
+    v6e-*) RUNTIME=v2-alpha-tpuv6e CHIPS=$size ;;
+  esac
+  HOSTS=$(((CHIPS + 3) / 4))
+  if [[ $TYPE == v5litepod-8 || $TYPE == v6e-8 ]]; then HOSTS=1; fi
+}
+
+# --- words -----------------------------------------------------------------------------------------
+say() { printf '%s\n' "${DRY:+# }$*" >&2; }
+bad() { printf 'error: %s\n' "$*" >&2 && exit 2; }
+fail() { printf 'error: %s\n' "$*" >&2 && exit 1; }
+
+# Its arguments as a line for a shell, quoted where that is needed.
+quoted() {
+  local word line=''
+  for word in "$@"; do
+    if [[ $word =~ ^--[a-z-]+= && ! $word =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
+      word=${word%%=*}=$(quoted "${word#*=}")
+    elif [[ ! $word =~ ^[A-Za-z0-9_./:=@,+-]+$ ]]; then
+      word=${word@Q}
+    fi
+    line+=" $word"
+  done
+  printf '%s' "${line# }"
+}
+
+again() { quoted launch/tpu.sh "$1" --name="$NAME" --zone="$ZONE" ${GIVEN_PROJECT:+--project="$PROJECT"}; }
+
+# The one of $2... that begins most like $1.
+nearest() {
+  local wanted=$1 word best=$2 length=0
+  for word in "${@:2}"; do
+    while [[ ${word:0:length+1} == "${wanted:0:length+1}" && $length -lt ${#word} ]]; do
+      best=$word length=$((length + 1))
+    done
+  done
+  echo "$best"
+}
+
+# --- checks before anything is created -------------------------------------------------------------
+check_options() {
+  local verbs=(babysit run create setup status stop logs delete) needs="NAME ZONE" need
+  [[ -n $VERB ]] || bad "which of: ${verbs[*]}? (launch/tpu.sh --help)"
+  [[ " ${verbs[*]} " == *" $VERB "* ]] ||
+    bad "there is no verb '$VERB'; nearest: '$(nearest "$VERB" "${verbs[@]}")'"
+  case $VERB in
+    create) needs+=" TYPE" ;;
+    run | babysit) needs+=" TYPE CONFIG WORKDIR" ;;
+  esac
+  for need in $needs; do
+    [[ -n ${!need} ]] || bad "$VERB needs --${need,,}=..."
+  done
+  [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+    bad "--name=$NAME: at most 40 lower-case letters, digits and '-', a letter first"
+  [[ -z $SPOT || -z $RESERVATION ]] || bad "--spot and --reservation exclude each other"
+  [[ -z $WORKDIR || $WORKDIR == gs://?*/?* ]] ||
+    bad "--workdir=$WORKDIR: every worker writes there, so it must be gs://BUCKET/FOLDER"
+  [[ $VERB == babysit || -z $DELETE_WHEN_DONE$MAX_HOURS ]] ||
+    bad "--delete-when-done and --max-hours need somebody who watches: use babysit"
+  [[ -z $SLICES || $SLICES =~ ^[1-9][0-9]*$ ]] || bad "--slices=$SLICES: a number from 1"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || bad "--max-restarts=$MAX_RESTARTS: a number"
+  [[ $POLL =~ ^[0-9]+$ ]] || bad "--poll-seconds=$POLL: a number"
+  [[ $LINES_SHOWN =~ ^[0-9]+$ ]] || bad "--lines=$LINES_SHOWN: a number"
+  [[ $WORKER =~ ^([0-9]+:)?[0-9]+$ ]] || bad "--worker=$WORKER: a number, or SLICE:WORKER"
+  for need in PRICE MAX_HOURS; do
+    [[ -z ${!need} || ${!need} =~ ^[0-9]*\.?[0-9]+$ ]] || bad "$need=${!need}: a number, such as 1.5"
+  done
+  [[ -z $TYPE ]] || check_type
+}
+
+check_type() {
+  local family=${TYPE%-*} size=${TYPE##*-} known best
+  [[ $family != v5e ]] || bad "--type=$TYPE: Google names it v5litepod-$size"
+  [[ " ${FAMILIES[*]} " == *" $family "* && $TYPE == *-* ]] ||
+    bad "--type=$TYPE: there is no such TPU; nearest: $(nearest "$TYPE" "${FAMILIES[@]/%/-8}") (of: ${FAMILIES[*]/%/-N})"
+  [[ $size =~ ^[1-9][0-9]*$ ]] || bad "--type=$TYPE: a number must follow $family-"
+  slice_facts
+  SLICES=${SLICES:-1}
+  [[ -z $UNLISTED ]] || return 0
+  best=1
+  for known in $(sizes "$family"); do
+    if ((known <= size || best < 2)); then best=$known; fi
+  done
+  ((best == size)) || bad "--type=$TYPE is not listed; nearest: $family-$best (--unlisted takes it as it is)"
+  # shellcheck disable=SC2046 # one word a zone
+  [[ " $(zones "$family") " == *" $ZONE "* ]] ||
+    bad "--zone=$ZONE has no listed $family; nearest: $(nearest "$ZONE" $(zones "$family"))" \
+      "(of: $(zones "$family"); --unlisted takes it as it is)"
+}
+
+SCRATCH='' ERRORS=/dev/null
+# PROJECT, OWNER (a label that keeps users of one project apart), and that the code can be shipped.
+log_in() {
+  local account
+  GIVEN_PROJECT=$PROJECT
+  if [[ -n $DRY ]]; then
+    exec 3>&1
+    PROJECT=${PROJECT:-your-project} OWNER=your-account COMMIT=HEAD ARCHIVE=/tmp/monoformer.tar.gz
+    case $VERB in create | run | babysit) DRY_STATE=ABSENT ;; esac
+    say "Nothing is called; your-account and your-project stand for what gcloud is set to."
+    return
+  fi
+  command -v gcloud >/dev/null || bad "gcloud is not installed: cloud.google.com/sdk/docs/install"
+  SCRATCH=$(mktemp -d)
+  ERRORS=$SCRATCH/errors
+  ask config list --format='csv[no-heading](core.account,core.project)' || fail "gcloud: $ERROR"
+  account=${ANSWER%%,*} PROJECT=${PROJECT:-${ANSWER##*,}}
+  [[ -n $account ]] || bad "gcloud is not logged in: gcloud auth login"
+  [[ -n $PROJECT ]] || bad "no project: gcloud config set project PROJECT, or --project=PROJECT"
+  OWNER=${account,,} OWNER=${OWNER//[^a-z0-9_-]/-} OWNER=${OWNER:0:63}
+  case $VERB in setup | run | babysit) check_tree ;; esac
+}
+
+check_tree() {
+  local changed file=${CONFIG%%:*}
+  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD) || bad "$ROOT is no git checkout: the committed code is shipped"
+  [[ -z $file ]] || git -C "$ROOT" cat-file -e "HEAD:$file" 2>/dev/null ||
+    bad "--config=$file is not in commit $COMMIT, which is what would be shipped"
+  changed=$(git -C "$ROOT" status --porcelain | cut -c4- | head -n 8 | paste -sd ' ')
+  if [[ -n $changed && -z $ALLOW_DIRTY ]]; then
+    bad "not committed, so not shipped: $changed; commit, or go without with --allow-dirty"
+  fi
+  ARCHIVE=$SCRATCH/monoformer.tar.gz
+}

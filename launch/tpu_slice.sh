@@ -1,0 +1,336 @@
+# shellcheck shell=bash
+# Sourced by tpu.sh: the steps of a launch, from gcloud's calls to the last word.
+
+# --- gcloud ----------------------------------------------------------------------------------------
+show() { printf '%s\n' "$(quoted "$@")" >&3; }
+
+# A command that changes something or shows it.
+do_it() { if [[ -n $DRY ]]; then show "$@"; else "$@"; fi; }
+cloud() {
+  local where=(--project="$PROJECT" --zone="$ZONE")
+  [[ $1 != storage ]] || where=()
+  do_it gcloud "$@" "${where[@]}" --quiet
+}
+
+# gcloud's answer to a question in ANSWER; fails where the thing asked for does not exist.
+ask() {
+  local try
+  ANSWER='' ERROR=''
+  [[ -z $DRY ]] || { show gcloud "$@" && return 1; }
+  for ((try = 1; ; try++)); do
+    if ANSWER=$(gcloud "$@" 2>"$ERRORS"); then return 0; fi
+    ERROR=$(<"$ERRORS")
+    [[ ${ERROR,,} != *not_found* && ${ERROR,,} != *"not found"* && $ERROR != *"matched no objects"* ]] || return 1
+    if is_refused; then refused; fi
+    ((try < 10)) || fail "gcloud ${*:1:4} failed $try times: ${ERROR%%$'\n'*}"
+    back_off "$try"
+  done
+}
+
+# Trying again cannot help.
+is_refused() {
+  [[ $ERROR =~ RESOURCE_EXHAUSTED|[Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT|[Rr]eauth|'auth login' ]]
+}
+refused() {
+  [[ -z $TOUCHED ]] || fail "gcloud refused: ${ERROR%%$'\n'*}"
+  bad "gcloud refused, nothing was created: ${ERROR%%$'\n'*}"
+}
+
+# Sleeps such that a signal is heard at once.
+nap() {
+  (($1 > 0)) && [[ -z $DRY ]] || return 0
+  sleep "$1" &
+  wait "$!"
+}
+back_off() { nap $(((POLL < 5 ? POLL : 5) * 2 ** ($1 < 5 ? $1 - 1 : 4))); } # 5 s to 80 s
+
+# A command up to five times, with back-off, as long as the slice stands.
+retry() {
+  local try
+  for ((try = 1; ; try++)); do
+    if "$@"; then return 0; fi
+    look
+    [[ $STATE == READY ]] && ((try < 5)) || return 1
+    say "failed; trying again ($try)"
+    back_off "$try"
+  done
+}
+
+run_is_complete() {
+  ask storage ls "$WORKDIR/done.json" && return 0
+  [[ -n $DRY || $ERROR == *"matched no objects"* ]] || bad "--workdir=$WORKDIR: $ERROR"
+  return 1
+}
+
+# --- the slice -------------------------------------------------------------------------------------
+STATE='' ALIVE=0 LOOKED_AT=0 NODES=() REPORT='' OUTCOME='' FAILED_CODE=1 FAILED_WORKER=''
+TOUCHED='' # set once there may be something that costs money
+DRY_STATE=ACTIVE
+
+# STATE, and what the queued resource says of itself: owner, type, slices.
+look() {
+  local before=$STATE owner type slices node
+  if ask compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format="csv[no-heading](state.state,tpu.nodeSpec[0].node.labels.owner,tpu.nodeSpec[0].node.acceleratorType,tpu.nodeSpec[0].multisliceParams.nodeCount)"; then
+    IFS=, read -r STATE owner type slices <<<"$ANSWER"
+    [[ $owner == "$OWNER" ]] ||
+      bad "'$NAME' in $ZONE belongs to '${owner:-somebody who set no owner label}', not to '$OWNER': choose another --name"
+    [[ ${TYPE:=$type} == "$type" && ${SLICES:=${slices:-1}} == "${slices:-1}" ]] ||
+      bad "'$NAME' is ${slices:-1} x $type, not $SLICES x $TYPE: delete it, or choose another --name"
+    TOUCHED=1
+  else
+    STATE=ABSENT
+    [[ -z $DRY ]] || STATE=$DRY_STATE
+  fi
+  [[ -z $TYPE ]] || slice_facts
+  name_nodes
+  if [[ $STATE == ACTIVE ]]; then
+    STATE=READY
+    for node in "${NODES[@]}"; do
+      ask compute tpus tpu-vm describe "$node" --project="$PROJECT" --zone="$ZONE" --format='value(state)' || ANSWER=GONE
+      if [[ $ANSWER != READY && -z $DRY ]]; then STATE=$ANSWER; fi
+    done
+  fi
+  if [[ $STATE == READY && $before == READY ]]; then ALIVE=$((ALIVE + EPOCHSECONDS - LOOKED_AT)); fi
+  LOOKED_AT=$EPOCHSECONDS
+}
+
+name_nodes() {
+  local i
+  SLICES=${SLICES:-1} NODES=("$NAME")
+  ((SLICES > 1)) || return 0
+  for ((i = 0; i < SLICES; i++)); do NODES[i]=$NAME-$i; done
+}
+
+# Until it is READY: requests it, waits in the queue, and replaces what is settled otherwise.
+create_slice() {
+  local last='' replaced=0
+  while true; do
+    look
+    [[ $STATE == "$last" ]] || say "$NAME: $STATE"
+    last=$STATE
+    case $STATE in
+      READY) return ;;
+      ABSENT) request_slice ;;
+      CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) nap "$POLL" ;;
+      SUSPENDING | DELETING | STARTING | RESTARTING | REPAIRING) nap "$POLL" ;;
+      *)
+        if [[ $STATE == FAILED ]]; then explain_failure; fi
+        ((++replaced < 5)) || fail "$NAME ended as $STATE five times in a row"
+        delete_slice
+        back_off "$replaced"
+        ;;
+    esac
+  done
+}
+
+request_slice() {
+  local try how=(--node-id="$NAME") tier=()
+  ((SLICES == 1)) || how=(--node-count="$SLICES" --node-prefix="$NAME")
+  [[ -z $SPOT ]] || tier=(--spot)
+  [[ -z $RESERVATION ]] || tier=(--reserved)
+  for ((try = 1; ; try++)); do
+    TOUCHED=1 DRY_STATE=ACTIVE
+    if cloud compute tpus queued-resources create "$NAME" "${how[@]}" --accelerator-type="$TYPE" \
+      --runtime-version="$RUNTIME" "${tier[@]}" --labels="owner=$OWNER" 2>"$ERRORS"; then
+      return
+    fi
+    ERROR=$(<"$ERRORS")
+    if is_refused; then TOUCHED='' && refused; fi
+    ((try < 5)) || fail "the request failed $try times: ${ERROR%%$'\n'*}"
+    back_off "$try"
+    look # it may have arrived all the same
+    [[ $STATE == ABSENT ]] || return 0
+  done
+}
+
+explain_failure() {
+  ask compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(state.failedData.error.message)' && say "$NAME failed: $ANSWER"
+}
+
+existing_slice() {
+  look
+  [[ $STATE == READY ]] || bad "'$NAME' in $ZONE is $STATE; make it with: $(again create) --type=..."
+}
+
+delete_slice() {
+  local try
+  for ((try = 1; ; try++)); do
+    if cloud compute tpus queued-resources delete "$NAME" --force 2>"$ERRORS"; then break; fi
+    ERROR=$(<"$ERRORS")
+    [[ ${ERROR,,} != *not_found* ]] || break
+    ((try < 5)) || fail "'$NAME' could not be deleted and may still cost money: ${ERROR%%$'\n'*}"
+    back_off "$try"
+  done
+  TOUCHED='' STATE=ABSENT DRY_STATE=ABSENT
+  say "$NAME: deleted"
+}
+
+# --- the workers -----------------------------------------------------------------------------------
+# A function for every slice at the same time: FUNCTION SLICE NODE ARG...; fails if it fails for one.
+each_slice() {
+  local slice pid pids=() failed=0
+  for slice in "${!NODES[@]}"; do
+    if [[ -n $DRY || ${#NODES[@]} == 1 ]]; then
+      "$1" "$slice" "${NODES[slice]}" "${@:2}" || failed=1
+    else
+      "$1" "$slice" "${NODES[slice]}" "${@:2}" &
+      pids+=("$!")
+    fi
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return "$failed"
+}
+ship_to() { cloud compute tpus tpu-vm scp "$ARCHIVE" "$2:monoformer.tar.gz" --worker=all; }
+ssh_to() {
+  cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3//@SLICE@/$1}" </dev/null
+}
+ship() { each_slice ship_to; }
+on_workers() { each_slice ssh_to "$1"; } # the word @SLICE@ becomes the number of the slice
+
+REMOTE=monoformer/code/launch/tpu_worker.sh
+worker_command() { quoted bash "$REMOTE" "$@"; }
+
+setup_workers() {
+  [[ -z $DRY && -f $ARCHIVE ]] ||
+    do_it git -C "$ROOT" archive --format=tar.gz --output="$ARCHIVE" "$COMMIT"
+  say "shipping commit $COMMIT to every worker and installing launch/requirements-tpu.lock"
+  retry ship && retry on_workers "rm -rf monoformer/code && mkdir -p monoformer/code && \
+tar -xzf monoformer.tar.gz -C monoformer/code && $(worker_command setup)"
+}
+
+# JAX finds the other workers and slices by itself: the machines' metadata names them.
+start_workers() {
+  local stamp
+  stamp=$(date -u +%Y%m%dT%H%M%SZ)-$COMMIT # the same on all workers: it begins the logs' names
+  retry on_workers "$(worker_command start @SLICE@ "$WORKDIR" "$stamp" --config="$CONFIG" "${TRAIN_FLAGS[@]}")"
+}
+
+# One line a worker in REPORT (see tpu_worker.sh status); fails unless every worker has answered.
+worker_report() {
+  local line lines='' count=0
+  REPORT=$(on_workers "if [ -f $REMOTE ]; then $(worker_command status @SLICE@); else \
+echo worker @SLICE@:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
+  [[ -z $DRY ]] || return 0
+  while IFS= read -r line; do
+    [[ $line != worker\ * ]] || lines+=$line$'\n' count=$((count + 1))
+  done <<<"$REPORT"
+  REPORT=${lines%$'\n'}
+  ((count == HOSTS * SLICES))
+}
+
+# Looks until the run has ended or the slice is gone; OUTCOME: done, preempted, stopped or failed.
+watch_workers() {
+  local silent=0 ended=0
+  while true; do
+    nap "$POLL"
+    look
+    stop_in_time
+    OUTCOME=preempted
+    if [[ $STATE != READY ]]; then
+      say "$NAME: $STATE"
+      return
+    elif worker_report; then
+      [[ -z $DRY ]] || return 0 # one look shows every command
+      silent=0
+    elif ((++silent < 5)); then
+      continue
+    else
+      say "$silent times not every worker answered: $(<"$ERRORS")"
+      delete_slice
+      return
+    fi
+    judge
+    # A worker that fails may be the first sign of a preemption, or one that waits for the others.
+    [[ $OUTCOME != running ]] || continue
+    if [[ $OUTCOME == failed || $REPORT == *running* ]] && ((++ended < 3)); then continue; fi
+    if [[ $OUTCOME == 'done' || $OUTCOME == failed ]]; then
+      if run_is_complete; then
+        OUTCOME='done'
+      elif [[ $OUTCOME == 'done' ]]; then
+        OUTCOME=failed FAILED_CODE=1 FAILED_WORKER=0:0
+        say "every trainer ended with 0, but there is no $WORKDIR/done.json"
+      fi
+    fi
+    return 0
+  done
+}
+
+# REPORT -> OUTCOME, and the first worker that failed. What a preempted worker leaves behind makes
+# others fail too, so one that saved (75) or is gone outweighs every other code.
+judge() {
+  local where state code time first=''
+  OUTCOME='done'
+  while read -r _ where state code time; do
+    case $state:$code in
+      stopped:) OUTCOME=stopped && return ;;
+      lost: | new: | exited:75) OUTCOME=preempted ;;
+      exited:0) ;;
+      exited:*)
+        [[ $OUTCOME == preempted ]] || OUTCOME=failed
+        if [[ -z $first || $time -lt $first ]]; then
+          first=$time FAILED_WORKER=$where FAILED_CODE=$code
+        fi
+        ;;
+      *) [[ $OUTCOME != 'done' ]] || OUTCOME=running ;;
+    esac
+  done <<<"$REPORT"
+}
+
+show_failure() {
+  local meaning=''
+  case $FAILED_CODE in
+    2) meaning=' (bad input)' ;;
+    3) meaning=' (the loss is no longer a number)' ;;
+    4) meaning=' (it crashes again and again)' ;;
+    5) meaning=' (it hung)' ;;
+    137) meaning=' (killed, as when memory runs out)' ;;
+  esac
+  say "worker $FAILED_WORKER of $NAME ended with code $FAILED_CODE$meaning; the end of its log:"
+  cloud compute tpus tpu-vm ssh "${NODES[${FAILED_WORKER%%:*}]}" --worker="${FAILED_WORKER##*:}" \
+    --command="$(worker_command tail 20)" </dev/null >&2 || say "(its log cannot be read)"
+}
+
+# --- time and money --------------------------------------------------------------------------------
+cost() {
+  awk -v seconds="$ALIVE" -v chips="$((CHIPS * SLICES))" -v price="$PRICE" 'BEGIN {
+    hours = seconds / 3600
+    printf "%.2f h x %d chips", hours, chips
+    if (price != "") printf " x %s = %.2f", price, hours * chips * price
+  }'
+}
+
+stop_in_time() {
+  [[ -n $MAX_HOURS && -z $DRY ]] && awk "BEGIN { exit !($ALIVE >= $MAX_HOURS * 3600) }" || return 0
+  say "--max-hours=$MAX_HOURS are over: saving and deleting"
+  on_workers "$(worker_command stop)" || say "not every trainer could save"
+  delete_slice
+  fail "stopped after $(cost)"
+}
+
+# ALIVE of a slice that others may have made: since its node was created.
+node_hours() {
+  ask compute tpus tpu-vm describe "${NODES[0]}" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(createTime.date("%s"))' && ALIVE=$((EPOCHSECONDS - ${ANSWER%%.*}))
+}
+
+# On every exit: nothing that costs money is left unseen.
+farewell() {
+  local code=$? answer=''
+  trap - EXIT INT TERM
+  set +e
+  if [[ -n $TOUCHED && -z $DRY && $VERB != status && $VERB != logs ]]; then
+    if [[ -n $DELETE_WHEN_DONE ]]; then
+      answer=y
+    elif [[ -t 0 && -t 2 ]] && ((code != 0 && code != 2)) || [[ -t 0 && -t 2 && $VERB == babysit ]]; then
+      read -r -p "'$NAME' ($STATE) may still cost money. Delete it now? [y/N] " answer
+    fi
+    if [[ $answer == [yY]* ]]; then
+      delete_slice
+    else
+      say "'$NAME' ($STATE) is there and may cost money until: $(again delete)"
+    fi
+  fi
+  [[ -z $SCRATCH ]] || rm -rf "$SCRATCH"
+  exit "$code"
+}

@@ -1,0 +1,128 @@
+"""launch/tpu.sh against a fake cloud that preempts, refuses, falls silent or has run out."""
+
+import random
+import signal
+import time
+
+import pytest
+from fake_cloud import RUN, SLICE, Cloud, make_checkout, open_cloud
+
+checkout = pytest.fixture(scope="module")(make_checkout)
+cloud = pytest.fixture(open_cloud)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_preempted_runs_finish_with_each_step_trained_once(tmp_path, checkout, seed):
+    """Fifty runs, each preempted once to three times at random calls, shown in three ways."""
+    for run in range(10):
+        cloud = Cloud(tmp_path / str(run), checkout)
+        rng = random.Random(10 * seed + run)
+        calls = sorted(rng.sample(range(3, 60), rng.randint(1, 3)))
+        hows = [rng.choice(["SUSPENDED", "PREEMPTED", "NOTICE"]) for _ in calls]
+        cloud.fault("preempt", "\n".join(f"{c} {how}" for c, how in zip(calls, hows)))
+        done = cloud.babysit("--type=v5litepod-8")
+        said = f"seed {seed}, run {run}: {calls} {hows}\n{done.stderr}"
+        cloud.close()
+        assert done.returncode == 0, said
+        assert cloud.trained == [1, 2, 3, 4, 5], said
+        assert cloud.alive() == [], said
+
+
+def test_a_bug_ends_the_run_and_shows_the_log(cloud):
+    """One worker of four fails; the others would wait for ever."""
+    (cloud.folder / "steps").write_text("100000")
+    cloud.fault("exit", "2 4")
+    done = cloud.babysit()
+    assert done.returncode == 4
+    assert "worker 0:2 of probe ended with code 4 (it crashes again and again)" in done.stderr
+    assert "Traceback: a bug" in done.stderr
+    assert cloud.alive() == [] and len(cloud.made()) == 1
+
+
+TROUBLE = [
+    # what goes wrong, exit code, slices requested, what is said
+    pytest.param(
+        {"scp": "2", "ssh": "2"}, 0, 1, "trying again (2)", id="scp and ssh fail at first"
+    ),
+    pytest.param({"unavailable": "3", "delete": "2"}, 0, 4, "", id="busy at first"),
+    pytest.param({"away": "6"}, 0, 1, "", id="the network is away at first"),
+    pytest.param({"away": "99"}, 1, 0, "failed 10 times: ERROR", id="the network is away"),
+    pytest.param({"fails": "2"}, 0, 3, "probe failed: out of capacity", id="no capacity twice"),
+    pytest.param({"fails": "9"}, 1, 5, "FAILED five times in a row", id="no capacity ever"),
+    pytest.param({"quota": "1"}, 2, 1, "nothing was created: ERROR: (gcloud", id="quota"),
+    pytest.param({"scp": "99"}, 1, 1, "could not be set up", id="scp fails for ever"),
+    pytest.param({"deaf": "99"}, 1, 1, "could not be set up", id="a worker never answers"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("faults,code,requests,said", TROUBLE)
+def test_trouble_with_the_cloud(cloud, faults, code, requests, said):
+    for name, text in faults.items():
+        cloud.fault(name, text)
+    done = cloud.babysit()
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert cloud.alive() == [] and len(cloud.made()) == requests
+    assert cloud.trained == ([1, 2, 3, 4, 5] if code == 0 else [])
+
+
+@pytest.mark.slow
+def test_a_worker_that_falls_silent_is_replaced(cloud):
+    (cloud.folder / "steps").write_text("200")
+    process = cloud.start("babysit", "--poll-seconds=0", "--delete-when-done", *RUN)
+    while not cloud.trained or "status 0" not in cloud.calls[-1]:
+        time.sleep(0.02)
+    cloud.fault("deaf", "7")  # the last one or two hit the new slice: tried again
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "5 times not every worker answered" in err
+    assert cloud.trained == list(range(1, 201)) and len(cloud.made()) == 2
+
+
+@pytest.mark.slow
+def test_a_trainer_that_ends_without_being_done(cloud):
+    (cloud.folder / "steps").write_text("0")
+    done = cloud.babysit()
+    assert done.returncode == 1 and "there is no gs://bucket/run/done.json" in done.stderr
+    assert cloud.alive() == []
+
+
+@pytest.mark.slow
+def test_time_is_up(cloud):
+    (cloud.folder / "steps").write_text("100000")
+    done = cloud.babysit("--max-hours=0.0003", "--price-per-chip-hour=2")
+    assert done.returncode == 1 and "--max-hours=0.0003 are over" in done.stderr
+    assert "stopped after 0.00 h x 16 chips x 2 = 0.0" in done.stderr
+    assert cloud.alive() == []
+    log = next((cloud.folder / "gs" / "bucket" / "run" / "logs").glob("*-0-0.log"))
+    assert "saved at step" in log.read_text()
+
+
+@pytest.mark.slow
+def test_restarts_are_capped(cloud):
+    cloud.fault("exit", "0 75")  # every time
+    done = cloud.babysit("--max-restarts=2")
+    assert done.returncode == 1 and "gave up after 2 restarts" in done.stderr
+    assert cloud.alive() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delete", [True, False])
+def test_an_interrupted_babysit_deletes_or_says_how_and_can_go_on(cloud, delete):
+    (cloud.folder / "steps").write_text("100")
+    options = ["--delete-when-done"] if delete else []
+    assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
+    process = cloud.start("babysit", "--poll-seconds=30", *options, *RUN)
+    while not cloud.trained:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert cloud.alive() == ([] if delete else ["probe"])
+    assert ("probe: deleted" if delete else "delete --name=probe --zone=us-central1-a") in err
+    done = cloud.babysit()
+    assert done.returncode == 0, done.stderr
+    assert ("watching" in done.stderr) is not delete  # what is training is left alone
+    assert cloud.trained == list(range(1, 101)) and cloud.alive() == []
