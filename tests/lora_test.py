@@ -1,15 +1,19 @@
 """Adapters: nothing at first, the same as merged matrices afterwards."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monoformer_jax.config import InputError, LoraConfig
+from monoformer_jax.config import InputError, LoraConfig, MeshConfig
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn import lora
+from monoformer_jax.parallel import make_mesh, put_batch
+from monoformer_jax.training.state import abstract_state, init_state, make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 
@@ -59,3 +63,29 @@ def test_axes_name_every_dimension(config):
 def test_lora_needs_a_model_to_adapt(change):
     with pytest.raises(InputError, match=r"lora\.rank=4 adapts a trained model: name its workdir"):
         change(lora={"rank": 4})
+
+
+@pytest.mark.slow
+def test_a_step_trains_adapters_and_image_parts_alone(config, made):
+    """Also on a mesh that cuts the adapters both ways."""
+    params, _ = made
+    lora_config = dataclasses.replace(config, lora=LORA, init_from="somewhere")
+    batch = next(Batches(config, ByteTokenizer()).iterator)
+    seen = []
+    for sizes in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
+        mesh = make_mesh(sizes, jax.devices()[: sizes.fsdp * sizes.tensor])
+        target = abstract_state(lora_config, mesh)
+        frozen = jax.tree.map(
+            lambda leaf, value: jax.device_put(value, leaf.sharding),
+            target.frozen, {name: params[name] for name in target.frozen},
+        )  # fmt: skip
+        state = init_state(lora_config, mesh).replace(frozen=frozen)
+        before = jax.device_get(state)
+        step = make_train_step(lora_config, mesh)
+        for _ in range(3):
+            state, metrics = step(state, put_batch(batch, mesh))
+        seen.append(float(metrics.compute()["loss"]))
+        jax.tree.map(np.testing.assert_array_equal, before.frozen, jax.device_get(state.frozen))
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
+        assert moved["image_head"]["out"]["kernel"] and all(jax.tree.leaves(moved["lora"]))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)

@@ -11,6 +11,7 @@ from monoformer_jax.config import Config
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
 from monoformer_jax.models import monoformer
+from monoformer_jax.nn import lora
 from monoformer_jax.training.text_loss import text_loss
 
 
@@ -73,18 +74,22 @@ def loss_fn(
     The text loss is the mean cross-entropy weighted by target_weights.
 
     Args:
-      params: nested dict of `monoformer.init`.
+      params: nested dict of `monoformer.init`, with adapters under "lora" where config.lora has some.
       batch: see `batch.spec`.
 
     Returns:
       The weighted loss, and {"text_loss", "image_loss"} before weighting.
     """
+    adapters = None
+    if config.lora.rank:
+        params = dict(params)
+        adapters = lora.scaled(params.pop("lora"), config.lora)
     model = monoformer.bind(config.model, params)
     image_of = monoformer.image_one_hot(batch["image_ids"], noise.times.shape[1], jnp.float32)
     t = monoformer.to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
     inputs = dict(batch) | {"patches": _noised(batch, noise.noise, t, config)}
     mask = monoformer.attention_mask(config.model, batch)
-    hidden, _ = model(inputs, noise.times, mask)
+    hidden, _ = model(inputs, noise.times, mask, adapters=adapters)
 
     head, vocab_size = model.text_head[...], config.model.vocab_size
     text = text_loss(hidden, head, batch["targets"], batch["target_weights"], vocab_size)

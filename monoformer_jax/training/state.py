@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.models import monoformer
+from monoformer_jax.nn import lora
 from monoformer_jax.parallel import parameter_shardings
 from monoformer_jax.training.losses import Noise, draw_latents, draw_noise, loss_fn, totals
 from monoformer_jax.training.metrics import TrainMetrics
@@ -27,19 +28,52 @@ class TrainState:
     params: dict
     ema: dict  # float32 moving average of params: what is sampled from
     opt_state: optax.OptState
+    # With adapters: the rest of the model, in the compute dtype. It is in no checkpoint.
+    frozen: dict = flax.struct.field(default_factory=dict)
+
+
+_FROZEN = ("decoder", "token_embedding", "text_head")  # by config.lora
+
+
+def trained_axes(config: Config) -> dict:
+    """Logical axis names of what is trained: the parameters, or adapters and the image parts."""
+    axes = monoformer.parameter_axes(config.model)
+    if not config.lora.rank:
+        return axes
+    return {name: axes[name] for name in axes if name not in _FROZEN} | {"lora": lora.axes()}
 
 
 def _init(config: Config) -> TrainState:
-    params = monoformer.init(config.model, jax.random.key(config.seed))
-    optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
+    key = jax.random.key(config.seed)
+    params = monoformer.init(config.model, key)
+    if config.lora.rank:
+        params = {name: params[name] for name in params if name not in _FROZEN}
+        params["lora"] = lora.init(config.model, config.lora.rank, jax.random.fold_in(key, 1))
+    optimizer = make_optimizer(config, trained_axes(config))
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+
+
+def abstract_frozen(config: Config, mesh: Mesh) -> dict:
+    """What config.lora does not train, as ShapeDtypeStructs; {} where all is trained."""
+    if not config.lora.rank:
+        return {}
+    shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    axes = monoformer.parameter_axes(config.model)
+    shapes, axes = ({name: tree[name] for name in _FROZEN} for tree in (shapes, axes))
+
+    def leaf(shape, sharding, names):
+        # Norms multiply in float32; everything else is cast where it is used.
+        dtype = shape.dtype if "norm" in names else config.model.dtype
+        return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, shapes, parameter_shardings(axes, shapes, mesh), axes)
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs with their shardings; nothing is allocated."""
     shapes = jax.eval_shape(functools.partial(_init, config))
-    axes = monoformer.parameter_axes(config.model)
+    axes = trained_axes(config)
     params = parameter_shardings(axes, shapes.params, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_map_params(
@@ -50,19 +84,20 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
         transform_non_params=lambda _: everywhere,
     )
     shardings = TrainState(everywhere, params, params, opt_state)
-    return jax.tree.map(
+    state = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
     )
+    return state.replace(frozen=abstract_frozen(config, mesh))
 
 
 def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """Fresh state, every array born on the devices where it stays."""
+    """Fresh state, every array born on the devices where it stays; nothing frozen is in it yet."""
     return make_init(config, mesh)()
 
 
 def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
     """The compiled function behind `init_state`."""
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).replace(frozen={}))
     return jax.jit(functools.partial(_init, config), out_shardings=shardings)
 
 
@@ -92,8 +127,8 @@ def advance(
 ) -> tuple[TrainState, TrainMetrics]:
     """One optimizer step with this noise."""
     c = config.optimizer
-    loss, parts, grads = _gradients(state.params, batch, noise, config)
-    optimizer = make_optimizer(config, monoformer.parameter_axes(config.model))
+    loss, parts, grads = _gradients(state.params, state.frozen, batch, noise, config)
+    optimizer = make_optimizer(config, trained_axes(config))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = c.ema_decay
@@ -108,16 +143,18 @@ def advance(
         learning_rate=learning_rate(config)(state.step),
         real_token_share=jnp.mean(batch["kinds"] != PAD),
     )
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
 
 
-def _gradients(params, batch, noise, config: Config):
+def _gradients(params, frozen, batch, noise, config: Config):
     """Loss, its parts and gradients, over `optimizer.accumulation` micro-batches in turn."""
     whole = totals(batch, noise)
 
     def gradients(batch, noise):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, parts), grads = grad_fn(params, batch, noise, whole, config)
+        def loss_of(params):
+            return loss_fn(params | frozen, batch, noise, whole, config)
+
+        (loss, parts), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
         return loss, parts, grads
 
     if config.optimizer.accumulation == 1:
