@@ -1,0 +1,44 @@
+"""Your own pictures on one 16 GB chip: adapters on a frozen TinyLlama-size model that paints already.
+
+python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
+python -m monoformer_jax.encode_latents --from=pictures/captions.jsonl --vae=sd-vae-ft-mse \\
+    --to=records/pictures
+python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures
+python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=orbax
+"""
+
+import json
+from pathlib import Path
+
+from monoformer_jax.config import base_config, named_size
+
+
+def get_config(base: str = ""):
+    """`base` is the workdir to start from; without one the config is that of the released weights."""
+    c = base_config()
+    if base:
+        c.update(json.loads((Path(base) / "config.json").read_text()))
+    else:
+        c.model.update(named_size("tinyllama_1b"))
+        c.model.learn_sigma = True
+        c.model.context_images = "causal"
+        c.objective.kind = "ddpm"
+        c.sampling.solver = "ddpm"
+        c.sampling.guidance_channels = "first_three"
+        c.data.row_length = 512
+        c.data.image_size = 32
+    c.name = "finetune"
+    c.init_from = base or "runs/imagenet"
+    c.lora.rank = 16
+    c.steps = 1000
+    c.batch_size = 8
+    c.checkpoint_every = 250
+    c.loss.text_beside_images = True
+    c.data.tokenizer = f"{c.init_from}/tokenizer.json"
+    c.data.mixture = {"pictures": 1.0}
+    c.data.records = {"pictures": "records/pictures"}
+    c.data.moments = True
+    c.optimizer.learning_rate = 2e-4
+    c.optimizer.schedule = "constant"
+    c.optimizer.weight_decay = 0.0
+    return c
