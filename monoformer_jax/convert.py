@@ -7,7 +7,8 @@
 --from is a folder with a LLaMA or a MonoFormer (config.json and safetensors or pytorch_model.bin), a
 workdir of ours, or the name of such a folder on the Hugging Face hub (extra `hub`). A LLaMA gets the
 image parts and four tokens that it lacks, fresh. A workdir becomes `model.safetensors`, with the
-averaged weights in `ema/`, under the original's names.
+averaged weights in `ema/`, under the original's names. The adapters of a workdir (config.lora) are
+merged; --format=orbax makes a workdir of the whole model.
 The target appears when it is whole, or not at all. Parameters are read and written one at a time;
 a workdir holds one copy of the model in memory while it is saved.
 """

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from monoformer_jax.config import InputError, LoraConfig, MeshConfig
@@ -13,6 +14,9 @@ from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn import lora
 from monoformer_jax.parallel import make_mesh, put_batch
+from monoformer_jax.pretrained.exchange import find_source, open_source, write_workdir
+from monoformer_jax.training.checkpoint import Checkpoints, load_trained
+from monoformer_jax.training.loop import train
 from monoformer_jax.training.state import abstract_state, init_state, make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -89,3 +93,35 @@ def test_a_step_trains_adapters_and_image_parts_alone(config, made):
         moved = jax.tree.map(lambda a, b: bool((a != b).any()), before.params, state.params)
         assert moved["image_head"]["out"]["kernel"] and all(jax.tree.leaves(moved["lora"]))
     assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_holds_its_adapters_alone_goes_on_and_is_merged(config, tmp_path):
+    """Trains a base, adapts it in two starts, converts what came out and goes on from there."""
+    base = dataclasses.replace(config, steps=2, checkpoint_every=2)
+    train(base, tmp_path / "base")
+    adapting = dataclasses.replace(base, lora=LORA, init_from=str(tmp_path / "base"))
+    for steps in (1, 2):
+        train(dataclasses.replace(adapting, steps=steps, checkpoint_every=1), tmp_path / "adapters")
+    train(dataclasses.replace(adapting, checkpoint_every=2), tmp_path / "at_once")
+    whole, params, meta = load_trained(tmp_path / "adapters")
+    assert meta["step"] == 2 and not whole.lora.rank
+    jax.tree.map(np.testing.assert_array_equal, params, load_trained(tmp_path / "at_once")[1])
+
+    before = load_trained(tmp_path / "base")[1]
+    np.testing.assert_array_equal(params["text_head"], before["text_head"])
+    assert (
+        params["decoder"]["layers"]["mlp"]["up"] != before["decoder"]["layers"]["mlp"]["up"]
+    ).any()
+    with Checkpoints(tmp_path / "adapters") as checkpoints:
+        folder = checkpoints.folder / "2" / "params"
+    saved = ocp.StandardCheckpointer().metadata(folder).item_metadata
+    assert "lora" in saved and not {"decoder", "token_embedding", "text_head"} & saved.keys()
+
+    weights = open_source(find_source(str(tmp_path / "adapters")))
+    write_workdir(tmp_path / "merged", weights)
+    again, merged, _ = load_trained(tmp_path / "merged")
+    assert again == whole
+    jax.tree.map(np.testing.assert_array_equal, merged, params)
+    with pytest.raises(InputError, match="holds adapters; merge them first"):
+        train(dataclasses.replace(adapting, init_from=str(tmp_path / "adapters")), tmp_path / "x")

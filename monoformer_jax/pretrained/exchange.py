@@ -20,7 +20,8 @@ from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
 from monoformer_jax.pretrained.model import OURS, open_pretrained
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
-from monoformer_jax.training.checkpoint import Checkpoints, read_config
+from monoformer_jax.training.checkpoint import Checkpoints, load_trained
+from monoformer_jax.training.workdir import read_config
 
 Progress = Callable[[Sequence], Any]
 _TOKENIZER = "tokenizer.json"
@@ -97,6 +98,10 @@ def open_source(source: Source, seed: int = 0) -> Weights:
 
 def _open_workdir(source: Source) -> Weights:
     config = read_config(source.folder)
+    if config.lora.rank:  # a whole model is what is left of adapters
+        config, params, _ = load_trained(source.folder)
+        ema = jax.tree.map(lambda x: Tensor(x.shape, x.dtype, lambda: np.asarray(x)), params)
+        return Weights(config, None, ema, tuple(by_path(ema)), source)
     shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
     with Checkpoints(source.folder) as checkpoints:
         step, names = checkpoints.latest, ["ema", "params"][: 1 + checkpoints.has_params]

@@ -23,8 +23,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from monoformer_jax.config import Config, InputError, MeshConfig, ModelConfig, require
+from monoformer_jax.config import Config, InputError, LoraConfig, MeshConfig, ModelConfig, require
 from monoformer_jax.data.pipeline import RowIterator
+from monoformer_jax.nn import lora
 from monoformer_jax.parallel import make_mesh
 from monoformer_jax.training.processes import gather
 from monoformer_jax.training.state import TrainState, abstract_state
@@ -229,6 +230,7 @@ def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Con
     """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
 
     The weights come to one device, whatever mesh and however many processes they were trained on.
+    Adapters are merged into the model that they adapt, which is read from its own workdir.
 
     Args:
       workdir: folder of the run.
@@ -240,14 +242,23 @@ def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Con
     """
     config = read_config(workdir)
     one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    target = abstract_state(config, one_device).ema
-    if dtype is not None:
-        target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, jnp.dtype(dtype), sharding=a.sharding), target
-        )
     with Checkpoints(workdir) as checkpoints:
-        params, meta = checkpoints.restore_ema(target)
-    return config, params, meta
+        if not config.lora.rank:
+            target = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(
+                    a.shape, a.dtype if dtype is None else jnp.dtype(dtype), sharding=a.sharding
+                ),
+                abstract_state(config, one_device).ema,
+            )
+            params, meta = checkpoints.restore_ema(target)
+            return config, params, meta
+        trained, meta = checkpoints.restore_ema(abstract_state(config, one_device).ema)
+    whole = dataclasses.replace(config, lora=LoraConfig(), init_from="")
+    params = load_weights(config.init_from, abstract_state(whole, one_device).ema, config.model)
+    adapters = trained.pop("lora")
+    params["decoder"]["layers"] = lora.merge(params["decoder"]["layers"], adapters, config.lora)
+    params |= trained
+    return whole, params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params), meta
 
 
 def load_weights(workdir: epath.PathLike, target: dict, model: ModelConfig) -> dict:
@@ -256,7 +267,13 @@ def load_weights(workdir: epath.PathLike, target: dict, model: ModelConfig) -> d
     Raises:
       InputError: there is no model, or one with other parameters.
     """
-    there = read_config(workdir).model
+    config = read_config(workdir)
+    there = config.model
+    require(
+        not config.lora.rank,
+        f"init_from={workdir} holds adapters; merge them first: python -m monoformer_jax.convert "
+        f"--from={workdir} --to=DIR --format=orbax",
+    )
     # How it is computed may differ; what its parameters are may not.
     changed = [
         f"{field.name} ({getattr(there, field.name)!r} there, {getattr(model, field.name)!r} now)"

@@ -91,12 +91,17 @@ def _start(config, mesh, target, batches, checkpoints):
                     f"{checkpoints.damaged_folder}; going on from step {int(state.step)} ({reason})",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
-        return state, seconds
-    state = init_state(config, mesh)
-    if config.init_from:
-        params = load_weights(config.init_from, target.params, config.model)
-        state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-    return state, 0.0
+    else:
+        state, seconds = init_state(config, mesh), 0.0
+    fresh = checkpoints.latest is None
+    if config.init_from and (fresh or config.lora.rank):
+        own = {name: leaf for name, leaf in target.params.items() if name != "lora"}
+        weights = load_weights(config.init_from, own | target.frozen, config.model)
+        state = state.replace(frozen={name: weights.pop(name) for name in target.frozen})
+        if fresh:
+            params = state.params | weights
+            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return state, seconds
 
 
 def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog) -> int:
