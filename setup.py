@@ -1,14 +1,12 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, gcs, demo (the digits), hub, tfds and test."""
+"""Installs monoformer_jax; the extras are tpu, cuda, gcs, demo (the digits), hub, plan, tfds and test."""
 
 import pathlib
 
 from setuptools import find_packages, setup
 
-# They compile the attention kernels for chips that are not there; tests read what comes out.
-COMPILERS = [
-    "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'",
-    "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'",
-]
+# They compile for chips that are not there.
+LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'"
+TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
 DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8"]
 
 setup(
@@ -46,10 +44,12 @@ setup(
         "demo": DEMO,
         "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
+        "plan": [LIBTPU],  # for machines without a TPU
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [
             *DEMO,
-            *COMPILERS,
+            LIBTPU,
+            TRITON,
             "ipykernel>=6",
             "nbclient>=0.10",
             "pytest>=8",

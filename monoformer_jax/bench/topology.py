@@ -77,7 +77,7 @@ def all_chips(topology: str, slices: int = 1) -> list[jax.Device]:
     )
     require(
         importlib.util.find_spec("libtpu") is not None,
-        "compiling for TPU needs libtpu: pip install 'monoformer_jax[tpu]'",
+        "compiling for TPU needs libtpu: pip install 'monoformer_jax[plan]'",
     )
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
