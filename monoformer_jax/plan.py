@@ -5,7 +5,7 @@
       --mesh data=2,fsdp=8 --config.batch_size=64 --json plan.json
 
 The real training step (with --mode=sample the real sampler) is compiled ahead of time with libtpu,
-which `pip install 'monoformer_jax[tpu]'` installs; memory is what the compiler says. Where it does not
+which `pip install 'monoformer_jax[plan]'` installs; memory is what the compiler says. Where it does not
 fit, the cheapest changes that make it fit are found by compiling them too, and the exit code is 2.
 """
 
