@@ -92,9 +92,9 @@ check_options() {
   [[ $POLL =~ ^[0-9]+$ ]] || bad "--poll-seconds=$POLL: a number"
   [[ $LINES_SHOWN =~ ^[0-9]+$ ]] || bad "--lines=$LINES_SHOWN: a number"
   [[ $WORKER =~ ^([0-9]+:)?[0-9]+$ ]] || bad "--worker=$WORKER: a number, or SLICE:WORKER"
-  for need in PRICE MAX_HOURS; do
-    [[ -z ${!need} || ${!need} =~ ^[0-9]*\.?[0-9]+$ ]] || bad "$need=${!need}: a number, such as 1.5"
-  done
+  local number='^[0-9]*\.?[0-9]+$'
+  [[ -z $PRICE || $PRICE =~ $number ]] || bad "--price-per-chip-hour=$PRICE: a number, such as 1.5"
+  [[ -z $MAX_HOURS || $MAX_HOURS =~ $number ]] || bad "--max-hours=$MAX_HOURS: a number, such as 1.5"
   [[ -z $TYPE ]] || check_type
 }
 
@@ -143,7 +143,7 @@ log_in() {
 
 check_tree() {
   local changed file=${CONFIG%%:*}
-  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD) || bad "$ROOT is no git checkout: the committed code is shipped"
+  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null) || bad "$ROOT is no git checkout: the committed code is shipped"
   [[ -z $file ]] || git -C "$ROOT" cat-file -e "HEAD:$file" 2>/dev/null ||
     bad "--config=$file is not in commit $COMMIT, which is what would be shipped"
   changed=$(git -C "$ROOT" status --porcelain | cut -c4- | head -n 8 | paste -sd ' ')

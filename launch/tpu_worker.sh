@@ -31,7 +31,7 @@ is_running() {
   [[ -f $RUN/pid ]] && read -r pid <"$RUN/pid" && grep -qs supervise "/proc/$pid/cmdline"
 }
 
-# Ends what may still run here, ours first and gently; then whoever else holds the chips.
+# Ends what may still run here, with time to save.
 end_trainer() {
   local pid waited
   if is_running; then
@@ -49,8 +49,9 @@ start() {
   local slice=$1 workdir=$2 stamp=$3
   shift 3
   end_trainer
-  sudo fuser --silent --kill /dev/accel* /dev/vfio/* || true # fails where nobody holds one
-  sudo rm -f "$LIBTPU_LOCK"                                  # else: "libtpu already in use"
+  # Whoever else holds the chips; fails where nobody does.
+  sudo fuser --silent --kill /dev/accel* /dev/vfio/* || true
+  sudo rm -f "$LIBTPU_LOCK" # else: "libtpu already in use"
   mkdir -p "$RUN"
   rm -f "$RUN/exit" "$RUN/stopped"
   cd "$HERE/code"

@@ -15,10 +15,13 @@ cloud = pytest.fixture(open_cloud)
 @pytest.mark.parametrize("seed", range(5))
 def test_preempted_runs_finish_with_each_step_trained_once(tmp_path, checkout, seed):
     """Fifty runs, each preempted once to three times at random calls, shown in three ways."""
+    replaced = 0
     for run in range(10):
         cloud = Cloud(tmp_path / str(run), checkout)
         rng = random.Random(10 * seed + run)
-        calls = sorted(rng.sample(range(3, 60), rng.randint(1, 3)))
+        calls = [rng.randint(4, 16)]
+        while len(calls) < 3 and rng.random() < 0.4:
+            calls.append(calls[-1] + rng.randint(8, 16))
         hows = [rng.choice(["SUSPENDED", "PREEMPTED", "NOTICE"]) for _ in calls]
         cloud.fault("preempt", "\n".join(f"{c} {how}" for c, how in zip(calls, hows)))
         done = cloud.babysit("--type=v5litepod-8")
@@ -27,6 +30,8 @@ def test_preempted_runs_finish_with_each_step_trained_once(tmp_path, checkout, s
         assert done.returncode == 0, said
         assert cloud.trained == [1, 2, 3, 4, 5], said
         assert cloud.alive() == [], said
+        replaced += len(cloud.made()) - 1
+    assert replaced >= 10  # the preemptions did happen
 
 
 def test_a_bug_ends_the_run_and_shows_the_log(cloud):
@@ -79,6 +84,22 @@ def test_a_worker_that_falls_silent_is_replaced(cloud):
     assert process.returncode == 0, err
     assert "5 times not every worker answered" in err
     assert cloud.trained == list(range(1, 201)) and len(cloud.made()) == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_half_dead_is_started_again(cloud):
+    """One of four trainers has failed and nobody watched: the other three are ended first."""
+    (cloud.folder / "steps").write_text("200")
+    cloud.fault("exit", "2 1")
+    assert cloud.tpu("run", "--poll-seconds=0", *RUN).returncode == 0
+    (cloud.folder / "faults" / "exit").unlink()
+    time.sleep(1)  # logs are named by the second
+    done = cloud.babysit()
+    assert done.returncode == 0, done.stderr
+    assert cloud.trained == list(range(1, 201)) and len(cloud.made()) == 1
+    logs = (cloud.folder / "gs" / "bucket" / "run" / "logs").glob("*.log")
+    ends = [path.read_text() for path in sorted(logs)]
+    assert ["saved at step" in text for text in ends] == [True, True, False, True] + [False] * 4
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ BAD_INPUT = [
     (["run", *RUN, "--spot", "--reservation"], "exclude each other"),
     (["run", *RUN, "--max-hours=2"], "use babysit"),
     (["run", *RUN, "--config=configs/no.py"], "--config=configs/no.py is not in commit"),
-    (["run", *RUN, "--price-per-chip-hour=cheap"], "PRICE=cheap: a number"),
+    (["run", *RUN, "--price-per-chip-hour=cheap"], "--price-per-chip-hour=cheap: a number"),
     (["setup", *SLICE], "is ABSENT; make it with: launch/tpu.sh create"),
 ]  # fmt: skip
 
@@ -247,7 +247,7 @@ def test_shellcheck_finds_nothing():
 
 
 def test_the_lock_satisfies_setup(monkeypatch):
-    """Every requirement of setup.py and its extras tpu and demo has one version, in its range."""
+    """Every requirement of setup.py and its extras tpu, gcs and demo has a version in its range."""
     asked = {}
     setuptools = SimpleNamespace(setup=asked.update, find_packages=lambda include: [])
     monkeypatch.setitem(sys.modules, "setuptools", setuptools)
@@ -256,7 +256,8 @@ def test_the_lock_satisfies_setup(monkeypatch):
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     on_a_worker = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64"}
     extras = asked["extras_require"]
-    for text in [*asked["install_requires"], *extras["tpu"], *extras["demo"], "jaxlib", "libtpu"]:
+    chosen = [need for name in ("tpu", "gcs", "demo") for need in extras[name]]
+    for text in [*asked["install_requires"], *chosen, "jaxlib", "libtpu"]:
         need = Requirement(text)
         if need.marker is None or need.marker.evaluate(on_a_worker):
             assert locked[need.name] in need.specifier, f"{text}: locked is {locked[need.name]}"
