@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, gcs, demo (the digits), hub, plan, tfds and test."""
+"""Installs monoformer_jax; extras: tpu, cuda, gcs, demo (the digits), hub, plan, tfds and test."""
 
 import pathlib
 

@@ -231,7 +231,14 @@ def damage(checkpoint, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "params/manifest.ocdbt", "optimizer", "data/metadata", "meta/metadata"]
+    "how",
+    [
+        "truncated",
+        pytest.param("params/manifest.ocdbt", marks=pytest.mark.slow),
+        pytest.param("optimizer", marks=pytest.mark.slow),
+        pytest.param("data/metadata", marks=pytest.mark.slow),
+        "meta/metadata",
+    ],
 )
 def test_whatever_is_broken_the_checkpoint_before_is_taken(config, saved, tmp_path, how):
     workdir = tmp_path / "run"
@@ -268,6 +275,7 @@ def test_trouble_with_the_storage_is_no_damage(config, saved, monkeypatch):
     assert not (saved[0] / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_which_checkpoints_stay(config, tmp_path):
     state = some_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     batches = Batches(config, ByteTokenizer())
@@ -304,6 +312,7 @@ def test_all_but_the_arrays_goes_to_a_bucket(bucket, change):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     crash(bucket, None, OSError("no"))
     assert json.loads((bucket / "starts.json").read_text())["starts"] == 1
+    assert list((bucket / "tensorboard").iterdir())
     assert "OSError: no" in (bucket / "errors" / "error_of_process_0.txt").read_text()
 
 

@@ -1,7 +1,7 @@
-"""The train command with a fault in it, for tests: FAULT=KIND:STEP in the environment.
+"""The train command with a fault in it, for tests: FAULT=SIGNAL:BATCH in the environment.
 
-KIND is a signal that the process sends itself when it has read the batch of STEP, or `sleep`: that
-batch never comes. After a signal that it outlives, its steps take long enough for all to hear of it.
+The process sends itself this signal when it asks for this batch of its start, counted from 1. If it
+outlives that, its steps take long enough for all to hear of it.
 """
 
 import os
@@ -14,19 +14,17 @@ from monoformer_jax.train import __doc__ as doc
 from monoformer_jax.train import add_arguments, main
 
 
-def with_fault(kind, at):
+def with_fault(name, at):
     whole = RowIterator.__next__
     read = 0
 
     def faulty(self):
         nonlocal read
-        read += 1  # the first batch is read twice, by the check before the run
+        read += 1  # the check before the run reads one too
         if read <= at:
             return whole(self)
-        if kind == "sleep":
-            time.sleep(3600)
         if read == at + 1:
-            os.kill(os.getpid(), signal.Signals[kind])
+            os.kill(os.getpid(), signal.Signals[name])
         time.sleep(0.1)
         return whole(self)
 
@@ -35,6 +33,6 @@ def with_fault(kind, at):
 
 if __name__ == "__main__":
     if os.environ.get("FAULT"):
-        kind, _, step = os.environ["FAULT"].partition(":")
-        with_fault(kind, int(step))
+        name, _, batch = os.environ["FAULT"].partition(":")
+        with_fault(name, int(batch))
     run_command("train", doc, add_arguments, main)

@@ -41,7 +41,7 @@ def free_port():
 
 
 def run(count, workdir, *overrides, faults=None):
-    """The train command in `count` processes; faults: {process: "KIND:STEP"}, see faulty_train.py.
+    """The train command in `count` processes; faults: {process: "SIGNAL:BATCH"}, see faulty_train.py.
 
     Returns exit codes and (stdout, stderr) of each. All of them must end by themselves.
     """
