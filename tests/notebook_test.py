@@ -1,15 +1,21 @@
-"""launch/colab_digits.ipynb runs from the first cell to the last, here on the CPU."""
+"""The notebooks of launch/ run from the first cell to the last, here on the CPU and tiny."""
 
 import re
+import shutil
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import REFERENCE, ROOT
+from convert_test import write_words
 from PIL import Image
 
-NOTEBOOK = ROOT / "launch" / "colab_digits.ipynb"
+from monoformer_jax.data.tokenizer import NEW_SPECIALS
+from monoformer_jax.pretrained.exchange import find_source, open_source, write_workdir
+from monoformer_jax.training.workdir import read_config
+
+VAE = REFERENCE / "vae_tiny16"
 
 
 def fill_in(notebook, **values):
@@ -29,20 +35,71 @@ def printed(cell) -> str:
     return "".join(out.get("text", "") for out in cell.outputs)
 
 
-@pytest.mark.slow
-def test_the_notebook_trains_draws_says_and_reads(tmp_path, monkeypatch):
+@pytest.fixture
+def run_notebook(monkeypatch):
+    """Runs a notebook with these fields; its code cells, with what they printed."""
     monkeypatch.setenv("MONOFORMER_SKIP_INSTALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+
+    def run(name, **fields):
+        notebook = nbformat.read(ROOT / "launch" / name, as_version=4)
+        fill_in(notebook, **fields)
+        nbclient.NotebookClient(
+            notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
+        ).execute()  # raises where a cell does
+        return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_notebook_trains_draws_says_and_reads(tmp_path, run_notebook):
     picture = tmp_path / "picture.png"  # 20 steps teach nobody to paint
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(picture)
-    fill_in(notebook, SIZE="tiny", STEPS=20, WORKDIR=str(tmp_path), PICTURE=str(picture))
-    nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
-    ).execute()  # raises where a cell does
-    install, train, draw, read = (cell for cell in notebook.cells if cell.cell_type == "code")
+    install, train, draw, read = run_notebook(
+        "colab_digits.ipynb", SIZE="tiny", STEPS=20, WORKDIR=str(tmp_path), PICTURE=str(picture)
+    )
     assert "No TPU or GPU here" in printed(install)
     assert "step" in printed(train) and (tmp_path / "metrics.jsonl").is_file()
     assert (tmp_path / "checkpoints" / "20").is_dir()
     assert "draw a seven" in printed(draw) and "two plus three is" in printed(draw)
     assert "read this: " in printed(read)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A folder of the same layout as the released one's, tiny."""
+    folder = tmp_path_factory.mktemp("hub") / "weights"
+    folder.mkdir()
+    for name in ("config.json", "weights.safetensors"):
+        shutil.copy(REFERENCE / "tiny_a" / name, folder)
+    write_words(folder / "tokenizer.json", 127, NEW_SPECIALS)
+    return folder
+
+
+def pictures(cell) -> int:
+    return sum("image/png" in out.get("data", {}) for out in cell.outputs)
+
+
+@pytest.mark.slow
+def test_released_weights_are_fetched_and_paint(tmp_path, run_notebook, weights):
+    *_, convert, paint = run_notebook(
+        "colab_imagenet.ipynb", WEIGHTS=str(weights), AUTOENCODER=str(VAE),
+        WORKDIR=str(tmp_path / "imagenet"), CLASSES="w17, w40", STEPS=2,
+    )  # fmt: skip
+    assert "read again and equal" in printed(convert)
+    assert "Please generate an image of w40." in printed(paint) and pictures(paint) == 2
+
+
+@pytest.mark.slow
+def test_fine_tuning_plans_trains_adapters_and_paints(tmp_path, run_notebook, weights):
+    base = tmp_path / "base"
+    write_workdir(base, open_source(find_source(str(weights))))
+    _, plan, _, encode, train, paint = run_notebook(
+        "colab_finetune.ipynb", PLAN_CONFIG=f"configs/finetune.py:{base}", BASE=str(base),
+        AUTOENCODER=str(VAE), PICTURES=str(tmp_path / "pictures"), RECORDS=str(tmp_path / "records"),
+        IMAGE_SIZE=2 * read_config(base).data.image_size, STEPS=2, BATCH_SIZE=2, RANK=2,
+        WORKDIR=str(tmp_path / "run"), SAMPLING_STEPS=2,
+    )  # fmt: skip
+    assert "memory of a chip" in printed(plan) and "8 examples" in printed(encode)
+    assert "step 2/2" in printed(train) and pictures(paint) == 2
