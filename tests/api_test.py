@@ -49,11 +49,12 @@ def test_the_example_of_the_readme_runs(workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent.parent)
     said = {}
     exec(compile(readme_example(), "README.md", "exec"), said)
-    assert said["seven"].size == (8, 8)
-    assert said["texts"] == [""] and said["answer"] == []
-    first, second = (turn["content"] for turn in said["talk"][1::2])
-    assert first == [] and [picture.size for picture in second] == [(8, 8)]
-    assert said["edited"].size == (8, 8)
+    assert [picture.size for picture in said["sevens"] + said["answer"]] == [(8, 8)] * 3
+    assert said["texts"] == [""] and said["read"] == []
+    # The rest of the turn, and what the digits are not trained for.
+    model, talk = said["model"], [*said["talk"], {"role": "user", "content": "draw a two"}]
+    assert model.chat(talk) == []
+    assert model.edit(GRAY, "darker", steps=1, output="numpy").shape == (8, 8, 1)
 
 
 def command(monkeypatch, *arguments):
