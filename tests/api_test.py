@@ -19,7 +19,8 @@ from monoformer_jax.api import Eyes, Model
 from monoformer_jax.config import InputError
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import autoencoder, monoformer
-from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir
+from monoformer_jax.training.checkpoint import Checkpoints
+from monoformer_jax.training.workdir import claim_workdir
 
 GRAY = PIL.Image.new("RGB", (30, 20), "gray")
 
