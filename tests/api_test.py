@@ -19,7 +19,8 @@ from monoformer_jax.api import Eyes, Model
 from monoformer_jax.config import InputError
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import autoencoder, monoformer
-from monoformer_jax.training.checkpoint import Checkpoints, claim_workdir
+from monoformer_jax.training.checkpoint import Checkpoints
+from monoformer_jax.training.workdir import claim_workdir
 
 GRAY = PIL.Image.new("RGB", (30, 20), "gray")
 
@@ -49,11 +50,12 @@ def test_the_example_of_the_readme_runs(workdir, monkeypatch):
     monkeypatch.chdir(workdir.parent.parent)
     said = {}
     exec(compile(readme_example(), "README.md", "exec"), said)
-    assert said["seven"].size == (8, 8)
-    assert said["texts"] == [""] and said["answer"] == []
-    first, second = (turn["content"] for turn in said["talk"][1::2])
-    assert first == [] and [picture.size for picture in second] == [(8, 8)]
-    assert said["edited"].size == (8, 8)
+    assert [picture.size for picture in said["sevens"] + said["answer"]] == [(8, 8)] * 3
+    assert said["texts"] == [""] and said["read"] == []
+    # The rest of the turn, and what the digits are not trained for.
+    model, talk = said["model"], [*said["talk"], {"role": "user", "content": "draw a two"}]
+    assert model.chat(talk) == []
+    assert model.edit(GRAY, "darker", steps=1, output="numpy").shape == (8, 8, 1)
 
 
 def command(monkeypatch, *arguments):

@@ -11,6 +11,7 @@ from monoformer_jax.batch import PATCH, TEXT, number_images, patchify
 from monoformer_jax.config import InputError, SamplingConfig
 from monoformer_jax.data.documents import Features, Image, build
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.generation import text
 from monoformer_jax.generation.image import generate_images
 from monoformer_jax.generation.interleaved import Session
 from monoformer_jax.generation.text import TextSampling
@@ -71,8 +72,8 @@ def forward(interleaved, params):
 
 
 def session(config, params, rows, sampling=SAMPLING, **options):
-    text = TextSampling(temperature=0.8)
-    return Session(config, params, TOKENIZER, rows, sampling=sampling, text=text, **options)
+    chosen = TextSampling(temperature=0.8)
+    return Session(config, params, TOKENIZER, rows, sampling=sampling, text=chosen, **options)
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,30 @@ def test_painted_images_go_through_the_vision_encoder_of_a_model_that_has_one(in
     logits = monoformer.bind(model, params).text_logits(s._rows.hidden)
     np.testing.assert_allclose(logits[0], want[-1], atol=1e-5)
     assert jnp.isfinite(logits).all()
+
+
+def test_a_stop_text_leaves_the_row_as_if_it_had_not_been_begun(interleaved, params, monkeypatch):
+    """Also where it begins among tokens that stand in the cache already."""
+    monkeypatch.setattr(text, "_CHUNK", 4)
+    letters = np.isin(np.arange(params["text_head"].shape[1]), TOKENIZER.encode("abcdefghijklmnop"))
+    params = params | {"text_head": params["text_head"] * letters}
+
+    def written(stop):
+        s = Session(interleaved, params, TOKENIZER, 1, text=TextSampling(stop=stop))
+        s.add([["so"]])
+        return s, s.write([12])[0]
+
+    _, free = written(())
+    assert len(free.tokens) == len(free.text) == 12, free
+    s, got = written((free.text[2:6],))
+    assert (got.text, got.why) == (free.text[:2], "stop")
+    assert s.lengths[0] == len(s.stream(0)["tokens"]) == 1 + 2 + 2
+    with pytest.raises(InputError, match="row 0 has nothing to continue"):
+        s.write([4])
+    s.add([["!"]])
+    fresh = Session(interleaved, params, TOKENIZER, 1)
+    fresh.add([["so" + got.text + "!"]])
+    np.testing.assert_allclose(s._rows.hidden, fresh._rows.hidden, atol=1e-5)
 
 
 def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):

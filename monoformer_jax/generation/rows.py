@@ -21,11 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PAD, TEXT
-from monoformer_jax.config import ModelConfig
+from monoformer_jax.config import ModelConfig, require
 from monoformer_jax.data.documents import Document
 from monoformer_jax.generation.streams import bucket, stack
 from monoformer_jax.models import monoformer
-from monoformer_jax.models.monoformer import MonoFormer, attention_mask
+from monoformer_jax.models.monoformer import attention_mask
 from monoformer_jax.nn.decoder import KVCache
 from monoformer_jax.parallel import BATCH
 
@@ -77,7 +77,8 @@ def aligned(cache: KVCache, ends: jax.Array, slots: int) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames="slots")
 def keep(rows: Rows, tokens: jax.Array, kept: jax.Array, slots: int) -> Rows:
-    """Rows that keep the first kept[b] of the tokens [B, L] in the last L slots.
+    """Rows that keep the first kept[b] of the tokens [B, L] in the last L slots; less than 0 takes
+    away from those before.
 
     `hidden` stays that of the last token that ran: a row that lost some goes on with `extend`.
     """
@@ -116,18 +117,14 @@ def extend(params: dict, rows: Rows, block: dict[str, jax.Array], c: ModelConfig
     Its images are context: their noise level is 0. PAD stands on the right, and a row of nothing
     but PAD stays as it is.
     """
-    return extend_with(monoformer.bind(c, params), rows, block, slots)
-
-
-def extend_with(model: MonoFormer, rows: Rows, block: dict[str, jax.Array], slots: int) -> Rows:
     batch, length = block["tokens"].shape
-    mask = attention_mask(model.config, block)
+    mask = attention_mask(c, block)
     real = block["kinds"] != PAD
     stop = mask.stop + rows.slots
     start = jnp.where(real, rows.starts[:, None], stop)
     positions = rows.lengths[:, None] + jnp.arange(length)
     cache = with_room(rows.cache, length)
-    hidden, cache = model(
+    hidden, cache = monoformer.bind(c, params)(
         block | {"positions": positions}, jnp.zeros((batch, 1)), IntervalMask(start, stop), cache
     )
     count = real.sum(1)
@@ -143,7 +140,12 @@ def extend_with(model: MonoFormer, rows: Rows, block: dict[str, jax.Array], slot
 def prefill(
     params: dict, documents: Sequence[Document], pad_id: int, c: ModelConfig, mesh: Mesh | None
 ) -> Rows:
-    """Runs whole documents once, cut over the mesh if there is one."""
+    """Runs whole documents once, cut over the mesh if there is one.
+
+    Raises:
+      InputError: there are none.
+    """
+    require(len(documents) > 0, "there is no prompt: give at least one")
     slots = bucket(max(len(document["tokens"]) for document in documents))
     block = place(stack(documents, slots, pad_id), mesh)
     return extend(params, no_rows(c, len(documents)), block, c, slots)

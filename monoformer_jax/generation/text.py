@@ -162,7 +162,7 @@ def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, 
         w.why, w.text = "stop", w.text[: min(places)]
         while len(tokenizer.decode(w.tokens)) > len(w.text):
             w.tokens.pop()
-        kept = max(len(w.tokens) - before, 0)
+        kept = len(w.tokens) - before  # below 0 where it began among tokens that were kept before
     return kept
 
 
