@@ -41,8 +41,8 @@ def test_a_run_that_fits(tmp_path, capsys, config):
     shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert found["parameters"] == count
-    # Weights, their average and two moments, most of them in four parts; and a small batch.
-    assert 16 * count / 4 < found["arguments_gib"] * 2**30 < 16 * count / 2
+    # Weights, their average and two moments in four parts; small arrays are padded to whole tiles.
+    assert 16 * count / 4 < found["arguments_gib"] * 2**30 < 2**22
     assert 0 < found["temporaries_gib"] < found["peak_gib"] < 1
     assert found["step_seconds_floor"] > 16 * count / 4 * 2 / 819e9
     assert "mesh data=1, fsdp=4, tensor=1" in said and "all-gather" in said
