@@ -49,6 +49,18 @@ def test_a_run_that_fits(tmp_path, capsys, config):
 
 
 @pytest.mark.slow
+def test_the_sampler_is_planned_too(tmp_path, capsys, config):
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    file = tmp_path / "plan.json"
+    options = ["--mesh", "data=2,tensor=2", "--config.sampling.steps=3", "--json", str(file)]
+    assert run("--topology=v5e:2x2", "--mode=sample", *options) == 0
+    found = json.loads(file.read_text())
+    # 16 images of 17 tokens, 3 steps of two evaluations of two branches.
+    assert found["flops_per_step"] > 16 * 17 * 12 * flops.layers(config.model)
+    assert "a call for 8 images a device takes at least" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_gets_changes_that_do(capsys):
     """16 rows of 4096 tokens a device with dense scores: halving what is alive at once is enough."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
