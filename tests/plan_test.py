@@ -96,7 +96,7 @@ def test_a_mistake_is_one_sentence(arguments, message):
 
 def test_a_missing_libtpu_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'monoformer_jax\[tpu\]'"):
+    with pytest.raises(InputError, match=r"pip install 'monoformer_jax\[plan\]'"):
         all_chips("v5e:2x2")
 
 
