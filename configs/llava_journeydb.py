@@ -8,10 +8,11 @@ TinyLlama's size and weights (`convert` makes the start); pictures to look at an
 whole documents. Learning rate, average, clipping, mixture and the weights of the losses are the
 original's. It has not been run at this size.
 
-@@PLAN@@
+`python -m monoformer_jax.plan --config=configs/llava_journeydb.py --topology=v5e:4x4` tells what it
+needs: its program is that of journeydb_ultrachat.py. Nothing was timed.
 """
 
-from monoformer_jax.config import base_config, named_size
+from monoformer_jax.config import base_config, named_size, require
 
 # Packed rows of 2048 tokens a step; 64 of them hold about as many documents as a step of the
 # original, whose rows held one each. The learning rate grows with the square root.
@@ -20,6 +21,7 @@ BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 def get_config(target: str = "v5e-64"):
     """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
+    require(target in BATCH, f"there is no target {target!r}; there are {', '.join(BATCH)}")
     c = base_config()
     c.name = "llava_journeydb"
     c.batch_size = BATCH[target]

@@ -53,7 +53,9 @@ def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     require(int(np.prod(sizes)) == len(devices), f"{given} does not fit {len(devices)} devices")
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Hosts of GPUs have the attribute too, but NVIDIA's libraries know the way between them.
+    of_tpu = [getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices]
+    slices = len(set(of_tpu))
     require(c.slices == slices, f"mesh.slices={c.slices}, but the devices are in {slices}")
     require(
         sizes[0] % slices == 0, f"mesh.data={sizes[0]} is not a multiple of its {slices} slices"

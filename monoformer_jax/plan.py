@@ -77,6 +77,8 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     """The report, line by line."""
+    from monoformer_jax.bench.estimate import IMAGES
+
     config, chip, mesh = found.config, found.chip, found.mesh
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     model = f"{found.parameters / 1e6:,.1f} M parameters"
@@ -95,7 +97,8 @@ def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     )
     if not found.fits:
         return
-    yield "collectives of a step: kind, mesh axes, calls, MB that a device sends"
+    unit = "step" if mode == "train" else f"call for {IMAGES} images a device"
+    yield f"collectives of a {unit}: kind, mesh axes, runs, MB that a device sends"
     totals: collections.Counter = collections.Counter()
     calls: collections.Counter = collections.Counter()
     for one in found.sent:
@@ -104,17 +107,17 @@ def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
         calls[key] += one.times
     for (kind, over), size in totals.most_common():
         yield f"  {kind:<20}{over:<12}{calls[kind, over]:>7}{size:12.1f}"
-    yield from _times(found, mode)
+    yield from _times(found, mode, unit)
 
 
-def _times(found: Estimate, mode: str) -> Iterator[str]:
+def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
     config, chip = found.config, found.chip
     compute, hbm, ici = (1e3 * seconds for seconds in found.floors().values())
-    yield "a step takes at least the largest of three, ms"
+    yield f"a {unit} takes at least the largest of three, ms"
     yield f"  compute {compute:10.4g}   products of the blocks at {chip.tflops:g} TFLOP/s in bfloat16"
     yield f"  HBM     {hbm:10.4g}   state read and written once at {chip.hbm_gbs:g} GB/s"
     yield f"  ICI     {ici:10.4g}   collectives over all links, {chip.ici_gbs:g} GB/s out"
-    yield f"model FLOPs of a step: {found.flops:.3e}"
+    yield f"model FLOPs of a {unit}: {found.flops:.3e}"
     if mode == "sample":
         return
     tokens = config.batch_size * config.data.row_length

@@ -75,6 +75,26 @@ def test_every_config_file_makes_a_config():
     assert files
     for file in files:
         load_config(str(file), [])
+        load_config(f"{file}:tiny", [])
+        with pytest.raises(InputError, match=r"there is no .* 'huge'; there are "):
+            load_config(f"{file}:huge", [])
+
+
+@pytest.mark.parametrize("name", ["imagenet256", "journeydb_ultrachat", "llava_journeydb"])
+def test_the_large_configs_differ_by_slice_and_size(name):
+    """More chips, more rows and as many tokens over the run; the 7 B model has rows of 4096."""
+    made = {
+        target: load_config(f"{ROOT}/configs/{name}.py:{target}", [])
+        for target in ("v5e-64", "v6e-64", "v5e-256", "7b")
+    }
+    assert len({c.batch_size * c.steps for c in made.values()}) == 1
+    small, large = made["v5e-64"], made["7b"]
+    assert (
+        dataclasses.replace(small.model, **named_size("7b")) == large.model
+        and large.data.row_length == 4096
+    )
+    assert set(small.data.mixture) == set(small.data.records)
+    assert made["v5e-256"].optimizer.learning_rate == pytest.approx(2e-4)
 
 
 def test_every_key_is_read_somewhere():

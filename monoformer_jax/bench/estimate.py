@@ -4,20 +4,25 @@ traffic, and a lower bound of its time."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import time
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax import batch as contract
 from monoformer_jax.bench import flops
 from monoformer_jax.bench.collectives import Collective, collectives
 from monoformer_jax.bench.topology import CHIPS, Chip, all_chips, chip_of
 from monoformer_jax.config import Config, require
+from monoformer_jax.diffusion.solvers import make_grid
 from monoformer_jax.generation import image
-from monoformer_jax.parallel import BATCH, check_batch_size, make_mesh
+from monoformer_jax.generation.rows import no_rows
+from monoformer_jax.models import monoformer
+from monoformer_jax.nn.decoder import KVCache
+from monoformer_jax.parallel import BATCH, check_batch_size, make_mesh, parameter_shardings
 from monoformer_jax.training.state import abstract_state, make_train_step
 
 GIB = 2**30
@@ -126,7 +131,7 @@ def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
     """
     mesh, chip = slice_mesh(config, topology), CHIPS[chip_of(topology)]
     program, arguments = _PROGRAMS[mode](config, mesh)
-    params = jax.eval_shape(lambda: abstract_state(config, mesh).params)
+    params = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
     begin = time.perf_counter()
     fits, aliased, sent = True, 0, ()
     given = bytes_on_device(arguments)
@@ -180,35 +185,48 @@ def _placed(tree, sharding: NamedSharding):
 
 
 def _sample_program(config: Config, mesh: Mesh):
-    """Many images at once, as `sample` paints them after their prompts."""
-    c, images = config.model, IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
-    rows, guided = NamedSharding(mesh, BATCH), 1 if config.sampling.guidance == 1 else 2
-    streams = {
-        name: jax.ShapeDtypeStruct((images * guided, PROMPT, *field.shape[2:]), field.dtype)
-        for name, field in contract.spec(config).items()
-        if name not in ("targets", "target_weights", "patch_logvar")
-    }
+    """All steps of many images at once, after prompts that have run."""
+    c, images = config.model, _images(mesh)
+    branches = image.branch_count(config.sampling, shown=False)
+    canvas = image.make_canvas(config, config.sampling, (config.data.image_size,) * 2, branches)
+    params = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
+    params = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        params, parameter_shardings(monoformer.parameter_axes(c), params, mesh),
+    )  # fmt: skip
+    by_rows = NamedSharding(mesh, BATCH)
+    cache_of_prompts = functools.partial(KVCache.create, c, images * branches, PROMPT)
+    rows = jax.eval_shape(lambda: no_rows(c, images * branches).replace(cache=cache_of_prompts()))
+    heads = NamedSharding(mesh, PartitionSpec(None, *BATCH, None, "tensor"))
+    cache = KVCache(
+        *_placed((rows.cache.k, rows.cache.v), heads),
+        _placed(rows.cache.index, NamedSharding(mesh, PartitionSpec())),
+    )
+    rows = _placed(rows.replace(cache=None), by_rows).replace(cache=cache)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    side = config.data.image_size // c.patch_size
-    static = image._Static(c, config.max_images, side, config.sampling)
+    x = jax.ShapeDtypeStruct((images, canvas.patches, c.patch_dim), "float32")
 
-    def sample(params, streams, keys):
+    def sample(params, rows, x, keys):
+        grid = make_grid(config.sampling.solver, config.sampling.steps, config.sampling.shift)
+        guidance = image.make_guidance(config.sampling)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return image._paint(params, streams, keys, static)
+            return image.paint(params, rows, x, keys, grid, guidance, 0, grid.steps, canvas)
 
-    params = abstract_state(config, mesh).ema
-    return jax.jit(sample), (params, _placed(streams, rows), _placed(keys, rows))
+    return jax.jit(sample), (params, rows, *_placed((x, keys), by_rows))
 
 
 def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Of the images of one call, and of the blocks alone."""
-    c, s = config.model, config.sampling
-    evaluations = s.steps * (2 if s.solver == "heun" else 1) * (1 if s.guidance == 1 else 2)
-    images = IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
-    n = config.image_tokens
-    pairs = flops.attention(c) * n * (n + PROMPT)
-    blocks = images * evaluations * n * flops.layers(c)
-    return blocks + images * evaluations * (pairs + n * flops.patch(c)), blocks
+    c, s, n = config.model, config.sampling, config.image_tokens
+    steps = int(make_grid(s.solver, s.steps, s.shift).steps)
+    passes = steps * (2 if s.solver == "heun" else 1) * image.branch_count(s, shown=False)
+    blocks = _images(mesh) * passes * n * flops.layers(c)
+    rest = n * (n + PROMPT) * flops.attention(c) + n * flops.patch(c)
+    return blocks + _images(mesh) * passes * rest, blocks
+
+
+def _images(mesh: Mesh) -> int:
+    return IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 _PROGRAMS = {"train": _train_program, "sample": _sample_program}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -49,12 +50,13 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(c, rngs)
 
     def __call__(self, x, positions, mask, cache, index, adapters):
-        own = {} if adapters is None else adapters
-        out, cache = self.attention(
-            self.attention_norm(x), positions, mask, cache, index, own.get("attention")
-        )
+        own, shape = {} if adapters is None else adapters, x.shape
+        if cache is None:  # training: the gradients of three dimensions cost a CPU twice the time
+            x = rearrange(x, "B L D -> (B L) D")
+        h = self.attention_norm(x)
+        out, cache = self.attention(h, positions, mask, cache, index, own.get("attention"))
         x = x + out
-        return x + self.mlp(self.mlp_norm(x), own.get("mlp")), cache
+        return (x + self.mlp(self.mlp_norm(x), own.get("mlp"))).reshape(shape), cache
 
 
 class Decoder(nnx.Module):

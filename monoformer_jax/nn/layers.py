@@ -86,19 +86,19 @@ class Attention(nnx.Module):
         index=None,
         adapters=None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """[B, L, D] -> [B, L, D].
+        """[B, L, D] -> [B, L, D], or both as [B·L, D].
 
         With a cache (k, v), each [B, S, K, H], the new keys and values are written to the slots
         index … index + L, the mask ranges over all S slots, and the new cache is returned.
         `adapters` are those of this block, see `lora`.
         """
-        c, dtype = self.config, x.dtype
+        c, dtype, length = self.config, x.dtype, positions.shape[1]
 
         def project(name):
             # As [D, N·H], so that the kernels take the product as it comes, with no copy to transpose.
             kernel = getattr(self, name)[...].astype(dtype)
             y = lora.add(x @ rearrange(kernel, "D N H -> D (N H)"), x, adapters, name)
-            return rearrange(y, "B L (N H) -> B L N H", H=c.head_dim)
+            return y.reshape(-1, length, y.shape[-1] // c.head_dim, c.head_dim)
 
         q, k, v = project("q"), project("k"), project("v")
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
         out = attend(q, k, v, mask, impl=c.attention)
-        out = rearrange(out, "B L N H -> B L (N H)")
+        out = out.reshape(*x.shape[:-1], -1)
         y = out @ rearrange(self.out[...].astype(dtype), "N H D -> (N H) D")
         return lora.add(y, out, adapters, "out"), cache
 

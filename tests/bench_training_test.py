@@ -1,0 +1,51 @@
+"""The training bench: its count of useful work against loops, and what it writes."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from monoformer_jax.attention import interval_mask
+from monoformer_jax.batch import PAD, PATCH
+from monoformer_jax.bench.__main__ import main
+from monoformer_jax.bench.training import SMALL, model_flops, random_rows
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer
+
+KEYS = {"step_ms", "tokens_per_s", "images_per_s", "model_tflops", "matmul_tflops",
+        "share_of_matmul", "peak_rss_gib", "data_wait_share"}  # fmt: skip
+
+
+def test_useful_work_is_that_of_real_tokens_and_visible_pairs(config):
+    batch, c = next(Batches(config, ByteTokenizer()).iterator), config.model
+    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    D, heads = c.embed_dim, c.num_heads * c.head_dim
+    products = 2 * D * heads + 2 * D * c.num_kv_heads * c.head_dim + 3 * D * c.mlp_dim
+    work = 0
+    for b, l in np.ndindex(batch["kinds"].shape):
+        if batch["kinds"][b, l] == PAD:
+            continue
+        seen = int(mask.stop[b, l]) - int(mask.start[b, l])
+        work += c.num_layers * (2 * products + 4 * seen * heads)
+        work += 2 * D * c.vocab_size * (batch["target_weights"][b, l] > 0)
+        work += 4 * D * c.patch_dim * (batch["kinds"][b, l] == PATCH)
+    assert model_flops(batch, config) == 3 * work
+
+
+def test_random_rows_are_one_caption_and_one_picture():
+    batch = next(random_rows(SMALL))
+    assert batch["tokens"].shape == (8, 64 + 257) and (batch["kinds"] != PAD).all()
+    assert ((batch["kinds"] == PATCH).sum(1) == 256).all()
+
+
+@pytest.mark.slow
+def test_the_bench_writes_its_numbers(tmp_path, capsys):
+    file, config = tmp_path / "training.json", ROOT / "configs" / "digits.py:tiny"
+    assert main(["training", f"--config={config}", "--steps=2", "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert set(found) == KEYS and "step_ms" in capsys.readouterr().out
+    assert found["tokens_per_s"] == pytest.approx(4 * 160 / found["step_ms"] * 1e3, rel=1e-6)
+    assert 0 < found["share_of_matmul"] < 1 and 0 <= found["data_wait_share"] < 1
+    assert main(["training", f"--config={config}", "--config.steps=no"]) == 2
+    assert "steps='no' is not of type int" in capsys.readouterr().err
