@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 from fixtures import FOLDERS, cases, channels_last, close, label, sections_of
 
+from monoformer_jax.config import InputError
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.models import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_source
@@ -58,6 +59,13 @@ def test_the_default_autoencoder_is_the_published_one():
     shapes = by_path(shapes_of(autoencoder, autoencoder.AutoencoderConfig()))
     assert len(shapes) == 248
     assert sum(math.prod(v.shape) for v in shapes.values()) == 83_653_863
+
+
+def test_an_autoencoder_whose_latents_are_moved_is_refused():
+    config = sd_vae.write_config(autoencoder.AutoencoderConfig()) | {"latents_mean": None}
+    assert sd_vae.read_config(config) == autoencoder.AutoencoderConfig()
+    with pytest.raises(InputError, match=r"shift_factor=.* is not computed here"):
+        sd_vae.read_config(config | {"shift_factor": 0.1})
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f.kind == "vae"], ids=label)
