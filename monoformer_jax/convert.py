@@ -96,6 +96,11 @@ def _summary(weights) -> str:
         theirs = entry.name.replace("{}", "*") if entry.path in mapped else "(fresh)"
         lines.append(f"{entry.path:<38} {shapes[entry.path]!s:<24} {theirs}")
     total = sum(math.prod(shape) for shape in shapes.values())
+    if weights.left_out:
+        lines.append(
+            f"left out: {len(weights.left_out)} tensors of a frozen vision encoder, which has its own "
+            f"folder: {weights.left_out[0]} …"
+        )
     lines.append(f"{total:,} parameters, the padding of the vocabulary included")
     return "\n".join(lines)
 

@@ -2,6 +2,9 @@
 
 A folder holds io.npz (keys CASE/NAME), config.json and weights.safetensors. What kind of model it is
 stands in its config.json, and what a case can check is told by the arrays that it holds.
+tiny_b and tiny_c have random weights and what the others lack: patches of one and of four, one
+key/value head, other special tokens, a model that is causal and places patches at every layer as its
+config says, no learned sigma, shards and a .bin (recorded with torch 2.13, transformers 4.38, CPU).
 """
 
 import dataclasses
@@ -13,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from conftest import REFERENCE
 
+from monoformer_jax.config import InputError
+from monoformer_jax.diffusion import ddpm
 from monoformer_jax.pretrained.folder import open_weights
 from monoformer_jax.pretrained.table import open_tree, read_tree
 
@@ -43,29 +48,74 @@ class Folder:
         return read_tree(open_tree(table, tensors, target, ignored=ignored, source=str(self.path)))
 
 
+FILES = ("config.json", "io.npz", "param_shapes.json")
+
+
 def _kind(path):
     if not (path / "config.json").is_file():
         return "shapes" if (path / "param_shapes.json").is_file() else "diffusion"
     config = json.loads((path / "config.json").read_text())
     if "block_out_channels" in config:
         return "vae"
-    if config["model_type"] == "clip_vision_model":
+    if config["model_type"] in ("clip", "clip_vision_model"):
         return "clip"
     return "monoformer" if "decoder_t_embed" in config else "llama"
 
 
-FOLDERS = [Folder(path, _kind(path)) for path in sorted(ROOT_FOLDER.iterdir()) if path.is_dir()]
+FOLDERS = [
+    Folder(path, _kind(path))
+    for path in sorted(ROOT_FOLDER.iterdir())
+    if any((path / file).is_file() for file in FILES)
+]
+
+# What is checked, of which kind of model, and the arrays that a case must hold for it.
+CHECKS = {
+    "training": ("monoformer", ["lm_loss_raw", "total"]),
+    "gradients": ("monoformer", ["gradnorm/model.norm.weight"]),
+    "optimizer": ("monoformer", ["trace", "ema_decay"]),
+    "mask": ("monoformer", ["allowed"]),
+    "guidance": ("monoformer", ["z", "fw_x_out"]),
+    "sampling": ("monoformer", ["z", "noise", "timestep_map", "final"]),
+    "clipped sampling": ("monoformer", ["z", "noise", "timestep_map", "final_clip"]),
+    "ddim": ("monoformer", ["z", "timestep_map", "ddim_final"]),
+    "first step": ("monoformer", ["z", "noise", "sample_step0"]),
+    "first clipped step": ("monoformer", ["z", "noise", "sample_clip_step0"]),
+    "writing": ("monoformer", ["input_ids", "generated"]),
+    "layers": ("llama", ["hidden_last", "logits"]),
+    "continuation": ("llama", ["prompt", "sequences"]),
+    "autoencoder": ("vae", ["image", "moments"]),
+    "tower": ("clip", ["pixel_values", "features"]),
+    "pixels": ("clip", ["pixel_values", "image_u8"]),
+    "tables": ("diffusion", ["timestep_map"]),
+    "losses": ("diffusion", ["model_output"]),
+}
 
 
-def cases(kind, *names):
-    """pytest parameters (folder, case) of every case of the kind that holds arrays of these names."""
+def cases(*checks):
+    """pytest parameters (folder, case) of the cases that hold what one of the checks needs."""
     return [
         (folder, case)
         for folder in FOLDERS
-        if folder.kind == kind
+        if folder.kind != "shapes"
         for case, arrays in folder.cases.items()
-        if all(name in arrays for name in names)
+        if any(
+            folder.kind == CHECKS[c][0] and all(n in arrays for n in CHECKS[c][1]) for c in checks
+        )
     ]
+
+
+def sections_of(timestep_map):
+    """The respacing that keeps these steps, see `ddpm.spaced_steps`."""
+    kept, count = np.asarray(timestep_map).tolist(), len(timestep_map)
+    parts = [np.array_split(np.arange(ddpm.STEPS), n) for n in range(2, 11)]
+    counts = [",".join(str(np.isin(part, kept).sum()) for part in split) for split in parts]
+    for sections in (str(count), f"ddim{count}", *counts):
+        try:
+            if ddpm.spaced_steps(ddpm.STEPS, sections) == kept:
+                return sections
+        except InputError:  # it does not divide the chain
+            continue
+    raise AssertionError(f"no respacing keeps the steps {kept}")
 
 
 def label(value):

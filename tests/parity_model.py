@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from monoformer_jax.pretrained.model import open_pretrained
 from monoformer_jax.pretrained.table import read_tree
@@ -36,6 +37,15 @@ def inputs_of(folder, case):
 def run_config(folder, model, **groups):
     """The config of the folder, as the original trains and samples, around this model."""
     return dataclasses.replace(open_pretrained(folder.path).config, model=model, **groups)
+
+
+def first_inputs(folder, total):
+    """The training case whose loss this is: what a recorded trace of the optimizer was run on."""
+    (case,) = [
+        arrays for arrays in folder.cases.values()
+        if {"input_ids", "total"} <= arrays.keys() and np.isclose(arrays["total"], total, 1e-5, 0)
+    ]  # fmt: skip
+    return case
 
 
 class IdTokenizer:

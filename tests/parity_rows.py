@@ -1,9 +1,10 @@
 """A recorded training case as a batch of ours: what the original does to rows of ids, images and flags.
 
 Each `<image>` id becomes its time token and patches; flag 0 is an image to paint, flag 1 one to look
-at. Rows are cut at the longest length. Two oddities of the original's cutting are kept for the
-comparison: a row whose image is cut counts as text, and an image that reaches the end loses the
-position of its last patch.
+at. Rows are cut at the longest length. Oddities of the original are kept for the comparison: a row
+whose image is cut counts as text; an image that reaches the end of the batch loses the position of
+its last patch; of several images to paint in a row all show the same picture, and only the last is
+painted: the others are read as text is.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import dataclasses
 import numpy as np
 from einops import rearrange
 from fixtures import channels_last
+from flax import nnx
 
 from monoformer_jax.batch import PAD, PATCH, TEXT, TIME, patchify
 from monoformer_jax.diffusion import ddpm
@@ -44,7 +46,7 @@ class _Maker:
         self.case, self.model, self.special = case, model, special
         self.max_length = max_length
         self.features = iter(case.get("vision_features", ()))
-        self.lost, self.painted = [], []
+        self.painted = []
 
     def rows(self):
         made = [self.row(i) for i in range(len(self.case["input_ids"]))]
@@ -64,7 +66,9 @@ class _Maker:
         noise = Noise(times, batch.pop("noise"))
         valid = batch["kinds"] != PAD
         steps = t[self.painted]
-        return Rows(batch, noise, valid, self.painted, steps, self.lost)
+        at_end = batch["denoise"][:, -1] & (batch["kinds"][:, -1] == PATCH)
+        lost = [(int(i), length - 1) for i in np.flatnonzero(at_end)]
+        return Rows(batch, noise, valid, self.painted, steps, lost)
 
     def row(self, i):
         case = self.case
@@ -79,13 +83,13 @@ class _Maker:
                 parts.append(self.streams([token], TEXT))
                 labels.append([label])
                 continue
-            painted = flags[images] == 0
+            painted, last = flags[images] == 0, 0 not in flags[images + 1 :]
             images += 1
-            parts.append(self.image(i, painted, images))
+            parts.append(self.image(i, painted, last, images))
             labels.append([IGNORED_LABEL] * len(parts[-1]["tokens"]))
         row = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         labels = np.concatenate(labels)
-        is_cut = self.cut(row, i)
+        is_cut = row["denoise"][self.max_length :].any()
         row = {name: stream[: self.max_length] for name, stream in row.items()}
         labels = labels[: self.max_length]
         n = len(labels)
@@ -98,19 +102,12 @@ class _Maker:
         row["targets"] = np.where(nxt == IGNORED_LABEL, 0, nxt).astype(np.int32)
         return row
 
-    def cut(self, row, i):
-        """Whether an image is cut off; an image up to the end loses the position of its last patch."""
-        over = np.flatnonzero(row["denoise"])
-        if not len(over):
-            return False
-        end = self.max_length - 1
-        if over[-1] >= end and row["denoise"][end] and row["kinds"][end] == PATCH:
-            self.lost.append((i, end))
-        return over[-1] > end
-
-    def image(self, i, painted, number):
+    def image(self, i, painted, last, number):
         first, p = self.model.time_tokens, self.model.patch_size
-        if painted:
+        if painted and not last:
+            seen, _ = patchify(channels_last(self.case["x_t"][i]), p)
+            n = len(seen)
+        elif painted:
             clean, grid = patchify(channels_last(self.case["x_start"][i]), p)
             noise, _ = patchify(channels_last(self.case["noise"][i]), p)
             n = len(clean)
@@ -120,7 +117,9 @@ class _Maker:
         streams = self.streams([self.special["image"]] * (first + n), PATCH)
         streams["kinds"][:first] = TIME
         streams["image_ids"][:] = number
-        if painted:
+        if painted and not last:
+            streams["patches"][first:] = seen
+        elif painted:
             streams["denoise"][:] = True
             streams["patches"][first:], streams["noise"][first:] = clean, noise
             streams["grid"][first:] = grid
@@ -146,10 +145,11 @@ def forward(model, rows, seen):
     """Logits, image output and hidden states of a batch whose patches are `seen`."""
     inputs = rows.batch | {"patches": seen}
     hidden = model.embed(inputs, rows.noise.times)
-    for row, token in rows.lost_positions:
-        grid = rows.batch["grid"][row, token]
-        position = monoformer.grid_embedding(grid, model.config.embed_dim)
-        hidden = hidden.at[row, token].add(-position)
+    if rows.lost_positions:
+        config = dataclasses.replace(model.config, position_embedding="none")
+        plain = monoformer.bind(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        at = tuple(np.transpose(rows.lost_positions))
+        hidden = hidden.at[at].set(plain.embed(inputs, rows.noise.times)[at])
     mask = monoformer.attention_mask(model.config, inputs)
     again = None
     if model.config.position_embedding == "every_layer":
@@ -164,9 +164,8 @@ def pictures(patches, rows, model, side):
     made = []
     for row in rows.painted:
         here = np.flatnonzero(rows.batch["denoise"][row] & (rows.batch["kinds"][row] == PATCH))
-        last = here[rows.batch["image_ids"][row][here] == rows.batch["image_ids"][row][here].max()]
         made.append(rearrange(
-            np.asarray(patches)[row, last], "(h w) (k C p q) -> (k C) (h p) (w q)",
+            np.asarray(patches)[row, here], "(h w) (k C p q) -> (k C) (h p) (w q)",
             h=side // model.patch_size, C=model.channels, p=model.patch_size, q=model.patch_size,
         ))  # fmt: skip
     return np.stack(made) if made else np.zeros((0,))

@@ -42,6 +42,7 @@ class Weights:
         is known.
       ema: of their moving average, or of the only weights that there are.
       mapped: paths of the parameters that came from the source.
+      left_out: tensors of the source that are no parameter of ours: a frozen vision encoder.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class Weights:
     ema: dict
     mapped: tuple[str, ...]
     source: Source
+    left_out: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, dict]:
@@ -93,7 +95,8 @@ def open_source(source: Source, seed: int = 0) -> Weights:
     if config.data.tokenizer == "bytes" and not found.trained_here:
         data = dataclasses.replace(config.data, tokenizer=_TOKENIZER)
         config = dataclasses.replace(config, data=data)
-    return Weights(config, params, ema, mapped, source)
+    left_out = tuple(name for name in found.tensors if re.fullmatch(original.TOWER, name))
+    return Weights(config, params, ema, mapped, source, left_out)
 
 
 def _open_workdir(source: Source) -> Weights:

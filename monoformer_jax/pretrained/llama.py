@@ -33,6 +33,15 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Mo
     for name, value in computed.items():
         got = values.get(name, value)
         require(got == value, f"{where}: {name}={got!r} is not computed here, only {value!r}")
+    # transformers 5 keeps both keys of RoPE in one; no kind but the plain one is computed.
+    rope = {"rope_theta": values.get("rope_theta", 10_000.0)} | (
+        values.get("rope_parameters") or {}
+    )
+    rope_type = rope.get("rope_type", "default")
+    require(
+        rope_type == "default",
+        f"{where}: rope_parameters of type {rope_type!r} are not computed here, only 'default'",
+    )
     heads, width = (field(values, name, where) for name in ("num_attention_heads", "hidden_size"))
     try:
         return ModelConfig(
@@ -43,7 +52,7 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Mo
             num_kv_heads=values.get("num_key_value_heads") or heads,
             head_dim=values.get("head_dim") or width // heads,
             mlp_dim=field(values, "intermediate_size", where),
-            rope_theta=float(values.get("rope_theta", 10_000.0)),
+            rope_theta=float(rope["rope_theta"]),
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             channels=4,
             patch_size=2,

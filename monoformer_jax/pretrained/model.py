@@ -98,19 +98,19 @@ def open_pretrained(folder: Path) -> Pretrained:
     if original.is_monoformer(values) and OURS in values:
         config = Config.from_dict(values[OURS])
         table = original.table(config.model)
-        return Pretrained(folder, config, table, tensors, llama.IGNORED, trained_here=True)
+        return Pretrained(folder, config, table, tensors, original.IGNORED, trained_here=True)
     if original.is_monoformer(values):
         model = original.read_config(values, where, original.feature_dim(tensors))
         length = llama.field(values, "tokenizer_max_length", where)
         side = original.latent_side(values, where)
-        table = original.table(model)
+        table, ignored = original.table(model), original.IGNORED
     else:
         model = llama.read_config(values, where)
         vocab, length = model.vocab_size, values.get("max_position_embeddings", 2048)
         model = dataclasses.replace(model, vocab_size=vocab + SPECIALS)
         side = 32
-        table = llama.table(model, vocab)
-    return Pretrained(folder, run_config(model, length, side), table, tensors, llama.IGNORED)
+        table, ignored = llama.table(model, vocab), llama.IGNORED
+    return Pretrained(folder, run_config(model, length, side), table, tensors, ignored)
 
 
 def run_config(model: ModelConfig, length: int, side: int) -> Config:

@@ -24,7 +24,9 @@ _TIME = {"add_before_image_tokens": "token", "adaln_before_decoder": "modulation
 
 
 _FEATURES = "im_embedder.0.weight"
-IGNORED = llama.IGNORED
+# The frozen vision encoder that the original's files repeat; it is read from its own folder.
+TOWER = r"vision_encoder\..*"
+IGNORED = f"{llama.IGNORED}|{TOWER}"
 
 
 def is_monoformer(values: dict[str, Any]) -> bool:
@@ -91,6 +93,11 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
         "the original cannot see context images in both directions: it has no "
         "model.context_images='like_painted' with a vision encoder",
     )
+    require(
+        c.head_dim * c.num_heads == c.embed_dim,
+        f"the original has no model.head_dim={c.head_dim} beside model.embed_dim={c.embed_dim} and "
+        f"model.num_heads={c.num_heads}: its head_dim is their quotient",
+    )
     modes = {ours: theirs for theirs, ours in _TIME.items()}
     values = llama.write_config(c, max_length) | {
         "add_pos_embed_each_layer": c.position_embedding == "every_layer",
@@ -109,7 +116,10 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
         "use_pos_embed": c.position_embedding != "none",
     }
     if c.feature_dim:
+        # The original opens its tower from here. Ours has no key for it: this is the one of the paper.
         values["vision_encoder"] = "clip"
+        values["vision_encoder_path"] = "openai/clip-vit-large-patch14"
+        values["vision_encoder_args"] = {}
     return values
 
 

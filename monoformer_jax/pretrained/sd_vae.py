@@ -28,6 +28,11 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Au
         values["in_channels"] == values["out_channels"],
         f"{where}: in_channels and out_channels differ",
     )
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        require(
+            not values.get(name),
+            f"{where}: {name}={values.get(name)!r} is not computed here: latents are scaled, not moved",
+        )
     return AutoencoderConfig(
         image_channels=values["in_channels"],
         latent_channels=values["latent_channels"],
