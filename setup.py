@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; the extras are tpu, cuda, demo (the digits), hub, tfds and test."""
+"""Installs monoformer_jax; the extras are tpu, cuda, demo (digits and page), hub, tfds and test."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ COMPILERS = [
     "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'",
     "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'",
 ]
-DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8", "gradio>=6,<7"]
 
 setup(
     name="monoformer_jax",
