@@ -28,7 +28,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--window-size=900,1150"]  # fmt: skip
+         "--window-size=900,1250"]  # fmt: skip
 WEB = ("http", "https", "ws", "wss")
 PATIENCE = 180  # seconds; the first answer is compiled
 
