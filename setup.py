@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; extras: tpu, cuda, gcs, demo (the digits), hub, plan, tfds and test."""
+"""Installs monoformer_jax; extras: tpu, cuda, gcs, demo (digits and page), hub, plan, tfds and test."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # They compile for chips that are not there.
 LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'"
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
-DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8", "gradio>=6,<7"]
 
 setup(
     name="monoformer_jax",

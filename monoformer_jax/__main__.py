@@ -8,6 +8,7 @@ from monoformer_jax.cli import run_command
 COMMANDS = {
     "train": "train a model, or go on with one",
     "sample": "continue prompts with text or pictures",
+    "demo": "a page to talk with a model, in texts and pictures",
     "evaluate": "measure a trained model",
     "encode_latents": "a dataset as records that training reads",
     "plan": "does a run fit a TPU slice, and how fast can it be",

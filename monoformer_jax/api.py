@@ -263,6 +263,8 @@ class Model:
         template: bool | None = None,
         seed: int = 0,
         output: str = "pil",
+        preview: Callable[[int, list], None] | None = None,
+        every: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -275,6 +277,8 @@ class Model:
             an answer of this function is the content of an assistant's message.
           template: put what the user says into the original's chat template; unless told, where
             the model was trained on records, which do.
+          preview, every: called with (steps done, the answer by now) after every so many steps of an
+            image in it.
           sampling: of images, see `generate_images`.
         """
         self._check_output(output)
@@ -299,10 +303,14 @@ class Model:
             look=self.eyes.look_again,
         )  # fmt: skip
         session.add([parts])
-        answer = session.reply(max_tokens)[0]
-        return [
-            x if isinstance(x, str) else _as(self.eyes.show(x[None])[0], output) for x in answer
-        ]
+
+        def show(answer):
+            return [
+                x if isinstance(x, str) else _as(self.eyes.show(x[None])[0], output) for x in answer
+            ]
+
+        look_on = None if preview is None else lambda step, rows: preview(step, show(rows[0]))
+        return show(session.reply(max_tokens, preview=look_on, every=every)[0])
 
     def _sampling(self, changes: Mapping[str, Any]) -> SamplingConfig:
         names = [field.name for field in dataclasses.fields(SamplingConfig)]

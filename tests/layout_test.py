@@ -45,7 +45,7 @@ def test_a_room_imports_only_from_rooms_above():
 
 
 def test_every_file_is_in_a_room_or_a_command():
-    commands = {"train", "sample", "plan", "convert", "encode_latents", "evaluate", "cli",
+    commands = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "cli",
                 "api", "__init__", "__main__"}  # fmt: skip
     assert {room(path) for path in PACKAGE.rglob("*.py")} <= commands | set(ROOMS)
 

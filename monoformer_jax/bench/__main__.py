@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
+from monoformer_jax.config import InputError
+
 BENCHES = {
     "attention": "the interval attention kernels against their peers, or --static counts",
     "training": "the training step: time, useful FLOP/s, memory, waiting for data",
+    "sampling": "images and text of a model, with and without the cache of the prompt",
 }
 
 
@@ -22,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     if name not in BENCHES:
         print(f"bench {name!r} is none of {', '.join(BENCHES)}\n\n{usage}", end="", file=sys.stderr)
         return 2
-    return importlib.import_module(f"monoformer_jax.bench.{name}").main(rest)
+    try:
+        return importlib.import_module(f"monoformer_jax.bench.{name}").main(rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

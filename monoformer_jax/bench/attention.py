@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +21,13 @@ from monoformer_jax.attention import IntervalMask, dense_attention, mask_area
 from monoformer_jax.bench import attention_flex
 from monoformer_jax.bench.attention_peers import PEERS, Missing, platform
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
+from monoformer_jax.bench.matmul import matmul_tflops, milliseconds, native_dtype
 
 FLOPS = {"forward": 4, "backward": 10, "both": 14}  # a visible pair and value of the head dim
 LARGEST_ERROR = 2e-2
 TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # in a call
 HEADS = {"cpu": "4x1x64", "gpu": "16x4x128", "tpu": "16x4x128"}
 CPU_MIXES = ["text to image 256, 512 unpacked", "text to image 256, packed 2048"]
-
-
-def milliseconds(call, repeats: int) -> float:
-    """Mean time of a call, after one that compiles, waiting once at the end."""
-    jax.block_until_ready(call())
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - begin) / repeats * 1e3
-
-
-def matmul_tflops(repeats: int) -> float:
-    """Rate of a large bfloat16 matrix product (float32 on a CPU): the ceiling to compare with."""
-    size, dtype = (1024, jnp.float32) if platform() == "cpu" else (8192, jnp.bfloat16)
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    return 2 * size**3 / milliseconds(lambda: product(x, x), repeats) / 1e9
 
 
 def make_inputs(heads: str, mask: IntervalMask, dtype) -> list[jax.Array]:
@@ -88,8 +70,7 @@ def bench_mix(name: str, options: argparse.Namespace) -> list[dict]:
     count = max(options.tokens // mix.length, 1)
     # Equal rows, so that peers which fix the mask when tracing can take part.
     mask = jax.tree.map(lambda x: np.repeat(x, count, 0), sample_rows(mix, 1))
-    dtype = jnp.float32 if platform() == "cpu" else jnp.bfloat16
-    inputs = make_inputs(options.heads, mask, dtype)
+    inputs = make_inputs(options.heads, mask, native_dtype())
     query_heads, _, head_dim = map(int, options.heads.split("x"))
     useful = int(np.asarray(mask_area(mask)).sum()) * query_heads * head_dim
     rows = []
@@ -139,7 +120,7 @@ def print_rows(rows: list[dict], ceiling: float) -> None:
 def live(options: argparse.Namespace) -> dict:
     """Times everything on this machine and prints it."""
     device = jax.devices()[0]
-    ceiling = matmul_tflops(options.repeats)
+    ceiling = matmul_tflops(native_dtype(), options.repeats)
     print(f"{device.device_kind}, jax {jax.__version__}: matmul {ceiling:.3f} TFLOP/s")
     rows = []
     for name in options.mixes:

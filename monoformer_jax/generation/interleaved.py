@@ -25,6 +25,7 @@ from monoformer_jax.config import Config, SamplingConfig, require
 from monoformer_jax.data.documents import Document, Image, Part, build
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.generation.image import (
+    Preview,
     branch_count,
     branch_documents,
     check_sampling,
@@ -44,6 +45,8 @@ from monoformer_jax.generation.text import (
     text_keys,
 )
 
+# (steps that are done, the texts and images of every row by now)
+ReplyPreview = Callable[[int, list[list[str | np.ndarray]]], None]
 _IMAGE = np.uint32(2**31)  # added to the number of an image, from a row's second on
 
 
@@ -145,10 +148,18 @@ class Session:
                 self._asked[b] = w.why in ("image", "length")
         return written
 
-    def paint(self, rows: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
+    def paint(
+        self,
+        rows: Sequence[int],
+        size: tuple[int, int] | None = None,
+        *,
+        preview: Preview | None = None,
+        every: int = 0,
+    ) -> np.ndarray:
         """Paints the images that these rows have opened: float32 [len(rows), height, width, C].
 
-        They stay in the rows as clean context, with <|im_end|> after them.
+        They stay in the rows as clean context, with <|im_end|> after them; `preview` is called as by
+        `generate_images`.
 
         Raises:
           InputError: a row has no open image or no room for one, or a size over the trained one.
@@ -169,10 +180,14 @@ class Session:
         keys = jax.vmap(_image_key)(self._keys[chosen], self._painted[chosen].astype(np.uint32))
         with self._on_mesh():
             prefix = self._branches(chosen, canvas.branches)
-            *_, (_, patches, _) = paint_steps(
-                self.params, prefix, place(keys, self._mesh), canvas, self.sampling
+            walk = paint_steps(
+                self.params, prefix, place(keys, self._mesh), canvas, self.sampling, every
             )
-        images = to_images(np.asarray(patches)[: len(rows)], canvas)
+            for step, x, clean in walk:
+                patches = x if step == self.sampling.steps else clean
+                images = to_images(np.asarray(patches)[: len(rows)], canvas)
+                if preview is not None:
+                    preview(step, images)
         pieces: list[Document | None] = [None] * len(self)
         for b, image in zip(rows, images):
             piece = build([self._look(image)], self.tokenizer, self.config.model,
@@ -183,11 +198,15 @@ class Session:
         self._extend(pieces)
         return images
 
-    def reply(self, max_tokens: int) -> list[list[str | np.ndarray]]:
+    def reply(
+        self, max_tokens: int, *, preview: ReplyPreview | None = None, every: int = 0
+    ) -> list[list[str | np.ndarray]]:
         """Writes and paints until every row that was spoken to has ended.
 
         Args:
           max_tokens: most tokens of text a row; a row that is stopped by it goes on when asked again.
+          preview, every: called after every so many steps of an image with what this returns, in
+            which the images that are under way stand as estimated by then.
 
         Returns:
           The new texts and images of each row, in order.
@@ -203,7 +222,15 @@ class Session:
                 if w.why == "image":
                     opened.append(b)
                 left[b] = left[b] - len(w.tokens) if w.why == "image" else 0
-            for b, image in zip(opened, self.paint(opened) if opened else ()):
+            if not opened:
+                continue
+
+            def unfinished(step, images, opened=tuple(opened)):
+                now = dict(zip(opened, images))
+                preview(step, [[*r, now[b]] if b in now else r for b, r in enumerate(replies)])
+
+            images = self.paint(opened, preview=preview and unfinished, every=every)
+            for b, image in zip(opened, images):
                 replies[b].append(image)
         return replies
 

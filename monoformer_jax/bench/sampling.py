@@ -1,0 +1,330 @@
+"""How fast a model paints and writes on this machine, and what keeping the prompt's cache saves.
+
+    python -m monoformer_jax.bench sampling                 8 images, 20 steps, prompts of 64 tokens
+    python -m monoformer_jax.bench sampling --sweep         and other batches, steps and prompts
+    python -m monoformer_jax.bench sampling --workdir=runs/digits --prompt_tokens=16
+    python -m monoformer_jax.bench sampling --compare=DIR   next to what others took for the same
+
+Without --workdir the model has 6.6 M fresh parameters (8 layers of 256, 8 query and 4 key/value heads)
+and images of 256 patches. Every image is guided, which makes two rows of it; Euler's solver runs the
+model once a step, as DDPM and DDIM do. Everything is compiled before the clock starts.
+
+DIR holds a JSON file for each implementation and each work that it was timed on:
+{"name": "…", "seconds": 18.2, "images": 8, "steps": 20, "prompt_tokens": 64}
+
+In the JSON that is written:
+  seconds              from the prompts to the images
+  uncached_seconds     the same images where the prompt is computed anew at every step
+  prefix_cache_saves   the share of uncached_seconds that the prompt's cache saves
+  share_of_matmul      floating-point operations of the decoder that the images need, a second, over
+                       those of a large matrix product in the same dtype
+  denoising_starts_ms  of a single image: from its prompt to the start of denoising
+  first_image_ms       of a single image: from its prompt to the image
+  text_tokens_per_s    of as many rows as there are images, each writing 64 tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
+from monoformer_jax.bench.sampling_uncached import paint_uncached
+from monoformer_jax.config import (
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    SamplingConfig,
+    require,
+)
+from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from monoformer_jax.generation.image import branch_documents, generate_images
+from monoformer_jax.generation.rows import prefill
+from monoformer_jax.generation.streams import prompt
+from monoformer_jax.generation.text import GREEDY, make_choice, row_keys, write
+from monoformer_jax.models import monoformer
+from monoformer_jax.training.checkpoint import load_trained
+
+TEXT_TOKENS = 64  # that a row writes
+WORK = ("images", "steps", "prompt_tokens")
+LARGEST_DIFFERENCE = 2e-2  # of the cached images and the uncached, over the largest value
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    config: Config
+    params: dict = dataclasses.field(repr=False)
+    tokenizer: Tokenizer = dataclasses.field(repr=False)
+
+
+def fresh_subject(dtype: str) -> Subject:
+    """The model that is measured without --workdir."""
+    model = ModelConfig(
+        vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
+        mlp_dim=704, channels=4, patch_size=2, dtype=dtype, remat="none",
+    )  # fmt: skip
+    config = Config(model=model, data=DataConfig(image_size=32, row_length=8192))
+    return Subject(config, monoformer.init(model, jax.random.key(0)), ByteTokenizer())
+
+
+def trained_subject(workdir: Path) -> Subject:
+    config, params, _ = load_trained(workdir)
+    return Subject(config, params, open_tokenizer(config.data, workdir, config.model.vocab_size))
+
+
+def words(tokenizer: Tokenizer, tokens: int) -> str:
+    """A text of so many tokens."""
+    text = ""
+    while (count := len(tokenizer.encode(text))) < tokens:
+        text += " a" if count + 2 <= tokens else "a"
+    require(count == tokens, f"no text of exactly {tokens} tokens was found for this tokenizer")
+    return text
+
+
+def needed_flops(config: Config, prompt_tokens: int, evaluations: int) -> float:
+    """Of the decoder for one guided image: products of its matrices, and visible pairs in attention.
+
+    The prompt, and the <s> and <|im_start|> of the unguided branch, run once.
+    """
+    c, image = config.model, config.image_tokens
+    patches = image - c.time_tokens
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrices = c.embed_dim * (2 * queries + 2 * keys + 3 * c.mlp_dim)
+    flops = 0
+    for prefix in (prompt_tokens, 2):
+        # A patch sees all of its image, the time token what came before it and itself.
+        seen = patches * (prefix + image) + c.time_tokens * (prefix + 1)
+        pairs = prefix * (prefix + 1) / 2 + evaluations * seen
+        tokens = prefix + evaluations * image
+        flops += c.num_layers * (2 * matrices * tokens + 4 * queries * pairs)
+    return flops
+
+
+def seconds_of(call: Callable[[], object], repeats: int) -> float:
+    """Median time of a call that gives host arrays."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def painter(subject: Subject, text: str, solver: str, paint=generate_images):
+    """(images, steps) -> the images, as `generate_images` gives them."""
+    config, params, tokenizer = subject.config, subject.params, subject.tokenizer
+
+    def run(images: int, steps: int) -> np.ndarray:
+        sampling = SamplingConfig(solver=solver, steps=steps, guidance=2.0)
+        return paint(config, params, tokenizer, [[text]] * images, sampling=sampling)
+
+    return run
+
+
+def time_painting(subject: Subject, images: int, steps: int, prompt_tokens: int,
+                  options: argparse.Namespace, ceiling: float) -> dict:  # fmt: skip
+    """Seconds of one work, and the rates that follow from them."""
+    run = painter(subject, words(subject.tokenizer, prompt_tokens - 2), options.solver)
+    run(images, 1)  # compiles: the number of steps is an array
+    seconds = seconds_of(lambda: run(images, steps), options.repeats)
+    evaluations = 2 * steps - 1 if options.solver == "heun" else steps
+    flops = images * needed_flops(subject.config, prompt_tokens, evaluations)
+    return {
+        "images": images,
+        "steps": steps,
+        "prompt_tokens": prompt_tokens,
+        "seconds": seconds,
+        "images_per_s": images / seconds,
+        "share_of_matmul": flops / seconds / 1e12 / ceiling,
+    }
+
+
+def time_uncached(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+    """The same work with the prompt computed at every step; checks that the images are the same."""
+    text = words(subject.tokenizer, found["prompt_tokens"] - 2)
+    cached = painter(subject, text, options.solver)(found["images"], 1)
+    run = painter(subject, text, options.solver, paint_uncached)
+    difference = np.abs(run(found["images"], 1) - cached).max() / np.abs(cached).max()
+    require(
+        float(difference) <= LARGEST_DIFFERENCE,
+        f"the uncached images differ by {difference:.1e} of the largest value: not timed",
+    )
+    seconds = seconds_of(lambda: run(found["images"], found["steps"]), options.repeats)
+    return {"uncached_seconds": seconds, "prefix_cache_saves": 1 - found["seconds"] / seconds}
+
+
+def time_single(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+    """Milliseconds of one image, with everything compiled by another prompt of the same bucket."""
+    c, tokenizer = subject.config, subject.tokenizer
+    text = words(tokenizer, found["prompt_tokens"] - 2)
+    other = "b" + text[1:]
+
+    def start(words: str):
+        document = prompt([words], tokenizer, c, room=c.image_tokens,
+                          closing=[tokenizer.im_start_id])  # fmt: skip
+        documents = branch_documents(document, tokenizer, c.model, 2)
+        return prefill(subject.params, documents, tokenizer.pad_id, c.model, None).cache.k
+
+    jax.block_until_ready(start(other))
+    painter(subject, other, options.solver)(1, 1)
+    run = painter(subject, text, options.solver)
+    starts = seconds_of(lambda: start(text), options.repeats)
+    there = seconds_of(lambda: run(1, found["steps"]), options.repeats)
+    return {"denoising_starts_ms": 1e3 * starts, "first_image_ms": 1e3 * there}
+
+
+def time_text(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+    """Tokens a second that the decode loop writes after the prompts; no token ends it."""
+    c, tokenizer, rows = subject.config, subject.tokenizer, found["images"]
+    text = words(tokenizer, found["prompt_tokens"] - 1)
+    document = prompt([text], tokenizer, c, room=TEXT_TOKENS)
+    prefix = prefill(subject.params, [document] * rows, tokenizer.pad_id, c.model, None)
+    choice = make_choice(GREEDY, row_keys(0, rows), tokenizer, c.model, True)
+    choice = choice.replace(stops=np.zeros_like(choice.stops))
+    most = np.full(rows, TEXT_TOKENS)
+
+    def run():
+        return write(subject.params, prefix, most, choice, c.model, TEXT_TOKENS)[1]
+
+    jax.block_until_ready(run())
+    return {"text_tokens_per_s": rows * TEXT_TOKENS / seconds_of(run, options.repeats)}
+
+
+def sweep(subject: Subject, found: dict, options: argparse.Namespace, ceiling: float) -> list[dict]:
+    """Other batches, steps and prompts, one changed at a time."""
+    base = {name: found[name] for name in WORK}
+    works = [base | {"images": n} for n in (1, 2 * found["images"])]
+    works += [base | {"steps": n} for n in (found["steps"] // 2, 2 * found["steps"]) if n]
+    works += [base | {"prompt_tokens": n} for n in (4 * found["prompt_tokens"],)]
+    room = subject.config.data.row_length - subject.config.image_tokens
+    works = [work for work in works if work["prompt_tokens"] <= room]
+    rows = [time_painting(subject, **work, options=options, ceiling=ceiling) for work in works]
+    return [{name: found[name] for name in rows[0]}, *rows]
+
+
+def read_others(folder: Path) -> list[dict]:
+    """What other implementations took; see the module's text for the form of the files.
+
+    Raises:
+      InputError: no such folder, or a file of another form.
+    """
+    files = sorted(folder.glob("*.json"))
+    require(bool(files), f"--compare={folder}: there is no JSON file")
+    others = []
+    for file in files:
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+            others.append(
+                {"name": str(other["name"]), "seconds": float(other["seconds"])}
+                | {name: int(other[name]) for name in WORK}
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--compare: {file} is not of the form that --help shows ({error!r})"
+            ) from error
+    return others
+
+
+def print_found(found: dict) -> None:
+    print(
+        f"{found['images']} images, {found['steps']} steps, prompts of {found['prompt_tokens']} "
+        f"tokens: {found['seconds']:.2f} s, {found['images_per_s']:.2f} images/s, "
+        f"{found['share_of_matmul']:.1%} of a matmul"
+    )
+
+
+def print_others(found: dict, others: list[dict]) -> None:
+    same = [other for other in others if all(other[name] == found[name] for name in WORK)]
+    print(f"{'on the same work':24}{'seconds':>9}{'times as long':>15}")
+    for row in [{"name": "monoformer_jax", "seconds": found["seconds"]}, *same]:
+        ratio = row["seconds"] / found["seconds"]
+        print(f"{row['name'][:23]:24}{row['seconds']:9.2f}{ratio:15.2f}")
+    if left := len(others) - len(same):
+        print(f"{left} file(s) are of other work")
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Times everything and prints it.
+
+    Raises:
+      InputError: no trained model in the workdir, or a prompt that is too long for it.
+    """
+    others = read_others(options.compare) if options.compare else []
+    dtype = native_dtype()
+    subject = trained_subject(options.workdir) if options.workdir else fresh_subject(dtype)
+    dtype = subject.config.model.dtype
+    ceiling = matmul_tflops(dtype, 20)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, jax {jax.__version__}: {dtype} matmul {ceiling:.3f} TFLOP/s")
+    work = {name: getattr(options, name) for name in WORK}
+    found = time_painting(subject, **work, options=options, ceiling=ceiling)
+    print_found(found)
+    found |= time_uncached(subject, found, options)
+    print(
+        f"prompt computed at every step: {found['uncached_seconds']:.2f} s; its cache saves "
+        f"{found['prefix_cache_saves']:.1%}"
+    )
+    found |= time_single(subject, found, options)
+    print(
+        f"one image: denoising starts after {found['denoising_starts_ms']:.1f} ms, the image is "
+        f"there after {found['first_image_ms']:.0f} ms"
+    )
+    found |= time_text(subject, found, options)
+    print(f"text: {found['text_tokens_per_s']:.0f} tokens/s, {found['images']} rows together")
+    if others:
+        print_others(found, others)
+    found |= {"device": device, "dtype": dtype, "matmul_tflops": ceiling}
+    if options.sweep:
+        print("sweep")
+        found["rows"] = sweep(subject, found, options, ceiling)
+        for row in found["rows"]:
+            print_found(row)
+    return found
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m monoformer_jax.bench sampling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--prompt_tokens", type=int, default=64,
+                        help="with <s> and <|im_start|> (default 64)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=8, help="in a batch (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="of the solver (default 20)")
+    parser.add_argument("--solver", default="euler", help="default euler; heun runs twice a step")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs, the median counts (default 3)"
+    )
+    parser.add_argument("--workdir", type=Path, help="folder of a trained run to measure")
+    parser.add_argument("--sweep", action="store_true", help="other batches, steps and prompts too")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="timings of others, see above")
+    parser.add_argument("--json", metavar="FILE", help="write what was found there")
+    options = parser.parse_args(arguments)
+    for name in ("images", "steps", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}={getattr(options, name)} must be above 0")
+    if options.prompt_tokens < 3:
+        parser.error(f"--prompt_tokens={options.prompt_tokens} must be 3 or more")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the bench; returns the exit code."""
+    options = parse(arguments)
+    found = measure(options)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+    return 0
