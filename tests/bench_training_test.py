@@ -20,13 +20,14 @@ KEYS = {"step_ms", "tokens_per_s", "images_per_s", "model_tflops", "matmul_tflop
 def test_useful_work_is_that_of_real_tokens_and_visible_pairs(config):
     batch, c = next(Batches(config, ByteTokenizer()).iterator), config.model
     mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    start, stop = np.asarray(mask.start), np.asarray(mask.stop)
     D, heads = c.embed_dim, c.num_heads * c.head_dim
     products = 2 * D * heads + 2 * D * c.num_kv_heads * c.head_dim + 3 * D * c.mlp_dim
     work = 0
     for b, l in np.ndindex(batch["kinds"].shape):
         if batch["kinds"][b, l] == PAD:
             continue
-        seen = int(mask.stop[b, l]) - int(mask.start[b, l])
+        seen = int(stop[b, l] - start[b, l])
         work += c.num_layers * (2 * products + 4 * seen * heads)
         work += 2 * D * c.vocab_size * (batch["target_weights"][b, l] > 0)
         work += 4 * D * c.patch_dim * (batch["kinds"][b, l] == PATCH)
