@@ -72,6 +72,8 @@ def main(args: argparse.Namespace) -> None:
         write_safetensors_folder(args.to, weights, _DTYPES[args.dtype], _bar("writing"))
         if args.check:
             check_safetensors(args.to, weights, _DTYPES[args.dtype])
+        if not (args.to / "tokenizer.json").is_file():
+            print("no tokenizer.json: config.json gives special tokens the original's usual ids")
     checked = ", read again and equal" if args.check else ""
     print(f"{args.to}: {form}{checked}")
 
