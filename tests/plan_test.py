@@ -61,8 +61,9 @@ def test_the_sampler_is_planned_too(tmp_path, capsys, config):
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_gets_changes_that_do(capsys):
+def test_a_run_that_does_not_fit_gets_a_change_that_does(capsys, monkeypatch):
     """16 rows of 4096 tokens a device with dense scores: halving what is alive at once is enough."""
+    monkeypatch.setattr(plan, "SUGGESTIONS", 1)  # each is another compilation
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
     size = ["--config.batch_size=64", "--config.data.row_length=4096"]
     assert run("--topology=v5e:2x2", *size) == 2
@@ -70,8 +71,7 @@ def test_a_run_that_does_not_fit_gets_changes_that_do(capsys):
     assert "TOO SMALL" in said
     assert "is not enough: --config.optimizer.first_moment_dtype=bfloat16" in said
     offers = [line for line in said.splitlines() if "a step at least: --config." in line]
-    assert len(offers) == 3 and any("accumulation=2" in line for line in offers)
-    assert all(float(line.split()[0]) < 15.75 for line in offers)
+    assert len(offers) == 1 and float(offers[0].split()[0]) < 15.75
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_products_are_those_that_xla_counts():
         from monoformer_jax.attention import IntervalMask
 
         mask = IntervalMask(starts, starts + 64)
-        return model.text_logits(block(x, starts, mask, None, None)[0])
+        return model.text_logits(block(x, starts, mask, None, None, None)[0])
 
     counted = jax.jit(forward).lower(params, x).compile().cost_analysis()["flops"]
     tokens = 2 * 64
