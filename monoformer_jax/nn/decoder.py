@@ -49,7 +49,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
         self.mlp = SwiGLU(c, rngs)
 
-    def __call__(self, x, positions, mask, cache, index, adapters):
+    def __call__(self, x, positions, mask, cache, index, adapters=None):
         own, shape = {} if adapters is None else adapters, x.shape
         if cache is None:  # training: the gradients of three dimensions cost a CPU twice the time
             x = rearrange(x, "B L D -> (B L) D")
