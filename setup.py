@@ -1,4 +1,4 @@
-"""Installs monoformer_jax; extras: tpu, cuda, gcs, demo (digits and page), hub, plan, tfds and test."""
+"""Installs monoformer_jax; the extras are listed below."""
 
 import pathlib
 
@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 # They compile for chips that are not there.
 LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'"
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
-DEMO = ["scikit-learn>=1.5", "matplotlib>=3.8", "gradio>=6,<7"]
+DIGITS = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+PAGE = ["gradio>=6,<7"]
 
 setup(
     name="monoformer_jax",
@@ -41,13 +42,15 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
-        "demo": DEMO,
+        "digits": DIGITS,
+        "demo": [*DIGITS, *PAGE],
         "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
         "plan": [LIBTPU],  # for machines without a TPU
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [
-            *DEMO,
+            *DIGITS,
+            *PAGE,
             LIBTPU,
             TRITON,
             "ipykernel>=6",

@@ -10,13 +10,17 @@ python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=
 import json
 from pathlib import Path
 
-from monoformer_jax.config import base_config, named_size
+from monoformer_jax.config import base_config, named_size, require
 
 
 def get_config(base: str = ""):
     """`base` is the workdir to start from; without one the config is that of the released weights."""
     c = base_config()
     if base:
+        there = (Path(base) / "config.json").is_file()
+        require(
+            there, f"{base} is no workdir to start from: `convert` makes one of released weights"
+        )
         c.update(json.loads((Path(base) / "config.json").read_text()))
     else:
         c.model.update(named_size("tinyllama_1b"))

@@ -7,7 +7,7 @@
 # PYTHON chooses the interpreter for a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/venv.sh demo
+source launch/venv.sh digits
 
 workdir=runs/digits
 python -m monoformer_jax.train --config=configs/digits.py --workdir="$workdir"

@@ -247,7 +247,7 @@ def test_shellcheck_finds_nothing():
 
 
 def test_the_lock_satisfies_setup(monkeypatch):
-    """Every requirement of setup.py and its extras tpu, gcs and demo has a version in its range."""
+    """Every requirement of setup.py and its extras tpu, gcs and digits has a version in its range."""
     asked = {}
     setuptools = SimpleNamespace(setup=asked.update, find_packages=lambda include: [])
     monkeypatch.setitem(sys.modules, "setuptools", setuptools)
@@ -256,7 +256,7 @@ def test_the_lock_satisfies_setup(monkeypatch):
     locked = dict(line.split("==") for line in lines if not line.startswith("#"))
     on_a_worker = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64"}
     extras = asked["extras_require"]
-    chosen = [need for name in ("tpu", "gcs", "demo") for need in extras[name]]
+    chosen = [need for name in ("tpu", "gcs", "digits") for need in extras[name]]
     for text in [*asked["install_requires"], *chosen, "jaxlib", "libtpu"]:
         need = Requirement(text)
         if need.marker is None or need.marker.evaluate(on_a_worker):

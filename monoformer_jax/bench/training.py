@@ -26,7 +26,7 @@ import numpy as np
 from monoformer_jax.attention import mask_area
 from monoformer_jax.batch import PAD, PATCH, Batch
 from monoformer_jax.bench import flops
-from monoformer_jax.bench.attention import matmul_tflops
+from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.topology import CHIPS
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import (
@@ -142,7 +142,9 @@ def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
 
 def _numbers(clock: _Clock, devices: list[jax.Device]) -> dict:
     rate = clock.flops / clock.seconds / 1e12
-    matmul = matmul_tflops(20) * (1 if devices[0].platform == "cpu" else len(devices))
+    matmul = matmul_tflops(native_dtype(), 20) * (
+        1 if devices[0].platform == "cpu" else len(devices)
+    )
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 2**10
     found = {

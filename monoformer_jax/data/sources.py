@@ -42,7 +42,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install -e '.[demo]'") from error
+        raise ImportError("the digits need scikit-learn: pip install -e '.[digits]'") from error
     data = load_digits()
     images = (data.images / 8 - 1).astype(np.float32)[..., None]
     train_x, test_x, train_y, test_y = train_test_split(

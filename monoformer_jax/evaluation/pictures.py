@@ -44,7 +44,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the pictures need matplotlib: pip install -e '.[demo]'") from error
+        raise ImportError("the pictures need matplotlib: pip install -e '.[digits]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
