@@ -11,14 +11,20 @@ weights of the losses are the original's; it trained DDPM, which is --config.obj
 `python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8` (nothing was timed):
 
     imagenet256 on v5e:8x8: 1,122.1 M parameters, 64 devices, mesh data=1, fsdp=64, tensor=1, train
+    compiled in 56 s
     memory of a device, GiB
       arguments       0.320
-      temporaries     0.944
-      peak            1.283
+      temporaries     0.917
+      peak            1.266
       HBM            15.750   92% free
+    collectives of a step: kind, mesh axes, runs, MB that a device sends
+      all-reduce          fsdp             98      6707.7
+      all-gather          fsdp            133      3127.0
+      all-to-all          fsdp             14        16.7
     a step takes at least the largest of three, ms
       compute      60.43   products of the blocks at 197 TFLOP/s in bfloat16
-      HBM          0.838   state read and written once at 819 GB/s
+      HBM         0.8381   state read and written once at 819 GB/s
+      ICI          49.26   collectives over all links, 200 GB/s out
     model FLOPs of a step: 8.317e+14
       at 40% of peak: 164.9 ms a step, 794,750 tokens/s, up to 1,552 images/s, 500,000 steps in 22.9 h
       at 50% of peak: 131.9 ms a step, 993,437 tokens/s, up to 1,940 images/s, 500,000 steps in 18.3 h
