@@ -36,6 +36,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from monoformer_jax.bench import flops
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.sampling_uncached import paint_uncached
 from monoformer_jax.config import (
@@ -99,16 +100,14 @@ def needed_flops(config: Config, prompt_tokens: int, evaluations: int) -> float:
     """
     c, image = config.model, config.image_tokens
     patches = image - c.time_tokens
-    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    matrices = c.embed_dim * (2 * queries + 2 * keys + 3 * c.mlp_dim)
-    flops = 0
+    total = 0
     for prefix in (prompt_tokens, 2):
         # A patch sees all of its image, the time token what came before it and itself.
         seen = patches * (prefix + image) + c.time_tokens * (prefix + 1)
         pairs = prefix * (prefix + 1) / 2 + evaluations * seen
         tokens = prefix + evaluations * image
-        flops += c.num_layers * (2 * matrices * tokens + 4 * queries * pairs)
-    return flops
+        total += flops.layers(c) * tokens + flops.attention(c) * pairs
+    return total
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
@@ -139,14 +138,14 @@ def time_painting(subject: Subject, images: int, steps: int, prompt_tokens: int,
     run(images, 1)  # compiles: the number of steps is an array
     seconds = seconds_of(lambda: run(images, steps), options.repeats)
     evaluations = 2 * steps - 1 if options.solver == "heun" else steps
-    flops = images * needed_flops(subject.config, prompt_tokens, evaluations)
+    work = images * needed_flops(subject.config, prompt_tokens, evaluations)
     return {
         "images": images,
         "steps": steps,
         "prompt_tokens": prompt_tokens,
         "seconds": seconds,
         "images_per_s": images / seconds,
-        "share_of_matmul": flops / seconds / 1e12 / ceiling,
+        "share_of_matmul": work / seconds / 1e12 / ceiling,
     }
 
 
