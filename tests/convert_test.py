@@ -172,7 +172,7 @@ def test_sample_from_a_converted_folder(workdir, tmp_path):
     )  # fmt: skip
     assert "with --labels it is the number of a class" in out
     out = run("sample", f"--workdir={workdir}", "--prompt=w1", "--paint", code=2)
-    assert "paints latents of 4 channels: give its autoencoder with --vae" in out
+    assert "paints latents of 4 channels: give its autoencoder with vae=" in out
 
 
 @pytest.mark.parametrize(

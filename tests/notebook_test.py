@@ -101,5 +101,5 @@ def test_fine_tuning_plans_trains_adapters_and_paints(tmp_path, run_notebook, we
         IMAGE_SIZE=2 * read_config(base).data.image_size, STEPS=2, BATCH_SIZE=2, RANK=2,
         WORKDIR=str(tmp_path / "run"), SAMPLING_STEPS=2,
     )  # fmt: skip
-    assert "memory of a chip" in printed(plan) and "8 examples" in printed(encode)
+    assert "memory of a device" in printed(plan) and "8 examples" in printed(encode)
     assert "step 2/2" in printed(train) and pictures(paint) == 2

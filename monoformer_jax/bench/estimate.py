@@ -147,6 +147,7 @@ def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
         given, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         aliased = memory.alias_size_in_bytes
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        fits = peak <= chip.hbm_gib * 2**30
         sent = tuple(collectives(compiled.as_text(), mesh))
     seconds = time.perf_counter() - begin
     model, repeated = _FLOPS[mode](config, mesh)
