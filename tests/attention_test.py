@@ -35,6 +35,14 @@ interpreted = functools.partial(tpu_attention, chip="TPU v5e", plan=SMALL, inter
 ON_CPU = {"dense": dense_attention, "tpu": interpreted}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def optimized():
+    """The limits are for programs as people run them; conftest has XLA leave out most of its work."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 ROWS = {
     "docstring": row([0, 0, 0, 3, 0, 0], [0, 0], length=12),
     "several images": row([0, 3, 1, 0], [1], [0], length=12),
