@@ -98,8 +98,10 @@ def _stream(
         for place, source in enumerate(sources.values())
     ]
     mixture = grain.MapDataset.mix(documents, weights / weights.sum())
-    # No threads: the digits are in memory, and the next batch is made while the device works.
-    stream = mixture.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    # Records come from storage, many at a time and ahead; the digits are in memory, and the next
+    # batch is made while the device works.
+    threads, ahead = (16, 64) if config.data.records else (0, 0)
+    stream = mixture.to_iter_dataset(grain.ReadOptions(threads, ahead))
     return pack(stream.filter(fits), config, tokenizer.pad_id)
 
 
