@@ -7,8 +7,29 @@ TinyLlama's size and weights (`convert` makes the start), 32×32×4 latents of S
 autoencoder, rows of 2048 tokens packed with whole documents. Learning rate, average, clipping, mixture
 and the weights of the losses are the original's. It has not been run at this size.
 
-`python -m monoformer_jax.plan --config=configs/journeydb_ultrachat.py --topology=v5e:4x4` tells what it
-needs; nothing was timed.
+`python -m monoformer_jax.plan --config=configs/journeydb_ultrachat.py --topology=v5e:4x4` (nothing was
+timed):
+
+  journeydb_ultrachat on v5e:4x4: 1,122.1 M parameters, 16 devices, mesh data=1, fsdp=16, tensor=1,
+        train
+    compiled in 105 s
+    memory of a device, GiB
+      arguments       1.056
+      temporaries     2.808
+      peak            3.891
+      HBM            15.750   75% free
+    collectives of a step: kind, mesh axes, runs, MB that a device sends
+      collective-permute  fsdp           2535      1629.2
+      all-gather          fsdp             70      1133.8
+      all-reduce          fsdp             29       310.5
+      all-to-all          fsdp             14        64.2
+    a step takes at least the largest of three, ms
+      compute      241.7   products of the blocks at 197 TFLOP/s in bfloat16
+      HBM          2.767   state read and written once at 819 GB/s
+      ICI          15.69   collectives over all links, 200 GB/s out
+    model FLOPs of a step: 8.862e+14
+      at 40% of peak: 702.9 ms a step, 186,485 tokens/s, up to 637 images/s, 500,000 steps in 97.6 h
+      at 50% of peak: 562.3 ms a step, 233,106 tokens/s, up to 797 images/s, 500,000 steps in 78.1 h
 """
 
 from monoformer_jax.config import base_config, named_size, require

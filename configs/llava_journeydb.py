@@ -8,8 +8,27 @@ TinyLlama's size and weights (`convert` makes the start); pictures to look at an
 whole documents. Learning rate, average, clipping, mixture and the weights of the losses are the
 original's. It has not been run at this size.
 
-`python -m monoformer_jax.plan --config=configs/llava_journeydb.py --topology=v5e:4x4` tells what it
-needs: its program is that of journeydb_ultrachat.py. Nothing was timed.
+`python -m monoformer_jax.plan --config=configs/llava_journeydb.py --topology=v5e:8x8` (nothing was
+timed):
+
+    llava_journeydb on v5e:8x8: 1,122.1 M parameters, 64 devices, mesh data=1, fsdp=64, tensor=1, train
+    compiled in 60 s
+    memory of a device, GiB
+      arguments       0.320
+      temporaries     0.893
+      peak            1.246
+      HBM            15.750   92% free
+    collectives of a step: kind, mesh axes, runs, MB that a device sends
+      all-reduce          fsdp             98      6717.2
+      all-gather          fsdp            133      3127.0
+      all-to-all          fsdp             14        16.9
+    a step takes at least the largest of three, ms
+      compute      60.43   products of the blocks at 197 TFLOP/s in bfloat16
+      HBM         0.8382   state read and written once at 819 GB/s
+      ICI          49.31   collectives over all links, 200 GB/s out
+    model FLOPs of a step: 8.862e+14
+      at 40% of peak: 175.7 ms a step, 745,938 tokens/s, up to 2,550 images/s, 500,000 steps in 24.4 h
+      at 50% of peak: 140.6 ms a step, 932,423 tokens/s, up to 3,187 images/s, 500,000 steps in 19.5 h
 """
 
 from monoformer_jax.config import base_config, named_size, require
