@@ -33,8 +33,7 @@ timed):
 
 from monoformer_jax.config import base_config, named_size, require
 
-# Packed rows of 2048 tokens a step; 64 of them hold about as many documents as a step of the
-# original, whose rows held one each. The learning rate grows with the square root.
+# Packed rows of 2048 tokens a step. The learning rate grows with the square root.
 BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 

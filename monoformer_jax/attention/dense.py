@@ -29,7 +29,7 @@ def dense_attention(
     """
     kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
     allowed = dense_mask(mask, k.shape[1])[:, None, None]  # [B, 1, 1, L, S]
-    # As plain products of matrices, [G·L, H] by [H, S]: any other order costs a CPU twice the time.
+    # As plain products of matrices, [G·L, H] by [H, S]: other orders make a CPU transpose the scores.
     length = q.shape[1]
     q = rearrange(q, "B L (K G) H -> B K (G L) H", K=kv_heads)
     k, v = rearrange(k, "B S K H -> B K H S"), rearrange(v, "B S K H -> B K S H")
