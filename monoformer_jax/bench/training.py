@@ -51,7 +51,8 @@ SMALL = Config(
     name="bench", batch_size=8,
     model=ModelConfig(
         vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
-        mlp_dim=704, channels=4, learn_sigma=True, dtype="float32", remat="none",
+        mlp_dim=704, channels=4, learn_sigma=True, dtype="float32",
+        remat="save_names:attention_out,mlp_hidden",
     ),
     objective=ObjectiveConfig(kind="ddpm"),
     data=DataConfig(image_size=32, row_length=64 + 257),
