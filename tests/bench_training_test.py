@@ -43,9 +43,15 @@ def test_random_rows_are_one_caption_and_one_picture():
 @pytest.mark.slow
 def test_the_bench_writes_its_numbers(tmp_path, capsys):
     file, config = tmp_path / "training.json", ROOT / "configs" / "digits.py:tiny"
-    assert main(["training", f"--config={config}", "--steps=2", "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert set(found) == KEYS and "step_ms" in capsys.readouterr().out
+    for name, seconds, rows in (("other", 3.0, 4), ("elsewhere", 1.0, 5)):
+        work = {"name": name, "seconds": seconds, "batch_size": rows, "row_length": 160}
+        (tmp_path / f"{name}.json").write_text(json.dumps(work))
+    arguments = ["training", f"--config={config}", "--steps=2", "--json", str(file)]
+    assert main([*arguments, f"--compare={tmp_path}"]) == 0
+    found, said = json.loads(file.read_text()), capsys.readouterr().out
+    assert set(found) == KEYS and "step_ms" in said
+    assert f"{3e3 / found['step_ms']:15.2f}" in next(x for x in said.split("\n") if "other " in x)
+    assert "elsewhere" not in said and "1 file(s) are of other work" in said
     assert found["tokens_per_s"] == pytest.approx(4 * 160 / found["step_ms"] * 1e3, rel=1e-6)
     assert 0 < found["share_of_matmul"] < 1 and 0 <= found["data_wait_share"] < 1
     assert main(["training", f"--config={config}", "--config.steps=no"]) == 2

@@ -38,11 +38,11 @@ import numpy as np
 
 from monoformer_jax.bench import flops
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
+from monoformer_jax.bench.others import WORK, print_others, read_others
 from monoformer_jax.bench.sampling_uncached import paint_uncached
 from monoformer_jax.config import (
     Config,
     DataConfig,
-    InputError,
     ModelConfig,
     SamplingConfig,
     require,
@@ -56,7 +56,6 @@ from monoformer_jax.models import monoformer
 from monoformer_jax.training.checkpoint import load_trained
 
 TEXT_TOKENS = 64  # that a row writes
-WORK = ("images", "steps", "prompt_tokens")
 LARGEST_DIFFERENCE = 2e-2  # of the cached images and the uncached, over the largest value
 
 
@@ -202,7 +201,7 @@ def time_text(subject: Subject, found: dict, options: argparse.Namespace) -> dic
 
 def sweep(subject: Subject, found: dict, options: argparse.Namespace, ceiling: float) -> list[dict]:
     """Other batches, steps and prompts, one changed at a time."""
-    base = {name: found[name] for name in WORK}
+    base = {name: found[name] for name in WORK["sampling"]}
     works = [base | {"images": n} for n in (1, 2 * found["images"])]
     works += [base | {"steps": n} for n in (found["steps"] // 2, 2 * found["steps"]) if n]
     works += [base | {"prompt_tokens": n} for n in (4 * found["prompt_tokens"],)]
@@ -212,45 +211,12 @@ def sweep(subject: Subject, found: dict, options: argparse.Namespace, ceiling: f
     return [{name: found[name] for name in rows[0]}, *rows]
 
 
-def read_others(folder: Path) -> list[dict]:
-    """What other implementations took; see the module's text for the form of the files.
-
-    Raises:
-      InputError: no such folder, or a file of another form.
-    """
-    files = sorted(folder.glob("*.json"))
-    require(bool(files), f"--compare={folder}: there is no JSON file")
-    others = []
-    for file in files:
-        try:
-            other = json.loads(file.read_text(encoding="utf-8"))
-            others.append(
-                {"name": str(other["name"]), "seconds": float(other["seconds"])}
-                | {name: int(other[name]) for name in WORK}
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--compare: {file} is not of the form that --help shows ({error!r})"
-            ) from error
-    return others
-
-
 def print_found(found: dict) -> None:
     print(
         f"{found['images']} images, {found['steps']} steps, prompts of {found['prompt_tokens']} "
         f"tokens: {found['seconds']:.2f} s, {found['images_per_s']:.2f} images/s, "
         f"{found['share_of_matmul']:.1%} of a matmul"
     )
-
-
-def print_others(found: dict, others: list[dict]) -> None:
-    same = [other for other in others if all(other[name] == found[name] for name in WORK)]
-    print(f"{'on the same work':24}{'seconds':>9}{'times as long':>15}")
-    for row in [{"name": "monoformer_jax", "seconds": found["seconds"]}, *same]:
-        ratio = row["seconds"] / found["seconds"]
-        print(f"{row['name'][:23]:24}{row['seconds']:9.2f}{ratio:15.2f}")
-    if left := len(others) - len(same):
-        print(f"{left} file(s) are of other work")
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -266,7 +232,7 @@ def measure(options: argparse.Namespace) -> dict:
     ceiling = matmul_tflops(dtype, 20)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}: {dtype} matmul {ceiling:.3f} TFLOP/s")
-    work = {name: getattr(options, name) for name in WORK}
+    work = {name: getattr(options, name) for name in WORK["sampling"]}
     found = time_painting(subject, **work, options=options, ceiling=ceiling)
     print_found(found)
     found |= time_uncached(subject, found, options)
@@ -282,7 +248,7 @@ def measure(options: argparse.Namespace) -> dict:
     found |= time_text(subject, found, options)
     print(f"text: {found['text_tokens_per_s']:.0f} tokens/s, {found['images']} rows together")
     if others:
-        print_others(found, others)
+        print_others("sampling", found, others)
     found |= {"device": device, "dtype": dtype, "matmul_tflops": ceiling}
     if options.sweep:
         print("sweep")

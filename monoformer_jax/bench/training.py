@@ -6,6 +6,9 @@
 Without --config: 6.57 M parameters (width 256, 8 blocks), 8 rows of 64 text tokens and a picture of
 256 patches, DDPM with learned sigma. Model FLOPs are the products of real tokens, visible pairs and
 predicted tokens, forward and backward; what remat repeats and what padding costs is time and no work.
+
+--compare=DIR puts a step next to those of other implementations, a JSON file for each:
+{"name": "…", "seconds": 1.21, "batch_size": 8, "row_length": 321}
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from monoformer_jax.attention import mask_area
 from monoformer_jax.batch import PAD, PATCH, Batch
 from monoformer_jax.bench import flops
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
+from monoformer_jax.bench.others import print_others, read_others
 from monoformer_jax.bench.topology import CHIPS
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import (
@@ -175,6 +179,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--config", metavar="FILE[:ARG]", help="with its own data; default: above")
     parser.add_argument("--steps", type=int, default=10, help="that are timed (default 10)")
+    parser.add_argument("--compare", type=Path, metavar="DIR", help="steps of others, see above")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     options, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
@@ -183,6 +188,7 @@ def main(arguments: list[str]) -> int:
     if options.steps < 1:
         parser.error(f"--steps={options.steps} must be above 0")
     try:
+        others = read_others(options.compare) if options.compare else []
         config = load_config(options.config, overrides) if options.config else SMALL
         if options.config:
             tokenizer = open_tokenizer(config.data, Path(), config.model.vocab_size)
@@ -199,6 +205,9 @@ def main(arguments: list[str]) -> int:
     print(f"{config.name} on {len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     for name, value in found.items():
         print(f"  {name:18}{value:14,.4g}")
+    if others:
+        work = {"batch_size": config.batch_size, "row_length": config.data.row_length}
+        print_others("training", work | {"seconds": found["step_ms"] / 1e3}, others)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(found, file, indent=1)

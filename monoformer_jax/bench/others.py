@@ -1,0 +1,55 @@
+"""Timings of other implementations, for `--compare=DIR`: a JSON file for each and for each work.
+
+{"name": "…", "seconds": 18.2, "images": 8, "steps": 20, "prompt_tokens": 64}     sampling
+{"name": "…", "seconds": 1.21, "batch_size": 8, "row_length": 321}                a training step
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from monoformer_jax.config import InputError, require
+
+# What tells one work from another, by bench.
+WORK = {"sampling": ("images", "steps", "prompt_tokens"), "training": ("batch_size", "row_length")}
+
+
+def read_others(folder: Path) -> list[dict]:
+    """The files of a folder, of either bench.
+
+    Raises:
+      InputError: no JSON file there, or one of another form.
+    """
+    files = sorted(folder.glob("*.json"))
+    require(bool(files), f"--compare={folder}: there is no JSON file")
+    others = []
+    for file in files:
+        try:
+            other = json.loads(file.read_text(encoding="utf-8"))
+            work = WORK["sampling" if "images" in other else "training"]
+            others.append(
+                {"name": str(other["name"]), "seconds": float(other["seconds"])}
+                | {name: int(other[name]) for name in work}
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--compare: {file} is not of the form that --help shows ({error!r})"
+            ) from error
+    return others
+
+
+def print_others(bench: str, found: dict, others: list[dict]) -> None:
+    """A line for `found` and for each of the others that did the same work.
+
+    Args:
+      bench: a key of `WORK`.
+      found: "seconds", and the work of that bench.
+    """
+    same = [other for other in others if all(other.get(x) == found[x] for x in WORK[bench])]
+    print(f"{'on the same work':24}{'seconds':>9}{'times as long':>15}")
+    for row in [{"name": "monoformer_jax", "seconds": found["seconds"]}, *same]:
+        ratio = row["seconds"] / found["seconds"]
+        print(f"{row['name'][:23]:24}{row['seconds']:9.2f}{ratio:15.2f}")
+    if left := len(others) - len(same):
+        print(f"{left} file(s) are of other work")
