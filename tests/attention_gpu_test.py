@@ -76,10 +76,12 @@ def test_the_kernels_compile_without_spilling(target):
 
 
 @pytest.mark.slow
-def test_head_dim_256_compiles():
+@pytest.mark.parametrize("capability", [90, 100])
+def test_head_dim_256_compiles(capability):
     """Spilling is allowed here: no tile is free of it in every kernel."""
-    found = json.loads(python("triton_compile.py", "90", "bfloat16", "256"))
-    assert all(cubin > 0 and shared <= SHARED[90] * 1024 for _, _, cubin, _, shared in found)
+    found = json.loads(python("triton_compile.py", str(capability), "bfloat16", "256"))
+    limit = SHARED[capability] * 1024
+    assert all(cubin > 0 and shared <= limit for _, _, cubin, _, shared in found)
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
@@ -91,3 +93,8 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         gpu_attention(q, q, q, rows, capability=90)
     with pytest.raises(ValueError, match=r"capability 7\.0 is below 7\.5"):
         gpu_attention(q, q, q, rows, capability=70)
+    q = jnp.zeros((1, 128, 2, 256))
+    with pytest.raises(
+        ValueError, match=r"head dim 256 needs more .* capability 7\.5; impl 'dense'"
+    ):
+        gpu_attention(q, q, q, rows, capability=75)

@@ -58,6 +58,8 @@ def build(name: str, tile: gpu_kernel.Tile, dtype: str, head_dim: int, capabilit
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
+    # Triton puts a program that stops at once where a tile does not fit the tensor memory.
+    assert not re.search(r"\btrap;", compiled.asm["ptx"]), f"{name}: {tile} does not fit"
     spill = spilled(compiled.asm["ptx"], capability)
     return [name, head_dim, len(compiled.asm["cubin"]), spill, compiled.metadata.shared]
 

@@ -53,7 +53,7 @@ class Tensor:
         """The interpreter wrote into the array itself."""
 
 
-def launch(name, arrays, outputs, grid, tile, constants):
+def launch(static, name, arrays, outputs, grid, tile, constants):
     """Stands in for `gpu_kernel._launch`."""
 
     def run(*inputs):

@@ -61,7 +61,7 @@ TILES = {
     100: {
         64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
         128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 1)),
-        256: Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+        256: Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
 }
 # float32 products, which run on the ordinary units. Triton drives no tensor core of a generation
@@ -82,12 +82,17 @@ def choose_tiles(dtype: jnp.dtype, head_dim: int, capability: int) -> Tiles:
     """The table's tiles for a device of compute capability 10 · major + minor.
 
     Raises:
-      ValueError: the device is too old.
+      ValueError: the device is too old, or has too little shared memory for this head dim.
     """
     if capability < LOWEST_CAPABILITY:
         raise ValueError(
             f"attention impl 'gpu': compute capability {capability / 10} is below "
             f"{LOWEST_CAPABILITY / 10}"
+        )
+    if capability < 80 and head_dim > 128:
+        raise ValueError(
+            f"attention impl 'gpu': the backward pass of head dim {head_dim} needs more than the 64 "
+            f"KiB of shared memory of compute capability {capability / 10}; impl 'dense' can run it"
         )
     if product_dtype(dtype, capability) == "float32":
         return FLOAT32_TILES[head_dim]
@@ -108,7 +113,9 @@ def _needed(module: str):
         ) from error
 
 
-def _launch(name, arrays, outputs, grid, tile: Tile, constants: dict) -> list[jax.Array]:
+def _launch(
+    static: _Static, name: str, arrays, outputs, grid, tile: Tile, constants: dict
+) -> list[jax.Array]:
     """Calls a kernel of `gpu_triton` on a GPU through jax_triton."""
     return _needed("jax_triton").triton_call(
         *arrays,
@@ -117,6 +124,8 @@ def _launch(name, arrays, outputs, grid, tile: Tile, constants: dict) -> list[ja
         grid=grid,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        # Else jax_triton asks the driver, and nothing could be lowered where there is none.
+        compute_capability=static.capability,
         name=f"interval_attention_{name}",
         **constants,
     )
@@ -153,7 +162,7 @@ def _run_forward(static: _Static, q, k, v, mask):
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
     ]
     out, lse = _launch(
-        "forward_kernel", (q, k, v, mask.start, mask.stop, bounds), outputs,
+        static, "forward_kernel", (q, k, v, mask.start, mask.stop, bounds), outputs,
         (bounds.shape[2], batch * heads, 1), tile, static.constants(q, k, tile),
     )  # fmt: skip
     natural = jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
@@ -183,7 +192,7 @@ def _attention_backward(static: _Static, residuals, cotangents):
     bounds = jnp.stack(_bounds(mask, tile))
     shared = (q, k, v, dout, mask.start, mask.stop)
     (dq,) = _launch(
-        "dq_kernel", (*shared, bounds, lse, delta), [jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        static, "dq_kernel", (*shared, bounds, lse, delta), [jax.ShapeDtypeStruct(q.shape, q.dtype)],
         (bounds.shape[2], batch * heads, 1), tile, static.constants(q, k, tile),
     )  # fmt: skip
 
@@ -192,7 +201,7 @@ def _attention_backward(static: _Static, residuals, cotangents):
     bounds = jnp.stack(query_block_bounds(_bounds(mask, tile), key_blocks))
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
     dk, dv = _launch(
-        "dkv_kernel", (*shared, bounds, lse, delta), outputs,
+        static, "dkv_kernel", (*shared, bounds, lse, delta), outputs,
         (key_blocks, batch * kv_heads, 1), tile, static.constants(q, k, tile),
     )  # fmt: skip
     return dq, dk, dv, None
