@@ -64,7 +64,7 @@ def test_the_example_of_the_readme_runs(workdir, monkeypatch):
 
 
 def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["sample", "--processes=1", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         sample.run_command("sample", sample.__doc__, sample.add_arguments, sample.main)
     return stopped.value.code
