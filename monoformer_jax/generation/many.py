@@ -57,7 +57,13 @@ def paint_many(
         require(value > 0, f"--{name}={value} must be above 0")
     facts = json.loads(json.dumps({**facts, "total": total, "shard": shard}))
     on_first(lambda: _claim(folder, facts))
-    _check(folder, facts)
+    refusal = None
+    try:
+        _check(folder, facts)
+    except InputError as error:
+        refusal = str(error)
+    refusals = [sentence for sentence in gather(refusal) if sentence]
+    require(not refusals, "; ".join(refusals))  # in all, before hours of painting
     starts = range(0, total, shard)
     missing = _missing(folder, starts)
     mine = [first for first in starts[process::processes] if first in missing]
