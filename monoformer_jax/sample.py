@@ -14,9 +14,15 @@ Text is printed, with a number where a picture stands in it. The pictures go to 
 beside it to a JSON file: seed, settings, config, checkpoint and every answer. The original's weights
 never decide to paint: --paint does it for them.
 
-With --total the prompts, evenly repeated, are painted into shards in the folder --out. The same command
-again goes on where it was stopped. Several processes share the work, each with its own --process; all
-devices of a process paint. The last one makes samples.npz, arr_0 uint8 [N, height, width, 3].
+With --total the prompts, evenly repeated, are painted into shards in the folder --out, and joined as
+samples.npz, arr_0 uint8 [N, height, width, 3]. The same command again goes on where it was stopped.
+Several processes share the work if all see --out; all devices of each paint. They find each other, or
+are told, as in `train`, here two on one machine; the first joins the shards when all are done:
+
+  python -m monoformer_jax.sample --coordinator=localhost:12345 --processes=2 --process=0 ... &
+  python -m monoformer_jax.sample --coordinator=localhost:12345 --processes=2 --process=1 ...
+
+Without --coordinator each --process paints its share whenever it runs, and the last joins the shards.
 
 A prompt that cannot be answered is reported, the others are, and the exit code is 1.
 """
@@ -59,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--npz", type=Path, help="the pictures as arr_0 uint8 [N, height, width, 3] too")
     add("--total", type=int, help="paint so many images into the folder --out")
-    add("--processes", type=int, help="that share --total (default: those of jax.distributed)")
+    add("--coordinator", metavar="HOST:PORT", help="of process 0, at a free port")
+    add("--processes", type=int, help="how many; 1 keeps to itself on any machine")
     add("--process", type=int, help="which of them this is, from 0")
     add("--labels", type=Path, help="JSON list of ImageNet's 1000 names; the prompts are its "
         "numbers, or with --total all of them if there are no prompts")  # fmt: skip
@@ -85,15 +92,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    import monoformer_jax
     from monoformer_jax.config import require
     from monoformer_jax.generation.text import TextSampling
+    from monoformer_jax.training.processes import leave_others
 
     for name in ("count", "max_tokens", "batch"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
     text = TextSampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
                         tuple(args.stop))  # fmt: skip
     words = _words(args)
+    share = _start_processes(args)
+    try:
+        return _sample(words, text, share, args)
+    except BaseException as error:
+        leave_others(error)
+        raise
+
+
+def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
+    """Which process this is, and of how many: those of jax, or the numbers that were given alone."""
+    import jax
+
+    from monoformer_jax.config import require
+    from monoformer_jax.training.processes import start_processes
+
+    index, count = args.process, args.processes
+    if args.coordinator is not None or index is None:
+        start_processes(args.coordinator, count, index)
+        return jax.process_index(), jax.process_count()
+    require(count is not None, "--processes and --process go together")
+    require(args.total is not None, "--process without --coordinator is a share of --total")
+    require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
+    return index, count
+
+
+def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Namespace) -> int:
+    import monoformer_jax
+    from monoformer_jax.training.processes import on_first
+
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
     flags = {
         name: getattr(args, name) for name in ("steps", "guidance", "image_guidance", "solver")
@@ -106,8 +142,9 @@ def main(args: argparse.Namespace) -> int:
     shown = [model.eyes.look(args.image, "--image")] if args.image else []
     prompts = [[prompt, *shown] for prompt in words]
     if args.total is not None:
-        return _many(model, prompts, args)
-    return _answers(model, [prompt for prompt in prompts for _ in range(args.count)], text, args)
+        return _many(model, prompts, share, args)
+    prompts = [prompt for prompt in prompts for _ in range(args.count)]
+    return on_first(lambda: _answers(model, prompts, text, args))
 
 
 def _words(args: argparse.Namespace) -> list[str]:
@@ -208,22 +245,16 @@ def _facts(model, args: argparse.Namespace) -> dict:
     }
 
 
-def _many(model, prompts: list[list], args: argparse.Namespace) -> int:
+def _many(model, prompts: list[list], share: tuple[int, int], args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    from monoformer_jax.config import MeshConfig, require
+    from monoformer_jax.config import MeshConfig
     from monoformer_jax.generation.image import generate_images
     from monoformer_jax.generation.many import paint_many
     from monoformer_jax.generation.streams import prompt
     from monoformer_jax.parallel import make_mesh
 
-    given = [value is not None for value in (args.processes, args.process)]
-    require(all(given) or not any(given), "--processes and --process go together")
-    count, index = args.processes, args.process
-    if count is None:
-        count, index = jax.process_count(), jax.process_index()
-    require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
     for number, parts in enumerate(prompts, 1):  # all of them before the first is painted
         prompt(parts, model.tokenizer, model.config, room=model.config.image_tokens,
                closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
@@ -244,11 +275,15 @@ def _many(model, prompts: list[list], args: argparse.Namespace) -> int:
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(asked.encode() + b"\0" + image).hexdigest(),
     }
+    speaks = jax.process_index() == 0
+    index, count = share
     samples = paint_many(
-        args.out, args.total, args.batch, facts, paint, process=index, processes=count
-    )
-    print(f"{args.total} images in {samples}" if samples else
-          f"this share is done; {args.out / 'samples.npz'} follows when all are")  # fmt: skip
+        args.out, args.total, args.batch, facts, paint, process=index, processes=count,
+        say=print if speaks else lambda line: None,
+    )  # fmt: skip
+    if speaks:
+        print(f"{args.total} images in {samples}" if samples else
+              f"this share is done; {args.out / 'samples.npz'} follows when all are")  # fmt: skip
     return 0
 
 

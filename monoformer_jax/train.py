@@ -27,15 +27,11 @@ Exit codes:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
-import traceback
 
 from etils import epath
 
 from monoformer_jax.cli import (
-    BAD_INPUT,
     CRASH_LOOP,
     HUNG,
     NON_FINITE,
@@ -43,9 +39,6 @@ from monoformer_jax.cli import (
     load_config,
     run_command,
 )
-from monoformer_jax.config import InputError
-
-_GRACE = 5.0  # seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     from monoformer_jax.training.faults import CrashLoop, NonFiniteLoss, Preempted
     from monoformer_jax.training.loop import train
-    from monoformer_jax.training.processes import start_processes
+    from monoformer_jax.training.processes import leave_others, start_processes
 
     codes = {NonFiniteLoss: NON_FINITE, CrashLoop: CRASH_LOOP, Preempted: PREEMPTED}
     start_processes(args.coordinator, args.processes, args.process)
@@ -73,26 +66,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return codes[type(error)]
     except BaseException as error:
-        _leave_others(error)
+        leave_others(error)
         raise
     return 0
-
-
-def _leave_others(error: BaseException) -> None:
-    """Ends this process of several at once: in an orderly exit each would wait for all the others."""
-    import jax
-
-    if jax.process_count() == 1:
-        return
-    if isinstance(error, InputError):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.process_index() == 0:  # with it goes what holds the others together: they speak first
-        time.sleep(_GRACE)
-    os._exit(BAD_INPUT if isinstance(error, InputError) else 1)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import ROOT
+from conftest import REFERENCE, ROOT
+from fixtures import Folder, channels_last, close
 
 import monoformer_jax
 from monoformer_jax import sample
 from monoformer_jax.api import Eyes, Model
 from monoformer_jax.config import InputError
+from monoformer_jax.data.documents import Features
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.models import autoencoder, monoformer
+from monoformer_jax.generation.interleaved import Session
+from monoformer_jax.models import autoencoder, clip, monoformer
+from monoformer_jax.pretrained import clip as clip_folder
 from monoformer_jax.training.checkpoint import Checkpoints
 from monoformer_jax.training.workdir import claim_workdir
 
 GRAY = PIL.Image.new("RGB", (30, 20), "gray")
+TOWER = Folder(REFERENCE / "clip_tiny", "clip")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def test_the_example_of_the_readme_runs(workdir, monkeypatch):
 
 
 def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["sample", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["sample", "--processes=1", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
         sample.run_command("sample", sample.__doc__, sample.add_arguments, sample.main)
     return stopped.value.code
@@ -176,3 +181,71 @@ def test_a_picture_goes_through_the_autoencoder_both_ways(config):
     assert painted[0].shape == (8, 16, 3) and painted[0].dtype == np.uint8
     with pytest.raises(InputError, match="both must be multiples of 2"):
         model.generate_images("b", size=(7, 8))
+
+
+@pytest.fixture(scope="module")
+def seeing(config, tmp_path_factory):
+    """Workdir of a model with random weights that looks through the recorded tower and only writes."""
+    folder = tmp_path_factory.mktemp("seeing")
+    model = dataclasses.replace(
+        config.model, channels=3, feature_dim=TOWER.config["hidden_size"], context_images="causal"
+    )
+    params = monoformer.init(model, jax.random.key(3))
+    letters = np.isin(np.arange(model.padded_vocab), ByteTokenizer().encode("abcdefghijklmnop"))
+    claim_workdir(folder, dataclasses.replace(config, model=model))
+    with Checkpoints(folder, 1) as checkpoints:
+        checkpoints.save_weights(
+            {"ema": lambda: params | {"text_head": params["text_head"] * letters}}
+        )
+    return folder
+
+
+def recorded_features():
+    """A recorded picture, and what the tower makes of its recorded pixels; see parity_vision_test."""
+    recorded = TOWER.cases["preprocess"]
+    c = clip_folder.read_config(TOWER.config)
+    shapes = jax.eval_shape(lambda: clip.init(c, jax.random.key(0)))
+    tower = clip.bind(c, TOWER.params(clip_folder.table(c), shapes))
+    pixels = channels_last(recorded["pixel_values"])
+    return recorded["image_u8"], np.asarray(jax.jit(tower.features)(pixels)[0])
+
+
+@pytest.mark.slow
+def test_a_picture_goes_through_the_vision_encoder(seeing, tmp_path, monkeypatch, capsys):
+    """By `look`, in a chat and by `sample --vision`: the answer is the one to its features."""
+    picture, features = recorded_features()
+    model = monoformer_jax.load(seeing, vision=TOWER.path)
+    close(model.eyes.look(picture).values, features, 1e-4)
+
+    def ask(*content):
+        return model.chat([{"role": "user", "content": list(content)}], max_tokens=8)
+
+    session = Session(model.config, model.params, model.tokenizer, 1, look=model.eyes.look_again)
+    session.add([["what is it? ", Features(features)]])
+    (want,) = session.reply(max_tokens=8)
+    assert len(want[0]) == 8 and ask("what is it? ", picture) == want
+    other = ask("what is it? ", 255 - picture)
+    assert len(other[0]) == 8 and other != want
+
+    file = tmp_path / "a.png"
+    PIL.Image.fromarray(picture).save(file)
+    run = [f"--workdir={seeing}", "--prompt=what is it? ", f"--image={file}", "--max_tokens=8"]
+    assert command(monkeypatch, *run, f"--vision={TOWER.path}") == 0
+    assert capsys.readouterr().out == f"'what is it? ' -> {want[0]!r}\n"
+
+    file.write_bytes(file.read_bytes()[:99])
+    assert command(monkeypatch, *run, f"--vision={TOWER.path}") == 2
+    assert "a.png) is no picture that can be read" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"the image of message 1 .*a\.png.* is no picture"):
+        ask("what is it? ", file)
+
+
+def test_a_tower_that_is_not_the_models_is_refused(config, tmp_path):
+    model = dataclasses.replace(config.model, feature_dim=8)
+    for folder, message in (
+        (tmp_path / "none", "none is no folder"),
+        (tmp_path, "has no config.json"),
+        (TOWER.path, "clip_tiny has 48 features, the model looks at 8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Eyes(dataclasses.replace(config, model=model), None, folder)

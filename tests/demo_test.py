@@ -163,7 +163,10 @@ def test_the_page_paints_looks_and_survives_a_reload(address, tmp_path):
 
     (_, after, notice, box), _ = say("x" * 500)
     assert len(after) == len(shown) and box["text"] == "x" * 500
-    assert re.search(r"\*\*.*501.*context is 160.*\.\*\*", notice) and "Traceback" not in notice
+    assert (
+        re.search(r"\*\*The conversation .* 501 tokens, .* context is 160 .*\.\*\*", notice)
+        and "Traceback" not in notice
+    )
 
     again = gradio_client.Client(address, verbose=False)  # the page is loaded anew
     _, reloaded, _ = again.predict(number, api_name="/show")

@@ -284,7 +284,7 @@ def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
         ([["a"], [""]], "the turn of row 2 is empty"),
         ([["a"]], "1 turns for 2 rows"),
         ([[large], None], "an image in the turn of row 1 is 16×8, but the model was trained up to"),
-        ([["ok"], ["b" * 255]], "row 1 has 2 tokens and 255 are to follow"),
+        ([["ok"], ["b" * 255]], "in row 1 would come to 257 tokens, but the model's .* 256"),
     ):
         with pytest.raises(InputError, match=message):
             s.add(turn)
@@ -296,3 +296,25 @@ def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
         from monoformer_jax.parallel import make_mesh
 
         session(interleaved, params, 3, mesh=make_mesh(MeshConfig()))
+
+
+def test_a_context_that_is_full_to_the_last_token(interleaved, params):
+    """It is refused where nothing could be answered, and ends an answer that has filled it."""
+
+    def alone(row_length):
+        data = dataclasses.replace(interleaved.data, row_length=row_length)
+        return session(dataclasses.replace(interleaved, data=data), params, 1)
+
+    s = alone(25)
+    s.add([["a" * 24]])
+    with pytest.raises(
+        InputError, match=r"^the conversation would come to 26 tokens, but .* is 25 "
+    ):
+        s.reply(max_tokens=4)
+    s = alone(21)
+    s.add([["a"]])
+    s.open_image([0])
+    s.paint([0])
+    assert s.lengths[0] == 21
+    (written,) = s.write([4])
+    assert (written.tokens, written.why) == ([], "full")

@@ -1,6 +1,7 @@
-"""Two and four real processes that train as one (gloo between them): same numbers, and what is left
+"""Two and four real processes that work as one (gloo between them): same numbers, and what is left
 when one of them is told to leave or is killed."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from monoformer_jax import sample
 from monoformer_jax.cli import PREEMPTED, load_config
 from monoformer_jax.training.loop import train
 
@@ -40,8 +42,8 @@ def free_port():
         yield held.getsockname()[1]
 
 
-def run(count, workdir, *overrides, faults=None):
-    """The train command in `count` processes; faults: {process: "SIGNAL:BATCH"}, see faulty_train.py.
+def start(count, *command, faults=None):
+    """The command in `count` processes; faults: {process: "SIGNAL:BATCH"}, see faulty_train.py.
 
     Returns exit codes and (stdout, stderr) of each. All of them must end by themselves.
     """
@@ -52,9 +54,8 @@ def run(count, workdir, *overrides, faults=None):
             environment["FAULT"] = (faults or {}).get(index, "")
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "tests/faulty_train.py", f"--config={TINY}", *OVERRIDES,
-                     f"--workdir={workdir}", f"--coordinator=localhost:{port}",
-                     f"--processes={count}", f"--process={index}", *overrides],
+                    [sys.executable, *command, f"--coordinator=localhost:{port}",
+                     f"--processes={count}", f"--process={index}"],
                     cwd=ROOT, env=environment, text=True,
                     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 )
@@ -65,6 +66,12 @@ def run(count, workdir, *overrides, faults=None):
             for process in processes:
                 process.kill()
     return [process.returncode for process in processes], said
+
+
+def run(count, workdir, *overrides, faults=None):
+    """The train command, see `start`."""
+    return start(count, "tests/faulty_train.py", f"--config={TINY}", *OVERRIDES,
+                 f"--workdir={workdir}", *overrides, faults=faults)  # fmt: skip
 
 
 def losses(workdir):
@@ -139,3 +146,49 @@ def test_two_go_on_from_four_are_told_to_leave_and_killed_and_come_to_the_same_l
     codes, said = run(2, troubled, *longer)
     assert codes == [0, 0], said
     np.testing.assert_array_equal(losses(troubled), losses(quiet))
+
+
+def test_two_processes_sample_what_is_left_and_the_first_joins_it(one, tmp_path):
+    """After a run in shares of three of which the first alone was done: 0 and 6 of 0, 2, … 8."""
+
+    def arguments(out):
+        return [f"--workdir={one}", "--prompt=draw a one", "--prompt=draw a two", "--total=9",
+                "--batch=2", "--steps=1", f"--out={tmp_path / out}"]  # fmt: skip
+
+    def alone(out, *more):
+        parser = argparse.ArgumentParser()
+        sample.add_arguments(parser)
+        assert sample.main(parser.parse_args([*arguments(out), *more])) == 0
+
+    def samples(out):
+        with np.load(tmp_path / out / "samples.npz") as arrays:
+            return arrays["arr_0"].astype(int)
+
+    def shards():
+        files = sorted((tmp_path / "two").glob("0*.npz"))
+        return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in files}
+
+    alone("one", "--processes=1")
+    alone("two", "--processes=3", "--process=0")
+    before = shards()
+    assert sorted(before) == ["00000000.npz", "00000006.npz"]
+
+    command = ["-m", "monoformer_jax.sample", *arguments("two")]
+    codes, said = start(2, *command)
+    assert codes == [0, 0], said
+    after = shards()
+    assert sorted(after) == [f"{first:08d}.npz" for first in range(0, 10, 2)]
+    assert {name: after[name] for name in before} == before
+    # The first paints 4 and 8, the other 2 alone: 6 is there.
+    folder = tmp_path / "two"
+    first, second = (
+        [line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said
+    )
+    assert first == [
+        f"{folder}: 2 of 5 shards are there already", "shard 1/2: images 4 to 5",
+        "shard 2/2: images 8 to 8", f"9 images in {folder / 'samples.npz'}",
+    ]  # fmt: skip
+    assert second == []
+    want = samples("one")
+    assert want.shape == (9, 8, 8, 3) and len(np.unique(want, axis=0)) == 9
+    assert np.abs(samples("two") - want).max() <= 1  # of 255: painted on another number of devices

@@ -210,8 +210,12 @@ class Session:
 
         Returns:
           The new texts and images of each row, in order.
+
+        Raises:
+          InputError: a row that was spoken to has no room for a single token.
         """
         require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
+        self._check_room(self._asked.astype(int))
         replies: list[list[str | np.ndarray]] = [[] for _ in range(len(self))]
         left = np.where(self._asked, max_tokens, 0)
         while left.any():
@@ -250,10 +254,11 @@ class Session:
     def _check_room(self, tokens: np.ndarray) -> None:
         context = self.config.data.row_length
         for b in np.flatnonzero(self._lengths + tokens > context):
+            which = f" in row {b}" if len(self) > 1 else ""
             require(
                 False,
-                f"row {b} has {self._lengths[b]} tokens and {tokens[b]} are to follow, but the "
-                f"model's context is {context} (data.row_length): start anew or say less",
+                f"the conversation{which} would come to {self._lengths[b] + tokens[b]} tokens, but the "
+                f"model's context is {context} (data.row_length): start a new one, or say less",
             )
 
     def _extend(self, pieces: Sequence[Document | None]) -> None:

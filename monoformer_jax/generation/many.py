@@ -5,7 +5,8 @@
     FOLDER/samples.npz        all of them in order, the form of ADM's evaluator, written last
 
 A shard appears whole or not at all. Image i has the noise of (seed, i), so neither the size of a shard
-nor who paints it changes an image.
+nor who paints it changes an image. Processes that know of each other through jax wait at the end, and
+the first joins the shards; of those that do not, the one that finishes last does.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from monoformer_jax.config import InputError, require
+from monoformer_jax.training.processes import gather, on_first
+
+_FACTS, _SAMPLES = "sampling.json", "samples.npz"
 
 
 def paint_many(
@@ -47,28 +51,47 @@ def paint_many(
       samples.npz, or None while shards of other processes are missing.
 
     Raises:
-      InputError: the folder holds shards of other images.
+      InputError: the folder holds shards of other images, or the processes do not share it.
     """
     for name, value in (("total", total), ("batch", shard)):
         require(value > 0, f"--{name}={value} must be above 0")
     facts = json.loads(json.dumps({**facts, "total": total, "shard": shard}))
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, facts)
+    on_first(lambda: _claim(folder, facts))
+    refusal = None
+    try:
+        _check(folder, facts)
+    except InputError as error:
+        refusal = str(error)
+    refusals = [sentence for sentence in gather(refusal) if sentence]
+    require(not refusals, "; ".join(refusals))  # in all, before hours of painting
     starts = range(0, total, shard)
-    mine = [first for first in starts[process::processes] if not _file(folder, first).exists()]
-    there = sum(_file(folder, first).exists() for first in starts)
-    if there:
+    missing = _missing(folder, starts)
+    mine = [first for first in starts[process::processes] if first in missing]
+    if len(missing) < len(starts):
+        there = len(starts) - len(missing)
         say(f"{folder}: {there} of {len(starts)} shards are there already")
     for number, first in enumerate(mine, 1):
         images = paint(first, min(shard, total - first))
         _whole(_file(folder, first), lambda file, images=images: np.savez(file, images))
         say(f"shard {number}/{len(mine)}: images {first} to {first + len(images) - 1}")
-    if not all(_file(folder, first).exists() for first in starts):
-        return None
-    samples = folder / "samples.npz"
-    if not samples.exists():
-        _whole(samples, lambda file: _join(file, [_file(folder, first) for first in starts], total))
-    return samples
+    gather(None)  # until all have painted
+    return folder / _SAMPLES if on_first(lambda: _finish(folder, starts, total)) else None
+
+
+def _finish(folder: Path, starts: range, total: int) -> bool:
+    """Joins the shards if all are there."""
+    if _missing(folder, starts):
+        return False
+    if not (folder / _SAMPLES).exists():
+        shards = [_file(folder, first) for first in starts]
+        _whole(folder / _SAMPLES, lambda file: _join(file, shards, total))
+    return True
+
+
+def _missing(folder: Path, starts: range) -> set[int]:
+    # A listing is fresh on network file systems, which remember that a single file was not there.
+    there = {path.name for path in folder.iterdir()}
+    return {first for first in starts if _file(folder, first).name not in there}
 
 
 def _file(folder: Path, first: int) -> Path:
@@ -76,12 +99,21 @@ def _file(folder: Path, first: int) -> Path:
 
 
 def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
-    path = folder / "sampling.json"
+    """Says in a new folder what is painted there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / _FACTS
     if not path.exists():
         strays = sorted(folder.glob("*.npz"))
-        require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no sampling.json "
+        require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no {_FACTS} "
                 "to say what it is: give another --out")  # fmt: skip
         _whole(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
+
+
+def _check(folder: Path, facts: Mapping[str, Any]) -> None:
+    path = folder / _FACTS
+    require(
+        path.exists(), f"{folder} of the first process is not there: give an --out that all see"
+    )
     try:
         there = json.loads(path.read_text())
     except ValueError as error:

@@ -57,7 +57,8 @@ class Written:
       tokens: new ids, without </s> and without <|im_start|>.
       text: of them, without a stop text.
       why: it ended with </s> ("end"), opened an image ("image"), said a stop text ("stop"), has as
-        many tokens as it may ("length"), or the model's context is full ("full").
+        many tokens as it may ("length"), or there is no room for more, or for the image that it
+        opened, in the model's context ("full").
     """
 
     tokens: list[int]
@@ -124,8 +125,9 @@ def continue_rows(
       The rows with what was written, up to and with </s> or <|im_start|> but without a stop text;
       their lengths; and one `Written` a row.
     """
-    written = [Written([]) for _ in most]
-    going = most > 0
+    full = (most > 0) & (lengths >= config.data.row_length)
+    written = [Written([], why="full" if f else "") for f in full]
+    going = (most > 0) & ~full
     while going.any():
         left = np.minimum(most - [len(w.tokens) for w in written], config.data.row_length - lengths)
         left = np.where(going, left, 0)
@@ -151,10 +153,10 @@ def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, 
         w.why, kept = ("image", kept) if fits else ("full", kept - 1)
     elif end == tokenizer.eos_id:
         w.why = "end"
-    elif before + kept == most:
-        w.why = "length"
     elif length + kept == context:
         w.why = "full"
+    elif before + kept == most:
+        w.why = "length"
     w.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
     w.text = tokenizer.decode(w.tokens)
     places = [place for place in (w.text.find(s) for s in stop) if place >= 0]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +14,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from monoformer_jax.cli import BAD_INPUT
 from monoformer_jax.config import InputError, require
 
 _BUFFER = 1024  # bytes; sizes are rounded up to it, so that the exchange compiles rarely
+_GRACE = 5.0  # seconds
 
 
 def start_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -73,3 +79,21 @@ def on_first(action: Callable[[], Any]) -> Any:
     if refusal is not None:
         raise InputError(refusal)
     return answer
+
+
+def leave_others(error: BaseException) -> None:
+    """Ends this process of several at once: in an orderly exit each would wait for all the others.
+
+    The only process of a run returns.
+    """
+    if jax.process_count() == 1:
+        return
+    if isinstance(error, InputError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:  # with it goes what holds the others together: they speak first
+        time.sleep(_GRACE)
+    os._exit(BAD_INPUT if isinstance(error, InputError) else 1)
