@@ -7,10 +7,17 @@ import sys
 import numpy as np
 import pytest
 
-from monoformer_jax.attention import check_mask, mask_area
+from monoformer_jax.attention import IntervalMask, check_mask, mask_area
+from monoformer_jax.attention.tpu_kernel import Plan
 from monoformer_jax.bench.__main__ import main
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
-from monoformer_jax.bench.attention_static import bundles, innermost_loops, static_rows
+from monoformer_jax.bench.attention_static import (
+    Schedule,
+    bundles,
+    innermost_loops,
+    schedule_of,
+    static_rows,
+)
 
 # Two loops inside one, the second with a product in every bundle, and an empty bundle in between.
 LISTING = """
@@ -87,14 +94,42 @@ def test_static_estimates_stay_where_they_are():
 
 
 def test_bundles_of_a_row_that_sees_everything_are_those_of_full_blocks():
-    from monoformer_jax.attention.tpu_kernel import Plan
-    from monoformer_jax.bench.attention_static import Schedule
-
     mask = sample_rows(MIXES["text to image 256, packed 2048"], 1)
     whole = type(mask)(np.zeros_like(mask.start), np.full_like(mask.stop, 2048))
-    schedule = Schedule(once=1, edge=1000, full=10, other=0)
+    schedule = Schedule(once=1, pair=1000, edge=1000, full=10, other=0)
     plan = Plan(256, 256, 512, 2048, 2048, 0)
     # 8 blocks of queries: each 1 once and 2 turns of 4 blocks of 256 keys.
     assert bundles("forward", schedule, whole, plan) == 8 * (1 + 2 * 10)
     # 8 blocks of keys: each 1 once and 4 turns of 2 blocks of queries.
     assert bundles("backward", schedule, whole, plan) == 8 * (1 + 4 * 10)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_bundles_of_blocks_with_the_mask_are_counted_in_pairs(name):
+    at = np.arange(512, dtype=np.int32)[None]
+    causal = IntervalMask(np.zeros_like(at), at + 1)
+    schedule = Schedule(once=1, pair=100, edge=1000, full=10, other=3)
+    plan = Plan(128, 128, 128, 512, 512, 0)  # two blocks in a turn without the mask, in both passes
+    # The four blocks of a side see 0, 1, 2 and 3 whole blocks and one on the diagonal, so 0, 0, 1
+    # and 1 turns without the mask are left with 1, 2, 1 and 2 blocks.
+    counted = 4 * (1 + 3) + 2 * 10 + 2 * 100 + 2 * 1000
+    assert bundles(name, schedule, causal, plan) == counted
+
+
+def listing_of_loops(products):
+    """A program of one loop with `n` products, one a bundle, for each n."""
+    lines = ["0 : { %s1 = smov.u32 0 }"]
+    for n in products:
+        lines += [f"0x1 {'LB' if i == 0 else ''}: > {{ vmatmul.bf16 }}" for i in range(n)]
+        lines.append("0x1 : { %s1 = smov.u32 0 }")
+    return "\n".join(lines)
+
+
+def test_loops_of_another_kernel_are_not_counted(tmp_path):
+    file = tmp_path / "1-interval_attention_forward.1-65-packed-bundles-post-ra.txt"
+    file.write_text(listing_of_loops([4, 2, 8]))
+    assert schedule_of(tmp_path, "forward") == Schedule(once=4, pair=4, edge=2, full=8, other=0)
+    for products in ([2, 8, 2], [4, 2], [4, 2, 8, 2]):
+        file.write_text(listing_of_loops(products))
+        with pytest.raises(RuntimeError, match="not a pair of blocks, one, and full"):
+            schedule_of(tmp_path, "forward")

@@ -23,7 +23,13 @@ from monoformer_jax.attention.mask import (
     key_block_bounds,
     query_block_bounds,
 )
-from monoformer_jax.attention.tpu_forward import LOG2E, MASKED, Blocks, Heads, matmul_precision
+from monoformer_jax.attention.tpu_forward import (
+    LOG2E,
+    Blocks,
+    Heads,
+    edge_block,
+    matmul_precision,
+)
 
 FULL_PER_TURN = 2  # query blocks in one turn of the loop without the mask
 
@@ -50,7 +56,10 @@ def _backward_kernel(
 
     @pl.when(block == 0)
     def _():
-        dq_acc[...] = jnp.zeros_like(dq_acc)
+        def clear(i, _):
+            dq_acc[i] = jnp.zeros_like(dq_acc[i])
+
+        lax.fori_loop(0, blocks.chunk // size, clear, None)
 
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
@@ -61,10 +70,10 @@ def _backward_kernel(
         at = pl.ds(pl.multiple_of(i * size, size), size)
         q, dout = heads.stack(q_ref[at, :]), heads.stack(dout_ref[at, :])
         s = dot(k, q, (((1,), (1,)), ((), ()))) * (scale * LOG2E)  # [bk, R]
-        if masked:
-            start, stop = (jnp.tile(x[i], (1, heads.count)) for x in (start_ref, stop_ref))
-            s = jnp.where((key >= start) & (key < stop), s, MASKED)
         p = jnp.exp2(s - lse_ref[i])
+        if masked:  # after exp2, which takes fewer bundles than before it; an inf goes with it
+            start, stop = (jnp.tile(x[i], (1, heads.count)) for x in (start_ref, stop_ref))
+            p = jnp.where((key >= start) & (key < stop), p, 0.0)
         dv_acc[...] += dot(p.astype(dout.dtype), dout, (((1,), (0,)), ((), ())))
         dp = dot(v, dout, (((1,), (1,)), ((), ())))
         ds = (p * (dp - delta_ref[i])).astype(q.dtype)  # scale is left to the end
@@ -75,20 +84,27 @@ def _backward_kernel(
             dq = jnp.concatenate([dq[: heads.dim, :half], dq[heads.dim :, half:]], axis=1)
         dq_acc[i] += dq
 
-    def visit_edge(i, _):
-        visit(i, masked=True)
-
+    # More than one block in a body lets the compiler overlap them, as in the forward pass.
     def visit_full(i, _):
-        # More than one block in a body lets the compiler overlap them, as in the forward pass.
         for j in range(FULL_PER_TURN):
             visit(full_lo + i * FULL_PER_TURN + j, masked=False)
+
+    def visit_edge(i, _):
+        visit(edge_block(i, lo, full_lo, skipped), masked=True)
+
+    def visit_edges(i, _):
+        visit_edge(2 * i, None)
+        visit_edge(2 * i + 1, None)
 
     n = pl.program_id(0) * key_blocks + block
     lo, full_lo, full_hi, hi = (r[n] for r in (lo_ref, full_lo_ref, full_hi_ref, hi_ref))
     turns = lax.div(full_hi - full_lo, FULL_PER_TURN)
-    lax.fori_loop(lo, full_lo, visit_edge, None)
+    skipped = turns * FULL_PER_TURN
+    edges = hi - lo - skipped
+    pairs = lax.div(edges, 2)
+    lax.fori_loop(0, pairs, visit_edges, None)
+    lax.fori_loop(2 * pairs, edges, visit_edge, None)
     lax.fori_loop(0, turns, visit_full, None)
-    lax.fori_loop(full_lo + turns * FULL_PER_TURN, hi, visit_edge, None)
     dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 

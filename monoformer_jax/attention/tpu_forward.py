@@ -105,6 +105,15 @@ def replicate(x: jax.Array, width: int) -> jax.Array:
     return x[:, :width] if width <= LANES else jnp.tile(x, (1, width // LANES))
 
 
+def edge_block(i: jax.Array, lo: jax.Array, full_lo: jax.Array, skipped: jax.Array) -> jax.Array:
+    """The i-th block from `lo` on, leaving out the `skipped` ones from `full_lo` on.
+
+    Both sides of what is seen whole are one list, so that its blocks are visited two at a time.
+    """
+    block = lo + i
+    return jnp.where(block < full_lo, block, block + skipped)
+
+
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
     """float32 operands are worth their full precision; the default would round them to bfloat16."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
@@ -159,15 +168,19 @@ def _forward_kernel(
         )  # fmt: skip
         acc_ref[...] = replicate(decay, heads.width) * acc_ref[...] + seen_values
 
+    # Two visits in one body: the compiler overlaps the softmax of one with the products of the
+    # other, which a loop of single visits does not allow.
     def visit_full(i, _):
-        # Two visits in one body: the compiler overlaps the softmax of one with the products of
-        # the other, which a loop of single visits does not allow.
         block = full_lo + i * blocks.per_turn
         visit(block, blocks.wide, masked=False)
         visit(block + blocks.wide // bk, blocks.wide, masked=False)
 
-    def visit_edge(block, _):
-        visit(block, bk, masked=True)
+    def visit_edge(i, _):
+        visit(edge_block(i, lo, full_lo, skipped), bk, masked=True)
+
+    def visit_edges(i, _):
+        visit_edge(2 * i, None)
+        visit_edge(2 * i + 1, None)
 
     n = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     first = chunk * (blocks.chunk // bk)
@@ -176,9 +189,12 @@ def _forward_kernel(
         for ref in (lo_ref, full_lo_ref, full_hi_ref, hi_ref)
     )
     turns = lax.div(full_hi - full_lo, blocks.per_turn)
-    lax.fori_loop(lo, full_lo, visit_edge, None)
+    skipped = turns * blocks.per_turn
+    edges = hi - lo - skipped
+    pairs = lax.div(edges, 2)
+    lax.fori_loop(0, pairs, visit_edges, None)
+    lax.fori_loop(2 * pairs, edges, visit_edge, None)
     lax.fori_loop(0, turns, visit_full, None)
-    lax.fori_loop(full_lo + turns * blocks.per_turn, hi, visit_edge, None)
 
     @pl.when(chunk == chunks - 1)
     def _():

@@ -42,13 +42,15 @@ class Schedule:
 
     Args:
       once: of a grid step outside its loops over blocks.
-      edge: of a visit of a block with the mask applied.
+      pair: of a turn of the loop that visits two blocks with the mask applied.
+      edge: of the visit of the last such block where their number is odd.
       full: of one turn of the loop without the mask: two wide visits in the forward pass,
         `FULL_PER_TURN` blocks of queries in the backward pass.
       other: of one turn of loops without products (dq is cleared and written in such loops).
     """
 
     once: int
+    pair: int
     edge: int
     full: int
     other: int
@@ -95,12 +97,14 @@ def schedule_of(directory: pathlib.Path, name: str) -> Schedule:
     if not files:
         raise RuntimeError(f"libtpu wrote no schedule of the {name} kernel")
     total, loops = innermost_loops(files[-1].read_text(errors="replace"))
-    products = [bundles for bundles, count in loops if count]
-    if len(products) != 3:
-        raise RuntimeError(f"{name}: {len(products)} loops with matrix products, expected 3")
+    visits = [loop for loop in loops if loop[1]]
+    if len(visits) != 3 or visits[0][1] != 2 * visits[1][1]:
+        raise RuntimeError(
+            f"{name}: loops of {visits} (bundles, products) are not a pair of blocks, one, and full"
+        )
     other = sum(bundles for bundles, count in loops if not count)
     once = total - sum(bundles for bundles, _ in loops)
-    return Schedule(once, max(products[0], products[2]), products[1], other)
+    return Schedule(once, *(bundles for bundles, _ in visits), other)
 
 
 def compile_and_dump(chip: str, head_dim: int, length: int) -> dict[str, Schedule]:
@@ -134,7 +138,8 @@ def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
     turns = full // per_turn
     edges = (hi - lo) - per_turn * turns
     steps = schedule.once * lo.size + schedule.other * rows * (length // plan.queries)
-    return float(steps + schedule.edge * edges.sum() + schedule.full * turns.sum()) / rows
+    loops = schedule.full * turns + schedule.pair * (edges // 2) + schedule.edge * (edges % 2)
+    return float(steps + loops.sum()) / rows
 
 
 def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
