@@ -184,6 +184,24 @@ def test_the_chosen_blocks_agree_with_the_dense_oracle():
         assert float(jnp.abs(x - y).max()) <= 1e-2 * float(jnp.abs(y).max())
 
 
+@pytest.mark.slow
+def test_blocks_on_both_sides_of_whole_ones_are_visited():
+    """The last block of queries and the first of keys see an edge, two whole blocks and an edge."""
+    at = jnp.arange(512, dtype=jnp.int32)[None]
+    mask_ = IntervalMask(jnp.where(at < 384, 0, 100), at + 1)
+    q, k, v = random_qkv(512, 512, 1, 1, head_dim=128)
+    q, k, v = (x[:1] for x in (q, k, v))
+    plan = Plan(128, 128, 128, 512, 512, 0)
+    run = functools.partial(tpu_attention, chip="TPU v5e", plan=plan, interpret=True)
+
+    def results(attention):
+        out, back = jax.vjp(lambda *x: attention(*x, mask_)[0], q, k, v)
+        return out, *back(jnp.cos(out))
+
+    for got, expected in zip(jax.jit(lambda: results(run))(), results(dense_attention)):
+        np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
+
+
 def test_the_tpu_kernels_do_not_race():
     """Pallas' TPU interpreter orders copies as the hardware may, and fills memory with NaN."""
     mask_ = jax.tree.map(lambda x: x[1:2], all_rows())
