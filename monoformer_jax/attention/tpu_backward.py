@@ -27,8 +27,8 @@ from monoformer_jax.attention.tpu_forward import (
     LOG2E,
     Blocks,
     Heads,
-    edge_block,
     matmul_precision,
+    walk_blocks,
 )
 
 FULL_PER_TURN = 2  # query blocks in one turn of the loop without the mask
@@ -84,27 +84,13 @@ def _backward_kernel(
             dq = jnp.concatenate([dq[: heads.dim, :half], dq[heads.dim :, half:]], axis=1)
         dq_acc[i] += dq
 
-    # More than one block in a body lets the compiler overlap them, as in the forward pass.
-    def visit_full(i, _):
+    def visit_full(i):
         for j in range(FULL_PER_TURN):
-            visit(full_lo + i * FULL_PER_TURN + j, masked=False)
-
-    def visit_edge(i, _):
-        visit(edge_block(i, lo, full_lo, skipped), masked=True)
-
-    def visit_edges(i, _):
-        visit_edge(2 * i, None)
-        visit_edge(2 * i + 1, None)
+            visit(i + j, masked=False)
 
     n = pl.program_id(0) * key_blocks + block
-    lo, full_lo, full_hi, hi = (r[n] for r in (lo_ref, full_lo_ref, full_hi_ref, hi_ref))
-    turns = lax.div(full_hi - full_lo, FULL_PER_TURN)
-    skipped = turns * FULL_PER_TURN
-    edges = hi - lo - skipped
-    pairs = lax.div(edges, 2)
-    lax.fori_loop(0, pairs, visit_edges, None)
-    lax.fori_loop(2 * pairs, edges, visit_edge, None)
-    lax.fori_loop(0, turns, visit_full, None)
+    bounds = (r[n] for r in (lo_ref, full_lo_ref, full_hi_ref, hi_ref))
+    walk_blocks(bounds, FULL_PER_TURN, lambda i: visit(i, masked=True), visit_full)
     dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +106,38 @@ def replicate(x: jax.Array, width: int) -> jax.Array:
     return x[:, :width] if width <= LANES else jnp.tile(x, (1, width // LANES))
 
 
-def edge_block(i: jax.Array, lo: jax.Array, full_lo: jax.Array, skipped: jax.Array) -> jax.Array:
-    """The i-th block from `lo` on, leaving out the `skipped` ones from `full_lo` on.
+def walk_blocks(
+    bounds: Iterable[jax.Array],
+    per_turn: int,
+    edge: Callable[[jax.Array], None],
+    full: Callable[[jax.Array], None],
+) -> None:
+    """Calls `full` with the first of every `per_turn` blocks that are seen whole, `edge` with the rest.
 
-    Both sides of what is seen whole are one list, so that its blocks are visited two at a time.
+    Two visits or more in a body let the compiler overlap the softmax of one with the products of
+    another, which a loop of single visits does not allow. So the blocks before and after the whole
+    ones are one list, visited in pairs.
+
+    Args:
+      bounds: lo <= full_lo <= full_hi <= hi; the blocks are lo … hi, whole are full_lo … full_hi.
     """
-    block = lo + i
-    return jnp.where(block < full_lo, block, block + skipped)
+    lo, full_lo, full_hi, hi = bounds
+    turns = lax.div(full_hi - full_lo, per_turn)
+    skipped = turns * per_turn
+    edges = hi - lo - skipped
+    pairs = lax.div(edges, 2)
+
+    def one(i, _):
+        block = lo + i
+        edge(jnp.where(block < full_lo, block, block + skipped))
+
+    def two(i, _):
+        one(2 * i, None)
+        one(2 * i + 1, None)
+
+    lax.fori_loop(0, pairs, two, None)
+    lax.fori_loop(2 * pairs, edges, one, None)
+    lax.fori_loop(0, turns, lambda i, _: full(full_lo + i * per_turn), None)
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
@@ -168,33 +194,17 @@ def _forward_kernel(
         )  # fmt: skip
         acc_ref[...] = replicate(decay, heads.width) * acc_ref[...] + seen_values
 
-    # Two visits in one body: the compiler overlaps the softmax of one with the products of the
-    # other, which a loop of single visits does not allow.
-    def visit_full(i, _):
-        block = full_lo + i * blocks.per_turn
+    def visit_full(block):
         visit(block, blocks.wide, masked=False)
         visit(block + blocks.wide // bk, blocks.wide, masked=False)
 
-    def visit_edge(i, _):
-        visit(edge_block(i, lo, full_lo, skipped), bk, masked=True)
-
-    def visit_edges(i, _):
-        visit_edge(2 * i, None)
-        visit_edge(2 * i + 1, None)
-
     n = pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)
     first = chunk * (blocks.chunk // bk)
-    lo, full_lo, full_hi, hi = (
+    bounds = (
         jnp.clip(ref[n], first, first + blocks.chunk // bk)
         for ref in (lo_ref, full_lo_ref, full_hi_ref, hi_ref)
     )
-    turns = lax.div(full_hi - full_lo, blocks.per_turn)
-    skipped = turns * blocks.per_turn
-    edges = hi - lo - skipped
-    pairs = lax.div(edges, 2)
-    lax.fori_loop(0, pairs, visit_edges, None)
-    lax.fori_loop(2 * pairs, edges, visit_edge, None)
-    lax.fori_loop(0, turns, visit_full, None)
+    walk_blocks(bounds, blocks.per_turn, lambda block: visit(block, bk, masked=True), visit_full)
 
     @pl.when(chunk == chunks - 1)
     def _():
