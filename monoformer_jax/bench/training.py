@@ -14,7 +14,6 @@ predicted tokens, forward and backward; what remat repeats and what padding cost
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import resource
 import sys
@@ -104,18 +103,6 @@ def model_flops(batch: Batch, config: Config) -> float:
     return flops.TRAINING * float(forward)
 
 
-@dataclasses.dataclass
-class _Clock:
-    """Steps that wait for their batch as those of a run do."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    flops: float = 0.0
-    tokens: int = 0
-    images: int = 0
-
-
 def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
     """Runs the compiled step and returns the numbers of one object."""
     mesh = make_mesh(config.mesh)
@@ -130,39 +117,36 @@ def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
     jax.block_until_ready(metrics)
     alone = time.perf_counter() - begin  # of a step that waits for no batch
 
-    clock, host, taken = _Clock(steps), next(batches), []
+    host, taken, waited = next(batches), [], 0.0
     begin = time.perf_counter()
     for _ in range(steps):
         state, metrics = step(state, put_batch(host, mesh))
         taken.append(host)
         asked = time.perf_counter()
         host = next(batches)
-        clock.waited += max(time.perf_counter() - asked - alone, 0.0)
+        waited += max(time.perf_counter() - asked - alone, 0.0)
         jax.block_until_ready(metrics)
-    clock.seconds = time.perf_counter() - begin
-    # Counted afterwards: on a CPU it would take turns with the step.
-    clock.tokens = sum(host["tokens"].size for host in taken)
-    clock.images = sum(int(host["image_ids"].max(-1).sum()) for host in taken)
-    clock.flops = sum(model_flops(host, config) for host in taken)
-    return _numbers(clock, jax.devices())
+    return _numbers(taken, time.perf_counter() - begin, waited, config)
 
 
-def _numbers(clock: _Clock, devices: list[jax.Device]) -> dict:
-    rate = clock.flops / clock.seconds / 1e12
+def _numbers(taken: list[Batch], seconds: float, waited: float, config: Config) -> dict:
+    """Of the steps that took these batches; counted after the clock, which on a CPU it would slow."""
+    devices = jax.devices()
+    rate = sum(model_flops(host, config) for host in taken) / seconds / 1e12
     matmul = matmul_tflops(native_dtype(), 20) * (
         1 if devices[0].platform == "cpu" else len(devices)
     )
     # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 2**10
     found = {
-        "step_ms": 1e3 * clock.seconds / clock.steps,
-        "tokens_per_s": clock.tokens / clock.seconds,
-        "images_per_s": clock.images / clock.seconds,
+        "step_ms": 1e3 * seconds / len(taken),
+        "tokens_per_s": sum(host["tokens"].size for host in taken) / seconds,
+        "images_per_s": sum(int(host["image_ids"].max(-1).sum()) for host in taken) / seconds,
         "model_tflops": rate,
         "matmul_tflops": matmul,
         "share_of_matmul": rate / matmul,
         "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30,
-        "data_wait_share": clock.waited / clock.seconds,
+        "data_wait_share": waited / seconds,
     }
     if devices[0].device_kind in PEAKS:
         found["mfu"] = rate / (PEAKS[devices[0].device_kind] * len(devices))
