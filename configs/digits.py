@@ -18,7 +18,7 @@ def get_config(size: str = "small"):
     c.steps = 1400
     c.batch_size = 12
     c.checkpoint_every = 200
-    c.data.row_length = 160
+    c.data.max_seq_len = 160
     c.optimizer.learning_rate = 1.5e-3
     c.model.update(named_size(size))
     if size == "tiny":

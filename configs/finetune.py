@@ -10,7 +10,8 @@ python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=
 import json
 from pathlib import Path
 
-from monoformer_jax.config import base_config, named_size, require
+from monoformer_jax.config import base_config, named_size
+from monoformer_jax.errors import require
 
 
 def get_config(base: str = ""):
@@ -25,11 +26,11 @@ def get_config(base: str = ""):
     else:
         c.model.update(named_size("tinyllama_1b"))
         c.model.learn_sigma = True
-        c.model.context_images = "causal"
+        c.model.original.context_images = "causal"
         c.objective.kind = "ddpm"
         c.sampling.solver = "ddpm"
         c.sampling.guidance_channels = "first_three"
-        c.data.row_length = 512
+        c.data.max_seq_len = 512
         c.data.image_size = 32
     c.name = "finetune"
     c.init_from = base or "runs/imagenet"
@@ -41,7 +42,7 @@ def get_config(base: str = ""):
     c.data.tokenizer = f"{c.init_from}/tokenizer.json"
     c.data.mixture = {"pictures": 1.0}
     c.data.records = {"pictures": "records/pictures"}
-    c.data.moments = True
+    c.data.sample_latents = True
     c.optimizer.learning_rate = 2e-4
     c.optimizer.schedule = "constant"
     c.optimizer.weight_decay = 0.0

@@ -33,7 +33,7 @@ The 7 B model, `--config=configs/imagenet256.py:7b --topology=v5e:16x16`: peak 4
 73% free, at least 807.9 ms a step.
 """
 
-from monoformer_jax.config import base_config, named_size, require
+from common import paper_config
 
 # Rows a step. The paper's 256 are too few for 256 chips: sending the weights would take longer than
 # the products. The learning rate grows with the square root, the steps shrink.
@@ -42,34 +42,7 @@ BATCH = {"v5e-64": 256, "v6e-64": 512, "v5e-256": 1024, "7b": 256, "tiny": 8}
 
 def get_config(target: str = "v5e-64"):
     """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
-    require(target in BATCH, f"there is no target {target!r}; there are {', '.join(BATCH)}")
-    c = base_config()
-    c.name = "imagenet256"
-    c.batch_size = BATCH[target]
-    c.steps = 500_000 * 256 // c.batch_size
-    c.checkpoint_every = 5000
-    c.log_every = 100
-    c.model.update(named_size("tinyllama_1b"))
-    c.model.remat = "save_names:attention_out"
-    c.data.mixture = {"imagenet": 1.0}
-    c.data.records = {"imagenet": "records/imagenet"}
-    c.data.moments = True
-    c.data.tokenizer = "tokenizer.json"
-    c.data.image_size = 32
-    c.data.row_length = 512
-    c.data.prompt_dropout = 0.1
-    c.loss.text_weight = 0.01
-    c.optimizer.update(
-        learning_rate=1e-4 * (c.batch_size / 256) ** 0.5, schedule="constant", warmup_steps=0,
-        b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999,
-    )  # fmt: skip
-    c.mesh.update(data=1, fsdp=-1, tensor=1)
-    c.sampling.update(steps=50, guidance=4.0)
-    if target == "7b":
-        c.model.update(named_size("7b"))
-        c.data.row_length = 4096
-    if target == "tiny":
-        c.model.update(named_size("tiny"), vocab_size=262)
-        c.data.update(tokenizer="bytes", image_size=8, row_length=64)
-        c.steps, c.log_every, c.checkpoint_every = 20, 1, 10
+    c = paper_config("imagenet256", target, BATCH, paper_batch=256, mixture={"imagenet": 1.0})
+    if target not in ("7b", "tiny"):
+        c.data.max_seq_len = 512  # a picture and its prompt
     return c

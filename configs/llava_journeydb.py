@@ -31,7 +31,7 @@ timed):
       at 50% of peak: 140.6 ms a step, 932,423 tokens/s, up to 3,187 images/s, 500,000 steps in 19.5 h
 """
 
-from monoformer_jax.config import base_config, named_size, require
+from common import paper_config
 
 # Packed rows of 2048 tokens a step. The learning rate grows with the square root.
 BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
@@ -39,34 +39,5 @@ BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 def get_config(target: str = "v5e-64"):
     """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
-    require(target in BATCH, f"there is no target {target!r}; there are {', '.join(BATCH)}")
-    c = base_config()
-    c.name = "llava_journeydb"
-    c.batch_size = BATCH[target]
-    c.steps = 500_000 * 64 // c.batch_size
-    c.checkpoint_every = 5000
-    c.log_every = 100
-    c.model.update(named_size("tinyllama_1b"))
-    c.model.remat = "save_names:attention_out"
-    c.data.mixture = {"llava": 0.5, "journeydb": 0.5}
-    c.data.records = {"llava": "records/llava", "journeydb": "records/journeydb"}
-    c.data.moments = True
-    c.data.tokenizer = "tokenizer.json"
-    c.data.image_size = 32
-    c.data.row_length = 2048
-    c.data.prompt_dropout = 0.1
-    c.loss.text_weight = 0.01
-    c.optimizer.update(
-        learning_rate=1e-4 * (c.batch_size / 64) ** 0.5, schedule="constant", warmup_steps=0,
-        b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999,
-    )  # fmt: skip
-    c.mesh.update(data=1, fsdp=-1, tensor=1)
-    c.sampling.update(steps=50, guidance=4.0)
-    if target == "7b":
-        c.model.update(named_size("7b"))
-        c.data.row_length = 4096
-    if target == "tiny":
-        c.model.update(named_size("tiny"), vocab_size=262)
-        c.data.update(tokenizer="bytes", image_size=8, row_length=64)
-        c.steps, c.log_every, c.checkpoint_every = 20, 1, 10
-    return c
+    mixture = {"llava": 0.5, "journeydb": 0.5}
+    return paper_config("llava_journeydb", target, BATCH, paper_batch=64, mixture=mixture)

@@ -11,7 +11,7 @@ __all__ = ["InputError", "Model", "load"]
 def __getattr__(name: str):
     # Loading jax takes seconds, so it waits until something is asked for.
     if name == "InputError":
-        from monoformer_jax.config import InputError
+        from monoformer_jax.errors import InputError
 
         return InputError
     if name in ("Model", "load"):

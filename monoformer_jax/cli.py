@@ -9,14 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from monoformer_jax.config import Config, InputError, require
-
-# Exit codes. 1 is an error that nobody foresaw; all but 0 and 2 are of `train`.
-BAD_INPUT = 2
-NON_FINITE = 3  # the loss is no longer a number
-CRASH_LOOP = 4  # several starts in a row made no checkpoint
-HUNG = 5  # a step took longer than watchdog_seconds
-PREEMPTED = 75  # told to leave (SIGTERM); saved, and the same command goes on
+from monoformer_jax.config import Config
+from monoformer_jax.errors import BAD_INPUT, InputError, require
 
 
 def run_command(
@@ -58,7 +52,7 @@ def load_config(file: str, overrides: Sequence[str]) -> Config:
     """
     path, _, argument = file.partition(":")
     require(Path(path).is_file(), f"--config={path}: there is no such file")
-    get_config = runpy.run_path(path).get("get_config")
+    get_config = _run_file(Path(path)).get("get_config")
     require(callable(get_config), f"--config={path} has no get_config()")
     values = get_config(*([argument] if argument else [])).to_dict()
     for override in overrides:
@@ -74,3 +68,17 @@ def load_config(file: str, overrides: Sequence[str]) -> Config:
         except (ValueError, SyntaxError):
             group[last] = text
     return Config.from_dict(values)
+
+
+def _run_file(path: Path) -> dict:
+    """The names that a Python file defines; it can import files beside it, as a script can."""
+    folder, loaded = str(path.resolve().parent), set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        return runpy.run_path(str(path))
+    finally:
+        sys.path.remove(folder)
+        # A config of another folder has a common.py of its own.
+        for name in set(sys.modules) - loaded:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]

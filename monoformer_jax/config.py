@@ -15,14 +15,7 @@ from typing import Any, get_type_hints
 
 import ml_collections
 
-
-class InputError(ValueError):
-    """Something that the user gave is wrong; the message is a sentence they can act on."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InputError(message)
+from monoformer_jax.errors import InputError, require
 
 
 def _positive(config, group: str, name: str) -> None:
@@ -41,6 +34,26 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class OriginalConfig:
+    """Variants that only the original's weights need; models/original.py describes them."""
+
+    time_conditioning: str = "token"  # or "modulation"
+    image_head: str = "adaln"  # or "add"
+    position_embedding: str = "input"  # or "every_layer", or "none"
+    context_images: str = "bidirectional"  # or "causal"
+    bidirectional_images: bool = True
+
+    def __post_init__(self):
+        for name, choices in (
+            ("time_conditioning", ("token", "modulation")),
+            ("image_head", ("adaln", "add")),
+            ("position_embedding", ("input", "every_layer", "none")),
+            ("context_images", ("bidirectional", "causal")),
+        ):
+            _one_of(f"model.original.{name}", getattr(self, name), choices)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The transformer; `SIZES` holds the named ones."""
 
@@ -56,22 +69,13 @@ class ModelConfig:
     channels: int = 1  # of the image or latent
     patch_size: int = 2
     learn_sigma: bool = False  # the image head gives P more values a patch (DDPM weights need them)
-    # How an image learns of its noise level: "token" puts a time token before its patches,
-    # "modulation" shifts and scales the patches by it and has no such token.
-    time_conditioning: str = "token"
-    # The head's use of the noise level: "adaln" norms, shifts and scales; "add" only adds.
-    image_head: str = "adaln"
-    position_embedding: str = "input"  # 2-D, of patches; or "every_layer", or "none"
-    # "like_painted": images to look at are seen in both directions, with their 2-D positions.
-    # "causal" is what the original's weights expect: read as text is, without 2-D positions.
-    context_images: str = "like_painted"
-    bidirectional_images: bool = True  # False makes every image causal, also the painted ones
     feature_dim: int = 0  # of the vision encoder that images to look at come through; 0: none
     dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
     # What the backward pass finds saved of a block: a name in jax.checkpoint_policies, "none" (all,
     # without a policy), or "save_names:a,b" with names of `SAVED_NAMES`; the rest it computes again.
     remat: str = "nothing_saveable"
-    attention: str = "auto"  # see attention.attend
+    attention: str = "auto"  # see attention.interval_attention
+    original: OriginalConfig = OriginalConfig()
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim",
@@ -88,11 +92,6 @@ class ModelConfig:
             f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
         )
         _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _one_of("model.time_conditioning", self.time_conditioning, ("token", "modulation"))
-        _one_of("model.image_head", self.image_head, ("adaln", "add"))
-        _one_of("model.position_embedding", self.position_embedding,
-                ("input", "every_layer", "none"))  # fmt: skip
-        _one_of("model.context_images", self.context_images, ("like_painted", "causal"))
         _at_least(self, "model", "feature_dim", 0)
         _one_of("model.attention", self.attention, ("auto", "dense", "tpu", "gpu"))
         policy, colon, names = self.remat.partition(":")
@@ -115,7 +114,12 @@ class ModelConfig:
     @property
     def time_tokens(self) -> int:
         """Tokens that stand before the patches of an image."""
-        return 1 if self.time_conditioning == "token" else 0
+        return 1 if self.original.time_conditioning == "token" else 0
+
+    @property
+    def output_dim(self) -> int:
+        """Values that the image head gives for a patch: P, and P of its variance where it has one."""
+        return self.patch_dim * (2 if self.learn_sigma else 1)
 
 
 REMAT_POLICIES = (
@@ -199,9 +203,9 @@ class DataConfig:
     )  # weight of each source, a share of documents: draw, read and say are the digits
     # Folder of each other source, as `encode_latents` writes them: {"imagenet": "gs://…/imagenet"}.
     records: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    moments: bool = False  # latents are drawn anew at each step; False trains on their mean
+    sample_latents: bool = False  # latents are drawn anew at each step; False trains on their mean
     tokenizer: str = "bytes"  # or a tokenizer.json, in the workdir or elsewhere
-    row_length: int = 128  # L, and the longest prompt plus answer when generating
+    max_seq_len: int = 128  # L, and the longest prompt plus answer when generating
     packing_bins: int = 64  # rows that are filled at the same time, by each stream
     # The batch is packed by this many independent streams, whatever the number of processes. Each
     # process runs those that its rows come from: a multiple of the processes spares double work.
@@ -212,7 +216,7 @@ class DataConfig:
     truncate_text: bool = False  # cut a text that is longer than the row instead of dropping it
 
     def __post_init__(self):
-        for name in ("row_length", "packing_bins", "streams", "image_size"):
+        for name in ("max_seq_len", "packing_bins", "streams", "image_size"):
             _positive(self, "data", name)
         require(
             0 <= self.prompt_dropout <= 1,
@@ -243,13 +247,13 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     ema_decay: float = 0.999
     ema_ramp: bool = True  # a shorter memory at first, so that the random start is forgotten
-    accumulation: int = 1  # micro-batches a step
+    grad_accum_steps: int = 1  # micro-batches a step
     first_moment_dtype: str = "float32"  # "bfloat16" saves 2 bytes a parameter
 
     def __post_init__(self):
         _one_of("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
         _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        for name in ("learning_rate", "clip_norm", "accumulation"):
+        for name in ("learning_rate", "clip_norm", "grad_accum_steps"):
             _positive(self, "optimizer", name)
         for name in ("warmup_steps", "weight_decay"):
             _at_least(self, "optimizer", name, 0)
@@ -331,8 +335,8 @@ class Config:
     batch_size: int = 16  # packed rows a step, over all devices
     log_every: int = 50
     checkpoint_every: int = 500
-    checkpoints_kept: int = 2
-    checkpoint_keep_every: int = 0  # checkpoints at multiples of it are never deleted; 0: none is
+    max_to_keep: int = 2
+    keep_period: int = 0  # checkpoints at multiples of it are never deleted; 0: none is
     # A step that takes longer ends the process with code 5; the first may take an hour longer, as it
     # compiles. Must be longer than writing a checkpoint. 0 waits for ever.
     watchdog_seconds: float = 1800.0
@@ -347,13 +351,13 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "checkpoints_kept"):
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "max_to_keep"):
             _positive(self, "", name)
-        for name in ("checkpoint_keep_every", "watchdog_seconds"):
+        for name in ("keep_period", "watchdog_seconds"):
             _at_least(self, "", name, 0)
         require(
-            self.checkpoint_keep_every % self.checkpoint_every == 0,
-            f"checkpoint_keep_every={self.checkpoint_keep_every} is not a multiple of "
+            self.keep_period % self.checkpoint_every == 0,
+            f"keep_period={self.keep_period} is not a multiple of "
             f"checkpoint_every={self.checkpoint_every}",
         )
         require(
@@ -361,9 +365,9 @@ class Config:
             f"batch_size={self.batch_size} is not a multiple of data.streams={self.data.streams}",
         )
         require(
-            self.batch_size % self.optimizer.accumulation == 0,
+            self.batch_size % self.optimizer.grad_accum_steps == 0,
             f"batch_size={self.batch_size} is not a multiple of "
-            f"optimizer.accumulation={self.optimizer.accumulation}",
+            f"optimizer.grad_accum_steps={self.optimizer.grad_accum_steps}",
         )
         require(
             not self.lora.rank or bool(self.init_from),
@@ -380,8 +384,8 @@ class Config:
             f"model.patch_size={self.model.patch_size}",
         )
         require(
-            self.image_tokens + 4 <= self.data.row_length,
-            f"data.row_length={self.data.row_length} cannot hold one image: it takes "
+            self.image_tokens + 4 <= self.data.max_seq_len,
+            f"data.max_seq_len={self.data.max_seq_len} cannot hold one image: it takes "
             f"{self.image_tokens} tokens with its time token, and <s>, <|im_start|>, <|im_end|>, "
             "</s> around it",
         )
@@ -394,7 +398,7 @@ class Config:
     @property
     def max_images(self) -> int:
         """I, the most images that a row can hold."""
-        return self.data.row_length // self.image_tokens
+        return self.data.max_seq_len // self.image_tokens
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -419,13 +423,27 @@ def base_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(Config().to_dict())
 
 
+# Keys of earlier versions -> their names today.
+RENAMED = {
+    "checkpoints_kept": "max_to_keep",
+    "checkpoint_keep_every": "keep_period",
+    "data.row_length": "data.max_seq_len",
+    "data.moments": "data.sample_latents",
+    "optimizer.accumulation": "optimizer.grad_accum_steps",
+} | {
+    f"model.{field.name}": f"model.original.{field.name}"
+    for field in dataclasses.fields(OriginalConfig)
+}
+
+
 def _build(cls, values: Mapping[str, Any], prefix: str):
     hints = get_type_hints(cls)
     made = {}
     for key, value in values.items():
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, 1)
-            hint = f"; did you mean {prefix}{close[0]}?" if close else ""
+            close = [prefix + name for name in difflib.get_close_matches(key, hints, 1)]
+            close = [RENAMED[prefix + key]] if prefix + key in RENAMED else close
+            hint = f"; did you mean {close[0]}?" if close else ""
             raise InputError(f"unknown config key {prefix}{key}{hint}")
         kind = hints[key]
         if dataclasses.is_dataclass(kind):

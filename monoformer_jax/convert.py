@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> None:
 
     jax.config.update("jax_platforms", "cpu")  # work of the host: no accelerator is claimed
 
-    from monoformer_jax.config import require
-    from monoformer_jax.pretrained.exchange import (
+    from monoformer_jax.errors import require
+    from monoformer_jax.pretrained.conversion import (
         check_safetensors,
         check_workdir,
         find_source,

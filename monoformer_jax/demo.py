@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from monoformer_jax.cli import run_command
-from monoformer_jax.config import InputError, require
-from monoformer_jax.generation.pictures import open_picture
+from monoformer_jax.data.image_io import open_image
+from monoformer_jax.errors import InputError, require
 
 MOST_CONVERSATIONS = 1000  # that are kept; the one that was silent for longest goes
 _PREVIEWS = 8  # of an image
@@ -114,7 +114,7 @@ class Conversations:
         require(talk.now is None, "the answer before is not there yet: wait for it")
         content = [part for part in content if part]
         require(bool(content), "there is nothing to answer: write something, or show a picture")
-        content = [x if isinstance(x, str) else open_picture(x, "the picture") for x in content]
+        content = [x if isinstance(x, str) else open_image(x, "the picture") for x in content]
         said = {"role": "user", "content": content}
         seen = [*(talk.messages if remember else ()), said]
         talk.show([*talk.messages, said])
@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> None:
     import monoformer_jax
 
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision)
-    model.eyes.check()
+    model.image_processor.check_decodable()
     title = f"{model.config.name}, step {model.step}"
     serve(make_page(model, title), args.port, args.share == "true")
 

@@ -46,10 +46,10 @@ def main(args: argparse.Namespace) -> None:
     from etils import epath
     from tqdm import tqdm
 
-    from monoformer_jax.config import require
-    from monoformer_jax.data.prompts import read_labels
     from monoformer_jax.data.raw import open_raw
     from monoformer_jax.data.records import count_records, write_file
+    from monoformer_jax.data.templates import read_labels
+    from monoformer_jax.errors import require
 
     for name in ("image_size", "batch_size", "per_file"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
@@ -82,9 +82,9 @@ def _encoded(examples, encode, args):
     """Examples with their latents, a batch of pictures at a time; those unread are named."""
     import itertools
 
-    from monoformer_jax.config import InputError
-    from monoformer_jax.data.raw import crop
+    from monoformer_jax.data.image_io import crop
     from monoformer_jax.data.records import Example
+    from monoformer_jax.errors import InputError
 
     def read():
         for example in examples:
@@ -108,7 +108,7 @@ def _encoder(vae: Path | None, size: int):
     """Pictures [n][size, size, 3] -> their (mean, logvar) float16, and the shape of one."""
     import numpy as np
 
-    from monoformer_jax.config import InputError, require
+    from monoformer_jax.errors import InputError, require
 
     if vae is None:
 
@@ -120,7 +120,7 @@ def _encoder(vae: Path | None, size: int):
         return refuse, None
     import jax
 
-    from monoformer_jax.models import autoencoder
+    from monoformer_jax.nn import autoencoder
     from monoformer_jax.pretrained import sd_vae
 
     config, params = sd_vae.load(vae)

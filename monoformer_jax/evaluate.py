@@ -33,17 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from monoformer_jax.data.sources import NAMES
-    from monoformer_jax.data.tokenizer import ByteTokenizer
-    from monoformer_jax.evaluation import digits, pictures
-    from monoformer_jax.training.checkpoint import load_trained
+    import monoformer_jax
+    from monoformer_jax.data.digits import NAMES
+    from monoformer_jax.evaluation import digits, plots
 
-    config, params, meta = load_trained(args.workdir)
-    scores, drawn = digits.evaluate(digits.Trained(config, params, ByteTokenizer()), print)
-    scores |= {"steps": meta["step"], "train_seconds": meta["train_seconds"]}
+    model = monoformer_jax.load(args.workdir)
+    scores, drawn = digits.evaluate(model, print)
+    scores |= {"steps": model.step, "train_seconds": model.train_seconds}
     samples, losses = args.workdir / "samples.png", args.workdir / "loss.png"
-    pictures.save_digit_grid(samples, drawn[:80], 10, NAMES[:10])
-    pictures.save_loss_curves(losses, args.workdir / "metrics.jsonl")
+    plots.save_digit_grid(samples, drawn[:80], 10, NAMES[:10])
+    plots.save_loss_curves(losses, args.workdir / "metrics.jsonl")
     if args.json:
         args.json.write_text(json.dumps(scores, indent=2) + "\n")
     for name, key, meaning, form in _TABLE:

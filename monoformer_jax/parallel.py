@@ -6,6 +6,7 @@ without a rule and a dimension that does not divide are errors, never silently r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -13,9 +14,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from monoformer_jax.config import MeshConfig, require
+from monoformer_jax.config import MeshConfig
+from monoformer_jax.errors import require
 
 AXES = ("data", "fsdp", "tensor")
+DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES
+BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 
 # Logical axis of a parameter -> mesh axis. fsdp cuts the width of every matrix, tensor what a block
 # computes independently: heads, mlp columns, vocabulary.
@@ -31,7 +35,7 @@ RULES: dict[str | None, str | None] = {
     "vocab": "tensor",
     None: None,
 }
-BATCH = PartitionSpec(("data", "fsdp"))
+BATCH = PartitionSpec(BATCH_AXES)  # of arrays [B, …]
 
 
 def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
@@ -72,7 +76,7 @@ def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
     """Sharding of every parameter.
 
     Args:
-      axes: tree of tuples of logical names, see `models.monoformer.parameter_axes`.
+      axes: tree of tuples of logical names, see `monoformer.logical_axes`.
       shapes: tree of arrays or ShapeDtypeStructs.
       mesh: see `make_mesh`.
 
@@ -96,19 +100,38 @@ def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
+def abstract_params(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
+    """`shapes` as ShapeDtypeStructs with the shardings of `parameter_shardings`."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        parameter_shardings(axes, shapes, mesh),
+    )
+
+
+def use_mesh(mesh: Mesh | None):
+    """Context in which arrays are divided over the mesh; without one nothing changes."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch -> global arrays, cut over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def check_batch_size(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+def check_batch_size(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
     """Raises InputError where a micro-batch cannot be cut evenly over the devices."""
-    over = mesh.shape["data"] * mesh.shape["fsdp"]
+    over = batch_shards(mesh)
     require(
-        batch_size % (accumulation * over) == 0,
-        f"batch_size={batch_size} is not a multiple of optimizer.accumulation={accumulation} times "
-        f"the {over} devices along data and fsdp",
+        batch_size % (grad_accum_steps * over) == 0,
+        f"batch_size={batch_size} is not a multiple of optimizer.grad_accum_steps={grad_accum_steps} "
+        f"times the {over} devices along data and fsdp",
     )
 
 

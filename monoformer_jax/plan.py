@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monoformer_jax.cli import BAD_INPUT, load_config, run_command
-from monoformer_jax.config import Config, InputError, require
+from monoformer_jax.cli import load_config, run_command
+from monoformer_jax.config import Config
+from monoformer_jax.errors import BAD_INPUT, InputError, require
+from monoformer_jax.parallel import DATA_AXIS, FSDP_AXIS
 
 if TYPE_CHECKING:
-    from monoformer_jax.bench.estimate import Estimate
+    from monoformer_jax.planning.estimate import Estimate
 
 SUGGESTIONS = 3
 
@@ -53,7 +55,7 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides)
     if args.json:
         require(args.json.parent.is_dir(), f"--json: there is no folder {args.json.parent}")
-    from monoformer_jax.bench.estimate import argument_bytes, estimate
+    from monoformer_jax.planning.estimate import argument_bytes, estimate
 
     found = estimate(config, args.topology, args.mode)
     print("\n".join(describe(found, args.topology, args.mode)), flush=True)
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     """The report, line by line."""
-    from monoformer_jax.bench.estimate import IMAGES
+    from monoformer_jax.planning.estimate import IMAGES
 
     config, chip, mesh = found.config, found.chip, found.mesh
     axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
@@ -120,7 +122,7 @@ def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
     yield f"model FLOPs of a {unit}: {found.flops:.3e}"
     if mode == "sample":
         return
-    tokens = config.batch_size * config.data.row_length
+    tokens = config.batch_size * config.data.max_seq_len
     images = config.batch_size * config.max_images
     for share in (0.4, 0.5):
         seconds = found.seconds_at(share)
@@ -144,11 +146,11 @@ def changes(config: Config, mode: str) -> list[dict[str, str]]:
     if mode == "train" and model.remat != "nothing_saveable":
         found.append({"model.remat": "nothing_saveable"})
     for times in (2, 4, 8):
-        if mode == "train" and config.batch_size % (c.accumulation * times * rows) == 0:
-            found.append({"optimizer.accumulation": c.accumulation * times})
+        if mode == "train" and config.batch_size % (c.grad_accum_steps * times * rows) == 0:
+            found.append({"optimizer.grad_accum_steps": c.grad_accum_steps * times})
     together = [functools.reduce(operator.or_, found[: n + 1]) for n in range(1, len(found))]
     if rows % 2 == 0 and model.num_kv_heads % (2 * mesh.tensor) == 0:
-        axis = "fsdp" if mesh.fsdp % 2 == 0 else "data"
+        axis = FSDP_AXIS if mesh.fsdp % 2 == 0 else DATA_AXIS
         found.append({f"mesh.{axis}": getattr(mesh, axis) // 2, "mesh.tensor": 2 * mesh.tensor})
     return found + together
 
@@ -166,7 +168,7 @@ def suggest(
       try_: compiles a config.
       arguments_of: bytes of its arguments on a device, without compiling it.
     """
-    sizes = dict(zip(("data", "fsdp", "tensor"), found.mesh.devices.shape))
+    sizes = dict(found.mesh.shape)
     config = dataclasses.replace(found.config, mesh=dataclasses.replace(found.config.mesh, **sizes))
     fitting = []
     for change in changes(config, mode):
@@ -196,7 +198,7 @@ def _least(found: Estimate, changed: Config, arguments: int) -> float:
         return 0
     # Gradients shrink as the state does, activations as the micro-batch does.
     kept = found.temporaries - max(found.arguments - arguments, 0)
-    return kept * old.optimizer.accumulation / changed.optimizer.accumulation
+    return kept * old.optimizer.grad_accum_steps / changed.optimizer.grad_accum_steps
 
 
 def _changed(config: Config, change: dict[str, str | int]) -> Config:

@@ -92,20 +92,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from monoformer_jax.config import require
-    from monoformer_jax.generation.text import TextSampling
-    from monoformer_jax.training.processes import leave_others
+    from monoformer_jax.errors import require
+    from monoformer_jax.runtime.processes import exit_without_barrier
+    from monoformer_jax.sampling.text import SamplingParams
 
     for name in ("count", "max_tokens", "batch"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
-    text = TextSampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
+    text = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
                         tuple(args.stop))  # fmt: skip
     words = _words(args)
     share = _start_processes(args)
     try:
         return _sample(words, text, share, args)
     except BaseException as error:
-        leave_others(error)
+        exit_without_barrier(error)
         raise
 
 
@@ -113,8 +113,8 @@ def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
     """Which process this is, and of how many: those of jax, or the numbers that were given alone."""
     import jax
 
-    from monoformer_jax.config import require
-    from monoformer_jax.training.processes import start_processes
+    from monoformer_jax.errors import require
+    from monoformer_jax.runtime.processes import start_processes
 
     index, count = args.process, args.processes
     if args.coordinator is not None or index is None:
@@ -128,7 +128,7 @@ def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
 
 def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Namespace) -> int:
     import monoformer_jax
-    from monoformer_jax.training.processes import on_first
+    from monoformer_jax.runtime.processes import run_on_first
 
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
     flags = {
@@ -138,19 +138,19 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
     sampling = dataclasses.replace(model.config.sampling, **flags)
     model.config = dataclasses.replace(model.config, sampling=sampling)
     if args.paint or args.total:
-        model.eyes.check()
-    shown = [model.eyes.look(args.image, "--image")] if args.image else []
+        model.image_processor.check_decodable()
+    shown = [model.image_processor.encode(args.image, "--image")] if args.image else []
     prompts = [[prompt, *shown] for prompt in words]
     if args.total is not None:
         return _many(model, prompts, share, args)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
-    return on_first(lambda: _answers(model, prompts, text, args))
+    return run_on_first(lambda: _answers(model, prompts, text, args))
 
 
 def _words(args: argparse.Namespace) -> list[str]:
     """The prompts as the model was trained to be asked."""
-    from monoformer_jax.config import require
-    from monoformer_jax.data import prompts as said
+    from monoformer_jax.data import templates as said
+    from monoformer_jax.errors import require
 
     words = list(args.prompt)
     if args.prompts is not None:
@@ -174,16 +174,16 @@ def _words(args: argparse.Namespace) -> list[str]:
 
 def _answers(model, prompts: list[list], text, args: argparse.Namespace) -> int:
     """Answers every prompt, a batch at a time; a prompt that cannot be is reported at its place."""
-    from monoformer_jax.config import InputError
-    from monoformer_jax.generation.interleaved import Session
-    from monoformer_jax.generation.streams import prompt
+    from monoformer_jax.errors import InputError
+    from monoformer_jax.sampling.prompts import encode_prompt
+    from monoformer_jax.sampling.session import Session
 
     room = model.config.image_tokens + 1 if args.paint else 1
     good, answers = [], {}
     for number, parts in enumerate(prompts):
         try:
             closing = [model.tokenizer.im_start_id] if args.paint else []
-            prompt(parts, model.tokenizer, model.config, room=room, closing=closing)
+            encode_prompt(parts, model.tokenizer, model.config, room=room, closing=closing)
             good.append(number)
         except InputError as error:
             print(f"prompt {number + 1}, {parts[0]!r}: {error}", file=sys.stderr)
@@ -192,19 +192,19 @@ def _answers(model, prompts: list[list], text, args: argparse.Namespace) -> int:
         numbers = good[start : start + args.batch]
         session = Session(
             model.config, model.params, model.tokenizer, len(numbers), seed=args.seed, first=start,
-            text=text, look=model.eyes.look_again,
+            text=text, look=model.image_processor.reencode,
         )  # fmt: skip
-        session.add([prompts[number] for number in numbers])
+        session.append([prompts[number] for number in numbers])
         if args.paint:
-            session.open_image(range(len(numbers)))
-            replies = [[image] for image in session.paint(range(len(numbers)))]
+            session.begin_image(range(len(numbers)))
+            replies = [[image] for image in session.generate_images(range(len(numbers)))]
         else:
-            replies = session.reply(args.max_tokens)
+            replies = session.generate(args.max_tokens)
         for number, reply in zip(numbers, replies):
             answers[number] = []
             for part in reply:
                 if not isinstance(part, str):
-                    pictures.append(model.eyes.show(part[None])[0])
+                    pictures.append(model.image_processor.decode(part[None])[0])
                     part = {"picture": len(pictures)}
                 answers[number].append(part)
             words = [
@@ -218,10 +218,10 @@ def _answers(model, prompts: list[list], text, args: argparse.Namespace) -> int:
 def _write(model, prompts, answers: dict, pictures: Sequence, args: argparse.Namespace) -> None:
     import numpy as np
 
-    from monoformer_jax.generation.pictures import to_grid
+    from monoformer_jax.data.image_io import image_grid
 
     if pictures:
-        to_grid(pictures, columns=min(args.count, len(pictures))).save(args.out)
+        image_grid(pictures, columns=min(args.count, len(pictures))).save(args.out)
         rows = [{"prompt": prompts[number][0], "answer": answers[number]} for number in answers]
         sidecar = args.out.with_suffix(".json")
         facts = _facts(model, args) | {"rows": rows}
@@ -250,24 +250,24 @@ def _many(model, prompts: list[list], share: tuple[int, int], args: argparse.Nam
     import numpy as np
 
     from monoformer_jax.config import MeshConfig
-    from monoformer_jax.generation.image import generate_images
-    from monoformer_jax.generation.many import paint_many
-    from monoformer_jax.generation.streams import prompt
     from monoformer_jax.parallel import make_mesh
+    from monoformer_jax.sampling.image import generate_images
+    from monoformer_jax.sampling.prompts import encode_prompt
+    from monoformer_jax.sampling.shards import generate_shards
 
     for number, parts in enumerate(prompts, 1):  # all of them before the first is painted
-        prompt(parts, model.tokenizer, model.config, room=model.config.image_tokens,
+        encode_prompt(parts, model.tokenizer, model.config, room=model.config.image_tokens,
                closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     params = jax.device_put(model.params, everywhere)
 
-    def paint(first: int, images: int) -> np.ndarray:
+    def generate(first: int, images: int) -> np.ndarray:
         parts = [prompts[i % len(prompts)] for i in range(first, first + images)]
         painted = generate_images(
             model.config, params, model.tokenizer, parts, seed=args.seed, first=first, mesh=mesh
         )
-        return _rgb(model.eyes.show(painted))
+        return _rgb(model.image_processor.decode(painted))
 
     asked = "\n".join(parts[0] for parts in prompts)
     image = args.image.read_bytes() if args.image else b""
@@ -277,9 +277,9 @@ def _many(model, prompts: list[list], share: tuple[int, int], args: argparse.Nam
     }
     speaks = jax.process_index() == 0
     index, count = share
-    samples = paint_many(
-        args.out, args.total, args.batch, facts, paint, process=index, processes=count,
-        say=print if speaks else lambda line: None,
+    samples = generate_shards(
+        args.out, args.total, args.batch, facts, generate, process=index, processes=count,
+        log=print if speaks else lambda line: None,
     )  # fmt: skip
     if speaks:
         print(f"{args.total} images in {samples}" if samples else
@@ -290,7 +290,7 @@ def _many(model, prompts: list[list], share: tuple[int, int], args: argparse.Nam
 def _rgb(images):
     import numpy as np
 
-    from monoformer_jax.generation.pictures import to_uint8
+    from monoformer_jax.data.image_io import to_uint8
 
     pixels = to_uint8(images)
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels

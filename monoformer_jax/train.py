@@ -31,14 +31,8 @@ import sys
 
 from etils import epath
 
-from monoformer_jax.cli import (
-    CRASH_LOOP,
-    HUNG,
-    NON_FINITE,
-    PREEMPTED,
-    load_config,
-    run_command,
-)
+from monoformer_jax.cli import load_config, run_command
+from monoformer_jax.errors import CRASH_LOOP, HUNG, NON_FINITE, PREEMPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from monoformer_jax.training.faults import CrashLoop, NonFiniteLoss, Preempted
+    from monoformer_jax.runtime.faults import CrashLoop, NonFiniteLoss, Preempted
+    from monoformer_jax.runtime.processes import exit_without_barrier, start_processes
     from monoformer_jax.training.loop import train
-    from monoformer_jax.training.processes import leave_others, start_processes
 
     codes = {NonFiniteLoss: NON_FINITE, CrashLoop: CRASH_LOOP, Preempted: PREEMPTED}
     start_processes(args.coordinator, args.processes, args.process)
@@ -66,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return codes[type(error)]
     except BaseException as error:
-        leave_others(error)
+        exit_without_barrier(error)
         raise
     return 0
 

@@ -16,15 +16,18 @@ from fixtures import Folder, channels_last, close
 
 import monoformer_jax
 from monoformer_jax import sample
-from monoformer_jax.api import Eyes, Model
-from monoformer_jax.config import InputError
+from monoformer_jax.api import Model
+from monoformer_jax.codecs.image_processor import ImageProcessor
+from monoformer_jax.config import OriginalConfig
 from monoformer_jax.data.documents import Features
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.generation.interleaved import Session
-from monoformer_jax.models import autoencoder, clip, monoformer
+from monoformer_jax.errors import InputError
+from monoformer_jax.models import monoformer
+from monoformer_jax.nn import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_folder
-from monoformer_jax.training.checkpoint import Checkpoints
-from monoformer_jax.training.workdir import claim_workdir
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.workdir import claim_workdir
+from monoformer_jax.sampling.session import Session
 
 GRAY = PIL.Image.new("RGB", (30, 20), "gray")
 TOWER = Folder(REFERENCE / "clip_tiny", "clip")
@@ -120,7 +123,9 @@ def random_model(config, weights=False, **changes):
     model = dataclasses.replace(config.model, **changes)
     config = dataclasses.replace(config, model=model)
     params = monoformer.init(model, jax.random.key(0)) if weights else {}
-    return Model(config, params, ByteTokenizer(), step=0, eyes=Eyes(config, None, None))
+    return Model(
+        config, params, ByteTokenizer(), step=0, image_processor=ImageProcessor(config, None, None)
+    )
 
 
 def test_bad_input_is_one_sentence(config, tmp_path):
@@ -172,8 +177,8 @@ def test_a_picture_goes_through_the_autoencoder_both_ways(config):
     c = autoencoder.AutoencoderConfig(widths=(8, 8), blocks=1, groups=4)
     params = autoencoder.init(c, jax.random.key(1))
     model = random_model(config, weights=True, channels=4)
-    model.eyes._vae = c, params
-    part = model.eyes.look(GRAY)
+    model.image_processor._vae = c, params
+    part = model.image_processor.encode(GRAY)
     pixels = np.full((1, 16, 16, 3), 128 / 127.5 - 1, np.float32)
     want = autoencoder.bind(c, params).encode(pixels).mean[0] * c.scale
     np.testing.assert_allclose(part.pixels, want, atol=1e-5)
@@ -188,7 +193,10 @@ def seeing(config, tmp_path_factory):
     """Workdir of a model with random weights that looks through the recorded tower and only writes."""
     folder = tmp_path_factory.mktemp("seeing")
     model = dataclasses.replace(
-        config.model, channels=3, feature_dim=TOWER.config["hidden_size"], context_images="causal"
+        config.model,
+        channels=3,
+        feature_dim=TOWER.config["hidden_size"],
+        original=OriginalConfig(context_images="causal"),
     )
     params = monoformer.init(model, jax.random.key(3))
     letters = np.isin(np.arange(model.padded_vocab), ByteTokenizer().encode("abcdefghijklmnop"))
@@ -215,14 +223,16 @@ def test_a_picture_goes_through_the_vision_encoder(seeing, tmp_path, monkeypatch
     """By `look`, in a chat and by `sample --vision`: the answer is the one to its features."""
     picture, features = recorded_features()
     model = monoformer_jax.load(seeing, vision=TOWER.path)
-    close(model.eyes.look(picture).values, features, 1e-4)
+    close(model.image_processor.encode(picture).values, features, 1e-4)
 
     def ask(*content):
         return model.chat([{"role": "user", "content": list(content)}], max_tokens=8)
 
-    session = Session(model.config, model.params, model.tokenizer, 1, look=model.eyes.look_again)
-    session.add([["what is it? ", Features(features)]])
-    (want,) = session.reply(max_tokens=8)
+    session = Session(
+        model.config, model.params, model.tokenizer, 1, look=model.image_processor.reencode
+    )
+    session.append([["what is it? ", Features(features)]])
+    (want,) = session.generate(max_tokens=8)
     assert len(want[0]) == 8 and ask("what is it? ", picture) == want
     other = ask("what is it? ", 255 - picture)
     assert len(other[0]) == 8 and other != want
@@ -245,7 +255,7 @@ def test_a_tower_that_is_not_the_models_is_refused(config, tmp_path):
     for folder, message in (
         (tmp_path / "none", "none is no folder"),
         (tmp_path, "has no config.json"),
-        (TOWER.path, "clip_tiny has 48 features, the model looks at 8"),
+        (TOWER.path, "clip_tiny has 48 features, the model takes 8"),
     ):
         with pytest.raises(InputError, match=message):
-            Eyes(dataclasses.replace(config, model=model), None, folder)
+            ImageProcessor(dataclasses.replace(config, model=model), None, folder)

@@ -14,16 +14,16 @@ LENGTH = 300  # no multiple of any block
 
 def row(*documents, length):
     """Streams of one row; in a document 0 is a text token and n > 0 an image of n patches."""
-    kinds, segments, images, image = [], [], [], 0
+    token_types, segments, images, image = [], [], [], 0
     for number, document in enumerate(documents, 1):
         for part in document:
             new = [TEXT] if part == 0 else [TIME] + [PATCH] * part
             image += part > 0
-            kinds += new
+            token_types += new
             segments += [number] * len(new)
             images += [image if part else 0] * len(new)
-    pad = length - len(kinds)
-    streams = (kinds + [PAD] * pad, segments + [0] * pad, images + [0] * pad)
+    pad = length - len(token_types)
+    streams = (token_types + [PAD] * pad, segments + [0] * pad, images + [0] * pad)
     return tuple(np.array([s], np.int32) for s in streams)
 
 

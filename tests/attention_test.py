@@ -15,10 +15,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 import monoformer_jax.attention as attention_module
 from monoformer_jax.attention import (
     IntervalMask,
-    attend,
     check_mask,
     choose,
     dense_mask,
+    interval_attention,
     interval_mask,
     mask,
     mask_area,
@@ -52,14 +52,14 @@ ROWS = {
 }
 
 
-def by_definition(kinds, segments, images):
+def by_definition(token_types, segments, images):
     """Causal or same image, within a document; written over pairs, with no interval in sight."""
-    kinds, segments, images = (np.asarray(x)[0] for x in (kinds, segments, images))
-    n = len(kinds)
+    token_types, segments, images = (np.asarray(x)[0] for x in (token_types, segments, images))
+    n = len(token_types)
     allowed = np.zeros((n, n), bool)
     for q in range(n):
         for k in range(n):
-            same = kinds[q] == kinds[k] == PATCH and images[q] == images[k]
+            same = token_types[q] == token_types[k] == PATCH and images[q] == images[k]
             allowed[q, k] = segments[q] == segments[k] > 0 and (k <= q or same)
     return allowed
 
@@ -139,11 +139,11 @@ def test_attend_says_what_does_not_fit():
     q, k, v = random_qkv(4, 4, 4, 3)
     fits = IntervalMask(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32))
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
-        attend(q, k, v, fits)
+        interval_attention(q, k, v, fits)
     with pytest.raises(ValueError, match="'flash' is none of"):
-        attend(q, q, q, fits, impl="flash")
+        interval_attention(q, q, q, fits, impl="flash")
     with pytest.raises(ValueError, match="mask is"):
-        attend(q, q, q, IntervalMask(fits.start[:, :2], fits.stop[:, :2]))
+        interval_attention(q, q, q, IntervalMask(fits.start[:, :2], fits.stop[:, :2]))
 
 
 FAST = ("groups of 1, pair of heads", "decode")
@@ -230,7 +230,7 @@ def test_a_union_is_attention_over_all_its_keys():
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -1e30), axis=-1)
     weights = jnp.where(allowed[:, None], weights, 0.0)
     want = jnp.einsum("BNLS,BSNH->BLNH", weights, v, precision="highest")
-    np.testing.assert_allclose(attend(q, k, v, (one, two)), want, atol=2e-6)
+    np.testing.assert_allclose(interval_attention(q, k, v, (one, two)), want, atol=2e-6)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (4, 20), (60, 4), (300, 300), (20, 60)])
@@ -288,8 +288,8 @@ def test_an_unsound_mask_is_named(masks, message):
         check_mask(masks, 4)
     q, k, _ = random_qkv(2, 4, 1, 1)
     with pytest.raises(ValueError, match=message):
-        attend(q, k, k, masks, debug_checks=True)
-    checked = jax.jit(functools.partial(attend, debug_checks=True))
+        interval_attention(q, k, k, masks, debug_checks=True)
+    checked = jax.jit(functools.partial(interval_attention, debug_checks=True))
     with pytest.raises(Exception, match=message):
         jax.block_until_ready(checked(q, k, k, masks))
         jax.effects_barrier()
@@ -300,7 +300,7 @@ def test_what_cannot_run_says_why():
     fits = ranges(*[(0, 1)] * 4)
     for impl in ("tpu", "gpu"):
         with pytest.raises(ValueError, match=f"impl '{impl}' cannot run on platform 'cpu'"):
-            attend(q, k, v, fits, impl=impl)
+            interval_attention(q, k, v, fits, impl=impl)
     small = random_qkv(4, 4, 2, 2, head_dim=32)
     with pytest.raises(ValueError, match="impl 'tpu': head dim 32 is none of 64, 128, 256"):
         choose(*small[:2], "tpu", "tpu")
@@ -314,7 +314,7 @@ def test_what_cannot_run_says_why():
     with pytest.raises(ValueError, match="knows no block sizes for chip 'TPU v2'"):
         tpu_attention(q, k, v, fits, chip="TPU v2")
     with pytest.raises(ValueError, match="empty tuple"):
-        attend(q, k, v, ())
+        interval_attention(q, k, v, ())
 
 
 def test_auto_goes_by_platform_and_shape():

@@ -10,19 +10,19 @@ from monoformer_jax.config import Config, DataConfig
 
 def test_patches_are_in_the_order_channel_row_column():
     image = np.arange(2 * 4 * 3, dtype=np.float32).reshape(2, 4, 3)  # 2 high, 4 wide, 3 channels
-    patches, grid = contract.patchify(image, 2)
+    patches, patch_positions = contract.patchify(image, 2)
     want = [
         [image[h, 2 * j + w, c] for c in range(3) for h in range(2) for w in range(2)]
         for j in (0, 1)
     ]
     np.testing.assert_array_equal(patches, want)
-    np.testing.assert_array_equal(grid, [[0, 0], [0, 1]])
+    np.testing.assert_array_equal(patch_positions, [[0, 0], [0, 1]])
 
 
 def test_unpatchify_undoes_patchify_of_a_non_square_image():
     image = np.random.default_rng(0).normal(size=(6, 4, 2)).astype(np.float32)
-    patches, grid = contract.patchify(image, 2)
-    assert grid[-1].tolist() == [2, 1]
+    patches, patch_positions = contract.patchify(image, 2)
+    assert patch_positions[-1].tolist() == [2, 1]
     np.testing.assert_array_equal(contract.unpatchify(patches, 6, 4, 2), image)
 
 
@@ -31,12 +31,12 @@ def test_an_image_that_cannot_be_cut_is_refused():
         contract.patchify(np.zeros((7, 4, 1)), 2)
 
 
-CONFIG = Config(batch_size=1, data=DataConfig(row_length=6, image_size=2))
+CONFIG = Config(batch_size=1, data=DataConfig(max_seq_len=6, image_size=2))
 
 
 def good_batch():
     batch = {k: np.zeros(s.shape, s.dtype) for k, s in contract.spec(CONFIG).items()}
-    batch["kinds"][0] = [TEXT, TIME, PATCH, PATCH, TEXT, PAD]
+    batch["token_types"][0] = [TEXT, TIME, PATCH, PATCH, TEXT, PAD]
     batch["segment_ids"][0] = [1, 1, 1, 1, 1, 0]
     batch["image_ids"][0] = [0, 1, 1, 1, 0, 0]
     return batch
@@ -49,7 +49,7 @@ def test_check_accepts_a_good_batch():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("kinds", 4, "row 0, token 5: kinds"),
+        ("token_types", 4, "row 0, token 5: kinds"),
         ("segment_ids", 2, "token 5: segment_ids"),
         ("image_ids", 1, "token 5: image_ids: they stand on"),
         ("denoise", True, "token 5: denoise"),
@@ -70,6 +70,6 @@ def test_check_counts_images_and_compares_shapes():
     with pytest.raises(ValueError, match=r"tokens is int32\[1, 6\], expected int32\[2, 6\]"):
         contract.check(good_batch(), contract.spec(CONFIG, rows=2), max_images=1)
     batch = good_batch()
-    del batch["grid"]
-    with pytest.raises(ValueError, match="missing or unknown: grid"):
+    del batch["patch_positions"]
+    with pytest.raises(ValueError, match="missing or unknown: patch_positions"):
         contract.check(batch, contract.spec(CONFIG), max_images=1)

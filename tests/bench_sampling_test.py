@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from monoformer_jax.api import Model
 from monoformer_jax.bench import sampling
 from monoformer_jax.bench.__main__ import main
+from monoformer_jax.codecs.image_processor import ImageProcessor
 from monoformer_jax.data.documents import Image, build
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.generation.streams import stack
 from monoformer_jax.models import monoformer
+from monoformer_jax.sampling.prompts import pad_batch
 
 KEYS = {"seconds", "images", "steps", "prompt_tokens", "share_of_matmul", "uncached_seconds",
         "first_image_ms", "denoising_starts_ms", "images_per_s", "text_tokens_per_s",
@@ -27,7 +29,7 @@ def test_flops_are_those_of_the_matrices_and_of_the_mask(config):
     for parts in (["draw a one"], []):
         document = build([*parts, image], tokenizer, c, closing=[])
         document = {name: x[:-1] for name, x in document.items()}  # without <|im_end|>
-        mask = monoformer.attention_mask(c, stack([document], 64, tokenizer.pad_id))
+        mask = monoformer.attention_mask(c, pad_batch([document], 64, tokenizer.pad_id))
         seen, again = np.asarray(mask.stop - mask.start)[0], 1 + document["denoise"] * 6
         want += 2 * matrices * again.sum()
         want += 4 * c.num_layers * c.num_heads * c.head_dim * (seen[: len(again)] * again).sum()
@@ -37,8 +39,8 @@ def test_flops_are_those_of_the_matrices_and_of_the_mask(config):
 @pytest.mark.slow
 def test_the_bench_writes_its_keys_and_compares(config, tmp_path, monkeypatch, capsys):
     params = monoformer.init(config.model, jax.random.key(0))
-    subject = sampling.Subject(config, params, ByteTokenizer())
-    monkeypatch.setattr(sampling, "fresh_subject", lambda dtype: subject)
+    model = Model(config, params, ByteTokenizer(), ImageProcessor(config))
+    monkeypatch.setattr(sampling, "fresh_model", lambda dtype: model)
     monkeypatch.setattr(sampling, "TEXT_TOKENS", 4)
     for name, seconds, steps in (("other", 3.0, 2), ("elsewhere", 1.0, 50)):
         work = {"name": name, "seconds": seconds, "images": 1, "steps": steps, "prompt_tokens": 20}

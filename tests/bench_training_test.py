@@ -19,32 +19,32 @@ KEYS = {"step_ms", "tokens_per_s", "images_per_s", "model_tflops", "matmul_tflop
 
 def test_useful_work_is_that_of_real_tokens_and_visible_pairs(config):
     batch, c = next(Batches(config, ByteTokenizer()).iterator), config.model
-    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    mask = interval_mask(batch["token_types"], batch["segment_ids"], batch["image_ids"])
     start, stop = np.asarray(mask.start), np.asarray(mask.stop)
     D, heads = c.embed_dim, c.num_heads * c.head_dim
     products = 2 * D * heads + 2 * D * c.num_kv_heads * c.head_dim + 3 * D * c.mlp_dim
     work = 0
-    for b, l in np.ndindex(batch["kinds"].shape):
-        if batch["kinds"][b, l] == PAD:
+    for b, l in np.ndindex(batch["token_types"].shape):
+        if batch["token_types"][b, l] == PAD:
             continue
         seen = int(stop[b, l] - start[b, l])
         work += c.num_layers * (2 * products + 4 * seen * heads)
         work += 2 * D * c.vocab_size * (batch["target_weights"][b, l] > 0)
-        work += 4 * D * c.patch_dim * (batch["kinds"][b, l] == PATCH)
+        work += 4 * D * c.patch_dim * (batch["token_types"][b, l] == PATCH)
     assert model_flops(batch, config) == 3 * work
 
 
 def test_random_rows_are_one_caption_and_one_picture():
     batch = next(random_rows(SMALL))
-    assert batch["tokens"].shape == (8, 64 + 257) and (batch["kinds"] != PAD).all()
-    assert ((batch["kinds"] == PATCH).sum(1) == 256).all()
+    assert batch["tokens"].shape == (8, 64 + 257) and (batch["token_types"] != PAD).all()
+    assert ((batch["token_types"] == PATCH).sum(1) == 256).all()
 
 
 @pytest.mark.slow
 def test_the_bench_writes_its_numbers(tmp_path, capsys):
     file, config = tmp_path / "training.json", ROOT / "configs" / "digits.py:tiny"
     for name, seconds, rows in (("other", 3.0, 4), ("elsewhere", 1.0, 5)):
-        work = {"name": name, "seconds": seconds, "batch_size": rows, "row_length": 160}
+        work = {"name": name, "seconds": seconds, "batch_size": rows, "max_seq_len": 160}
         (tmp_path / f"{name}.json").write_text(json.dumps(work))
     arguments = ["training", f"--config={config}", "--steps=2", "--json", str(file)]
     assert main([*arguments, f"--compare={tmp_path}"]) == 0

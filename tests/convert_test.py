@@ -13,10 +13,11 @@ import safetensors.numpy
 import tokenizers
 from conftest import REFERENCE, ROOT
 
-from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.config import MeshConfig
 from monoformer_jax.data.tokenizer import NEW_SPECIALS, FileTokenizer, extend_tokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.parallel import make_mesh
-from monoformer_jax.pretrained.exchange import (
+from monoformer_jax.pretrained.conversion import (
     check_safetensors,
     check_workdir,
     find_source,
@@ -27,8 +28,8 @@ from monoformer_jax.pretrained.exchange import (
 from monoformer_jax.pretrained.folder import open_weights
 from monoformer_jax.pretrained.model import open_pretrained
 from monoformer_jax.pretrained.table import read_tree
-from monoformer_jax.training.checkpoint import load_trained, load_weights
-from monoformer_jax.training.state import abstract_state
+from monoformer_jax.runtime.weights import load_trained, load_weights
+from monoformer_jax.training.state import abstract_train_state
 
 VARIANTS = ("tiny_a", "tiny_a_adaln_before_decoder", "tiny_a_noadaln", "tiny_a_mm")
 
@@ -145,7 +146,7 @@ def test_a_llama_gets_what_it_lacks(tmp_path):
     ids = [tokenizer.pad_id, tokenizer.image_id, tokenizer.im_start_id, tokenizer.im_end_id]
     assert ids == [131, 132, 133, 134]
     # A run can start from it.
-    target = abstract_state(config, make_mesh(MeshConfig())).params
+    target = abstract_train_state(config, make_mesh(MeshConfig())).params
     started = load_weights(tmp_path / "ours", target, config.model)
     jax.tree.map(np.testing.assert_array_equal, started, params)
     other = dataclasses.replace(config.model, num_layers=2)

@@ -5,11 +5,13 @@ import pytest
 
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH, TEXT, TIME
-from monoformer_jax.config import InputError, ModelConfig, named_size
+from monoformer_jax.config import ModelConfig, named_size
+from monoformer_jax.data.digits import digits, draw_prompt, sentences
 from monoformer_jax.data.documents import Image, build, describe, truncate
 from monoformer_jax.data.pipeline import Batches
-from monoformer_jax.data.sources import digits, draw_prompt, open_sources, sentences
+from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.errors import InputError
 
 TOKENIZER = ByteTokenizer()
 MODEL = ModelConfig(**named_size("tiny"))
@@ -28,7 +30,7 @@ def test_streams_of_a_document():
     s, e, i, start, end = 1, 2, 3, 4, 5
     a, b, c = TOKENIZER.encode("abc")
     assert document["tokens"].tolist() == [s, a, b, start, i, i, i, i, i, end, c, e]
-    assert document["kinds"].tolist() == [TEXT] * 4 + [TIME] + [PATCH] * 4 + [TEXT] * 3
+    assert document["token_types"].tolist() == [TEXT] * 4 + [TIME] + [PATCH] * 4 + [TEXT] * 3
     weights = document["target_weights"]
     #                        s a b start T p p p p end c e
     assert weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]
@@ -36,7 +38,7 @@ def test_streams_of_a_document():
     assert learned.tolist() == [a, b, start, end, c, e]
     patches, grid = contract.patchify(PIXELS, 2)
     np.testing.assert_array_equal(document["patches"][5:9], patches)
-    np.testing.assert_array_equal(document["grid"][5:9], grid)
+    np.testing.assert_array_equal(document["patch_positions"][5:9], grid)
     assert document["denoise"].tolist() == [False] * 4 + [True] * 5 + [False] * 3
 
 
@@ -106,18 +108,20 @@ def test_rows_keep_the_contract_and_documents_stay_whole(config):
     for batch in made:
         contract.check(batch, expected, config.max_images)
         for document in documents_of(batch):
-            tokens, kinds, targets = (document[k] for k in ("tokens", "kinds", "targets"))
+            tokens, token_types, targets = (
+                document[k] for k in ("tokens", "token_types", "targets")
+            )
             assert tokens[0] == TOKENIZER.bos_id and tokens[-1] == TOKENIZER.eos_id
             np.testing.assert_array_equal(document["positions"], np.arange(len(tokens)))
             np.testing.assert_array_equal(targets[:-1], tokens[1:])
-            learned = np.append(kinds[1:] == TEXT, False)
+            learned = np.append(token_types[1:] == TEXT, False)
             np.testing.assert_array_equal(document["target_weights"], learned)
-            images = document["image_ids"][kinds == PATCH]
+            images = document["image_ids"][token_types == PATCH]
             assert len(images) in (0, 16) and len(set(images)) <= 1  # whole, or none
             if document["denoise"].any():
-                pixels = contract.unpatchify(document["patches"][kinds == PATCH], 8, 8, 2)
+                pixels = contract.unpatchify(document["patches"][token_types == PATCH], 8, 8, 2)
                 assert pixels.tobytes() in real
-            kinds_of_documents.add(describe(tokens, kinds, TOKENIZER).split(" ")[0])
+            kinds_of_documents.add(describe(tokens, token_types, TOKENIZER).split(" ")[0])
         for row in range(config.batch_size):
             ids = batch["image_ids"][row]
             assert sorted(set(ids[ids > 0])) == list(range(1, ids.max() + 1))
@@ -132,9 +136,11 @@ def test_the_mixture_is_that_of_the_config(change):
     for batch in made:
         for document in documents_of(batch):
             drawn = document["denoise"].any()
-            kind = "draw" if drawn else "read" if (document["kinds"] == PATCH).any() else "say"
+            kind = (
+                "draw" if drawn else "read" if (document["token_types"] == PATCH).any() else "say"
+            )
             counts[kind] += 1
-            dropped += drawn and document["kinds"][2] == TIME  # <s> <|im_start|> TIME
+            dropped += drawn and document["token_types"][2] == TIME  # <s> <|im_start|> TIME
     total = sum(counts.values())
     for name, weight in weights.items():
         assert counts[name] / total == pytest.approx(weight, abs=0.05)
@@ -143,7 +149,7 @@ def test_the_mixture_is_that_of_the_config(change):
 
 def test_nine_tenths_of_the_tokens_are_real(config):
     made, _ = take(config, 100)
-    assert np.mean([batch["kinds"] > 0 for batch in made]) >= 0.9
+    assert np.mean([batch["token_types"] > 0 for batch in made]) >= 0.9
 
 
 def same(a, b):
@@ -202,10 +208,10 @@ def test_more_streams_than_examples_are_refused(change):
 def test_documents_that_are_too_long_are_dropped_and_counted(change):
     """A row of 32 holds an image and little else: the drawn digits with a prompt do not fit."""
     mixture = {"draw": 0.5, "say": 0.5}
-    made, batches = take(change(data={"row_length": 31, "mixture": mixture}), 12)
+    made, batches = take(change(data={"max_seq_len": 31, "mixture": mixture}), 12)
     found = [d for b in made for d in documents_of(b)]
     assert batches.dropped > 0
-    assert all((d["kinds"] == PATCH).sum() in (0, 16) for d in found)
+    assert all((d["token_types"] == PATCH).sum() in (0, 16) for d in found)
     assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
 
 
@@ -224,7 +230,7 @@ def test_small_images_that_outnumber_the_rows_room_are_refused(change):
 
 
 def test_text_is_truncated_only_where_the_config_says_so(change):
-    data = {"row_length": 24, "mixture": {"say": 1.0}, "truncate_text": True}
+    data = {"max_seq_len": 24, "mixture": {"say": 1.0}, "truncate_text": True}
     made, batches = take(change(data=data), 12)
     ends = [d["tokens"][-1] for b in made for d in documents_of(b)]
     assert batches.dropped == 0
@@ -232,6 +238,6 @@ def test_text_is_truncated_only_where_the_config_says_so(change):
 
 
 def test_rows_that_no_document_fits_are_an_error_and_not_an_endless_search(change):
-    data = {"row_length": 21, "mixture": {"read": 1.0}}
-    with pytest.raises(InputError, match=r"none of the first 1000 documents fits.*row_length=21"):
+    data = {"max_seq_len": 21, "mixture": {"read": 1.0}}
+    with pytest.raises(InputError, match=r"none of the first 1000 documents fits.*max_seq_len=21"):
         take(change(data=data), 1)

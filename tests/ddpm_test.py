@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import REFERENCE
 
-from monoformer_jax.config import InputError
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.diffusion.solvers import make_grid, solve
+from monoformer_jax.diffusion.solvers import make_time_grid, solve
+from monoformer_jax.errors import InputError
 
 RECORDED = np.load(REFERENCE / "diffusion" / "io.npz")
 
@@ -28,7 +28,7 @@ def test_the_bound_teaches_the_variance_and_not_the_mean():
     schedule = ddpm.make_schedule()
 
     def bound(predicted, variance):
-        return ddpm.losses(x, noise, predicted, variance, step, schedule)[1].sum()
+        return ddpm.hybrid_loss_terms(x, noise, predicted, variance, step, schedule)[1].sum()
 
     to_mean, to_variance = jax.grad(bound, (0, 1))(jnp.asarray(predicted), jnp.asarray(variance))
     assert (to_mean == 0).all()
@@ -37,10 +37,10 @@ def test_the_bound_teaches_the_variance_and_not_the_mean():
 
 def test_the_clock_gives_every_step_back():
     steps = np.arange(ddpm.STEPS)
-    again = np.asarray(1000.0 * ddpm.clock(steps))
+    again = np.asarray(1000.0 * ddpm.step_to_t(steps))
     assert (again != steps).sum() <= 10
     np.testing.assert_allclose(again, steps, rtol=1.2e-7)
-    np.testing.assert_array_equal(ddpm.step_at(ddpm.clock(steps)), steps)
+    np.testing.assert_array_equal(ddpm.t_to_step(ddpm.step_to_t(steps)), steps)
 
 
 @pytest.mark.parametrize("sections", ["0", "1001", "ten", "ddim0", "ddim999", "ddim", "10,900,1"])
@@ -65,7 +65,7 @@ def test_samplers_recover_a_known_image(learned):
 
     noise = draw(0)
     for sections in (1, 20, "ddim25", 1000):
-        grid = make_grid("ddpm", sections)
+        grid = make_time_grid("ddpm", sections)
         drawn, seen = solve("ddpm", predict, noise, grid, draw=draw, clip=True)
         np.testing.assert_allclose(drawn, image, atol=1e-3)
         np.testing.assert_allclose(seen, image, atol=1e-3)
@@ -76,7 +76,7 @@ def test_samplers_recover_a_known_image(learned):
 def test_without_learned_sigma_there_is_no_bound():
     x, noise, predicted, _, step, x_t = loss_case()
     schedule = ddpm.make_schedule()
-    squared, bound = ddpm.losses(x, noise, predicted, None, step, schedule)
+    squared, bound = ddpm.hybrid_loss_terms(x, noise, predicted, None, step, schedule)
     assert (bound == 0).all() and (squared > 0).any()
-    got = ddpm.reverse(x_t, predicted, None, np.array(7), schedule)
+    got = ddpm.p_mean_variance(x_t, predicted, None, np.array(7), schedule)
     np.testing.assert_allclose(got.log_variance, np.log(schedule.betas[7]), rtol=1e-6)

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from monoformer_jax.batch import unpatchify
-from monoformer_jax.config import InputError
+from monoformer_jax.config import OriginalConfig
 from monoformer_jax.data.documents import Features, Image, build
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.generation.image import generate_images
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
-from monoformer_jax.training.checkpoint import load_trained
+from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.training.loop import train
-from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
 
 TOKENIZER = ByteTokenizer()
 DDPM = {
@@ -66,28 +67,32 @@ def test_step_zero_is_noised_and_counted(change):
     params = monoformer.init(config.model, jax.random.key(0))
     batch = next(Batches(config, TOKENIZER).iterator)
     noise = draw_noise(jax.random.key(0), batch, config)
-    whole = totals(batch, noise)
+    whole = loss_normalizers(batch, noise)
     zero = noise.replace(times=jax.numpy.zeros_like(noise.times))
-    assert totals(batch, zero) == whole and whole.images > 1
+    assert loss_normalizers(batch, zero) == whole and whole.images > 1
     fn = jax.jit(lambda noise: loss_fn(params, batch, noise, whole, config)[1]["image_loss"])
     other = zero.replace(noise=-zero.noise)
     assert fn(zero) > 0 and fn(zero) != fn(other)
-    assert ddpm.clock(0) == 0
+    assert ddpm.step_to_t(0) == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [
-    {"time_conditioning": "modulation"},
-    {"image_head": "add", "position_embedding": "every_layer"},
-    {"context_images": "causal", "bidirectional_images": False, "position_embedding": "none"},
+@pytest.mark.parametrize("original", [
+    OriginalConfig(time_conditioning="modulation"),
+    OriginalConfig(image_head="add", position_embedding="every_layer"),
+    OriginalConfig(context_images="causal", bidirectional_images=False, position_embedding="none"),
 ])  # fmt: skip
-def test_every_variant_trains_and_paints_what_it_was_taught(change, model):
+def test_every_variant_trains_and_paints_what_it_was_taught(change, original):
     """The cached sampler evaluates the same function as the training pass, in every variant."""
-    config = change(model=model, sampling={"solver": "euler", "steps": 1, "guidance": 1.0})
+    config = change(
+        model={"original": original}, sampling={"solver": "euler", "steps": 1, "guidance": 1.0}
+    )
     params = monoformer.init(config.model, jax.random.key(0))
     batch = next(Batches(config, TOKENIZER).iterator)
     noise = draw_noise(jax.random.key(0), batch, config)
-    loss, _ = jax.jit(lambda p: loss_fn(p, batch, noise, totals(batch, noise), config))(params)
+    loss, _ = jax.jit(lambda p: loss_fn(p, batch, noise, loss_normalizers(batch, noise), config))(
+        params
+    )
     assert np.isfinite(loss)
 
     painted = generate_images(
@@ -99,12 +104,12 @@ def test_every_variant_trains_and_paints_what_it_was_taught(change, model):
     row = {name: stream[None] for name, stream in document.items()}
     row["segment_ids"] = np.ones((1, n), np.int32)
     row["positions"] = np.arange(n, dtype=np.int32)[None]
-    row["image_ids"] = (row["kinds"] > 1).astype(np.int32)
-    row["patches"][row["kinds"] == 3] = start
+    row["image_ids"] = (row["token_types"] > 1).astype(np.int32)
+    row["patches"][row["token_types"] == 3] = start
     bound, times = monoformer.bind(config.model, params), np.ones((1, 1), np.float32)
     mask = monoformer.attention_mask(config.model, row)
     hidden, _ = bound(row, times, mask)
-    velocity = bound.image_output(hidden, row["image_ids"], times)[row["kinds"] == 3]
+    velocity = bound.image_output(hidden, row["image_ids"], times)[row["token_types"] == 3]
     want = unpatchify(np.asarray(start - velocity), 8, 8, 2)
     np.testing.assert_allclose(painted[0], want, atol=1e-4)
 

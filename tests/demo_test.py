@@ -14,10 +14,11 @@ import PIL.Image
 import pytest
 
 from monoformer_jax import demo
-from monoformer_jax.api import Eyes, Model
+from monoformer_jax.api import Model
 from monoformer_jax.cli import run_command
-from monoformer_jax.config import InputError
+from monoformer_jax.codecs.image_processor import ImageProcessor
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 
 
@@ -125,7 +126,9 @@ def address(config):
     opposite = 6 * params["text_head"][:, 0]
     head = params["text_head"].at[:, ByteTokenizer.im_start_id].set(opposite)
     params["text_head"] = head.at[:, ByteTokenizer.eos_id].set(-opposite)
-    model = Model(config, params, ByteTokenizer(), step=0, eyes=Eyes(config, None, None))
+    model = Model(
+        config, params, ByteTokenizer(), step=0, image_processor=ImageProcessor(config, None, None)
+    )
     page = demo.make_page(model, "tiny")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from monoformer_jax.config import InputError, ObjectiveConfig
-from monoformer_jax.diffusion.guidance import Guidance, guide
+from monoformer_jax.config import ObjectiveConfig
+from monoformer_jax.diffusion.guidance import Guidance, classifier_free_guidance
 from monoformer_jax.diffusion.rectified_flow import (
     interpolate,
     sample_times,
     shift_times,
     velocity_target,
 )
-from monoformer_jax.diffusion.solvers import make_grid, solve
+from monoformer_jax.diffusion.solvers import make_time_grid, solve
+from monoformer_jax.errors import InputError
 
 X = jnp.array([[1.0, -2.0], [0.5, 3.0]])
 NOISE = jnp.array([[-1.0, 0.25], [2.0, 1.0]])
@@ -33,7 +34,7 @@ def test_one_true_velocity_leads_from_noise_to_data_in_any_number_of_steps(solve
         lambda grid: solve(solver, lambda x, t: (velocity_target(X, NOISE), None), NOISE, grid)
     )
     for steps in (1, 2, 7, 1000):
-        got, seen = compiled(make_grid(solver, steps, shift))
+        got, seen = compiled(make_time_grid(solver, steps, shift))
         np.testing.assert_allclose(got, X, atol=1e-4)
         np.testing.assert_allclose(seen, X, atol=1e-4)
     assert compiled._cache_size() == 1
@@ -45,7 +46,7 @@ def test_order_of_the_solver(solver, order):
     exact = np.exp((np.sin(0.0) - np.sin(2.0)) / 2)
 
     def end(steps):
-        grid = make_grid(solver, steps)
+        grid = make_time_grid(solver, steps)
         return solve(solver, lambda x, t: (x * jnp.cos(2 * t), None), jnp.float32(1), grid)[0]
 
     error = [abs(float(end(steps)) - exact) for steps in (16, 32)]
@@ -63,7 +64,7 @@ def test_flow_of_a_gaussian_ends_in_that_gaussian():
         return t / variance * centred - x0, None
 
     z = jnp.linspace(-2, 2, 9)
-    got, _ = solve("euler", velocity, z, make_grid("euler", 500))
+    got, _ = solve("euler", velocity, z, make_time_grid("euler", 500))
     np.testing.assert_allclose(got, m + s * z, atol=2e-2)
 
 
@@ -88,7 +89,7 @@ def test_a_walk_in_parts_is_the_whole_walk(solver):
     def predict(x, t):
         return x * jnp.cos(3 * t), jnp.zeros_like(x)
 
-    grid = make_grid(solver, 7)
+    grid = make_time_grid(solver, 7)
     draw = lambda i: jax.random.normal(jax.random.key(i), X.shape)  # noqa: E731
     walk = jax.jit(
         lambda x, start, stop: solve(solver, predict, x, grid, draw=draw, start=start, stop=stop)
@@ -104,10 +105,10 @@ def test_a_walk_in_parts_is_the_whole_walk(solver):
 
 def test_steps_and_solvers_that_cannot_be_are_one_sentence():
     with pytest.raises(InputError, match="there is no solver 'rk4'; there are euler, heun, ddpm"):
-        make_grid("rk4", 4)
+        make_time_grid("rk4", 4)
     for steps in (0, 1001):
         with pytest.raises(InputError, match=f"steps={steps}: an image is painted in 1 to 1000"):
-            make_grid("euler", steps)
+            make_time_grid("euler", steps)
 
 
 def branches(*values):
@@ -117,20 +118,30 @@ def branches(*values):
 def test_guidance_by_hand():
     everything, less, nothing = [2.0, 4.0], [1.0, 1.0], [0.5, -1.0]
     two, t = branches(everything, less), jnp.float32(0.5)
-    np.testing.assert_allclose(guide(two, t, Guidance(3.0, low=0.2, high=0.8)), [[[4.0, 10.0]]])
-    np.testing.assert_allclose(guide(two, t, Guidance(3.0, low=0.6)), [[everything]])
-    np.testing.assert_allclose(guide(two, t, Guidance(1.0)), [[everything]])
-    np.testing.assert_allclose(guide(two, t, Guidance(3.0), values=1), [[[4.0, 4.0]]])
-    np.testing.assert_allclose(guide(branches(everything), t, Guidance(3.0)), [[everything]])
+    np.testing.assert_allclose(
+        classifier_free_guidance(two, t, Guidance(3.0, low=0.2, high=0.8)), [[[4.0, 10.0]]]
+    )
+    np.testing.assert_allclose(
+        classifier_free_guidance(two, t, Guidance(3.0, low=0.6)), [[everything]]
+    )
+    np.testing.assert_allclose(classifier_free_guidance(two, t, Guidance(1.0)), [[everything]])
+    np.testing.assert_allclose(
+        classifier_free_guidance(two, t, Guidance(3.0), values=1), [[[4.0, 4.0]]]
+    )
+    np.testing.assert_allclose(
+        classifier_free_guidance(branches(everything), t, Guidance(3.0)), [[everything]]
+    )
     three = branches(everything, less, nothing)
     # 0.5 + 1.5 (1 - 0.5) + 3 (2 - 1), and -1 + 1.5 (1 + 1) + 3 (4 - 1)
-    got = guide(three, t, Guidance(3.0, 1.5))
+    got = classifier_free_guidance(three, t, Guidance(3.0, 1.5))
     np.testing.assert_allclose(got, [[[4.25, 11.0]]], rtol=1e-6)
 
 
 def test_rescaled_guidance_has_the_size_of_the_unguided_prediction():
     two, t = branches([2.0, 4.0, -1.0], [1.0, 1.0, 1.0]), jnp.float32(0.5)
-    plain, whole, half = (guide(two, t, Guidance(5.0, rescale=r)) for r in (0.0, 1.0, 0.5))
+    plain, whole, half = (
+        classifier_free_guidance(two, t, Guidance(5.0, rescale=r)) for r in (0.0, 1.0, 0.5)
+    )
     np.testing.assert_allclose(whole.std(), two[0, 0].std(), rtol=1e-6)
     np.testing.assert_allclose(whole / plain, (whole / plain)[0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(half, (plain + whole) / 2, rtol=1e-6)

@@ -5,7 +5,7 @@ import pytest
 from scipy.linalg import sqrtm
 from sklearn.svm import SVC
 
-from monoformer_jax.data.sources import digits
+from monoformer_jax.data.digits import digits
 from monoformer_jax.evaluation.frechet import frechet_distance
 
 

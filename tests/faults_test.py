@@ -16,19 +16,21 @@ import pytest
 from conftest import ROOT
 from etils import epath
 
-from monoformer_jax import cli
+from monoformer_jax import errors
 from monoformer_jax import train as command
-from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.config import MeshConfig
 from monoformer_jax.data.pipeline import Batches, RowIterator
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.parallel import make_mesh
-from monoformer_jax.training import faults
-from monoformer_jax.training.checkpoint import Checkpoints, load_trained
-from monoformer_jax.training.faults import CrashLoop, Preempted, Starts, Watchdog
+from monoformer_jax.runtime import faults
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.faults import CrashLoop, CrashLoopGuard, Preempted, Watchdog
+from monoformer_jax.runtime.processes import start_processes
+from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.runtime.workdir import claim_workdir, mark_done, read_config
 from monoformer_jax.training.metrics import Writer
-from monoformer_jax.training.processes import start_processes
-from monoformer_jax.training.state import abstract_state
-from monoformer_jax.training.workdir import claim_workdir, mark_done, read_config
+from monoformer_jax.training.state import abstract_train_state
 
 
 def train(workdir, *overrides):
@@ -75,7 +77,7 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bits(quiet, tmp_path, mo
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         before_batch(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert train(tmp_path) == cli.PREEMPTED == 75
+        assert train(tmp_path) == errors.PREEMPTED == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert "told to leave at step 7, which is saved" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
@@ -116,7 +118,7 @@ def test_a_source_that_hangs_ends_the_process(tmp_path, monkeypatch, capsys):
     before_batch(monkeypatch, 4, hang)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "--config.watchdog_seconds=5")
-    assert codes == [cli.HUNG]
+    assert codes == [errors.HUNG]
     assert "no step was done within watchdog_seconds=5" in capsys.readouterr().err
     assert "in hang" in (tmp_path / "errors" / "hang_of_process_0.txt").read_text()
 
@@ -135,7 +137,7 @@ def test_the_watchdog_lets_the_first_step_compile(tmp_path, monkeypatch):
 
 
 def crash(workdir, checkpoint, error):
-    with pytest.raises(type(error)), Starts(workdir, checkpoint):
+    with pytest.raises(type(error)), CrashLoopGuard(workdir, checkpoint):
         raise error
 
 
@@ -149,10 +151,10 @@ def test_three_starts_without_a_checkpoint_are_enough(tmp_path, capsys):
     for _ in range(2):
         crash(workdir, 20, OSError("disk on fire"))
     with pytest.raises(CrashLoop, match=r"3 starts in a row came no further than checkpoint 20"):
-        Starts(workdir, 20)
+        CrashLoopGuard(workdir, 20)
     assert "disk on fire" in (workdir / "errors" / "error_of_process_0.txt").read_text()
     (workdir / "starts.json").unlink()
-    with Starts(workdir, 20):
+    with CrashLoopGuard(workdir, 20):
         pass
     assert not (workdir / "starts.json").exists()
 
@@ -160,7 +162,7 @@ def test_three_starts_without_a_checkpoint_are_enough(tmp_path, capsys):
 def test_a_crash_loop_has_its_own_code(tmp_path, capsys):
     """Killed from outside three times: nothing was written but the count. No step is compiled."""
     (tmp_path / "starts.json").write_text('{"starts": 3, "checkpoint": null}')
-    assert train(tmp_path) == cli.CRASH_LOOP == 4
+    assert train(tmp_path) == errors.CRASH_LOOP == 4
     said = capsys.readouterr().err
     assert "no further than the beginning" in said
     assert f"remove {tmp_path / 'starts.json'}" in said and str(tmp_path / "errors") in said
@@ -173,7 +175,7 @@ def some_state(config, mesh, seed=0):
     def make(a):
         return jax.device_put(np.asarray(100 * draw.standard_normal(a.shape), a.dtype), a.sharding)
 
-    return jax.tree.map(make, abstract_state(config, mesh))
+    return jax.tree.map(make, abstract_train_state(config, mesh))
 
 
 def at_step(state, step):
@@ -201,7 +203,7 @@ def test_a_checkpoint_comes_back_exactly_on_another_mesh(config, saved, axes):
         MeshConfig(*axes) if axes else MeshConfig(), None if axes else jax.devices()[:1]
     )
     batches = Batches(config, ByteTokenizer())
-    target = abstract_state(config, mesh)
+    target = abstract_train_state(config, mesh)
     with Checkpoints(workdir) as checkpoints:
         got, seconds, damaged = checkpoints.restore(target, batches.iterator)
     assert int(got.step) == 20 and seconds == 30 and not damaged
@@ -247,7 +249,7 @@ def test_whatever_is_broken_the_checkpoint_before_is_taken(config, saved, tmp_pa
     (workdir / "damaged" / "20").mkdir(parents=True)  # not the first time
     batches, target = (
         Batches(config, ByteTokenizer()),
-        abstract_state(config, make_mesh(MeshConfig())),
+        abstract_train_state(config, make_mesh(MeshConfig())),
     )
     with Checkpoints(workdir, kept=2) as checkpoints:
         state, _, damaged = checkpoints.restore(target, batches.iterator)
@@ -268,8 +270,8 @@ def test_trouble_with_the_storage_is_no_damage(config, saved, monkeypatch):
     def unavailable(*_):
         raise ValueError("UNAVAILABLE: the storage is away for a moment")
 
-    monkeypatch.setattr("monoformer_jax.training.checkpoint._read_arrays", unavailable)
-    target = abstract_state(config, make_mesh(MeshConfig()))
+    monkeypatch.setattr("monoformer_jax.runtime.checkpoint._read_arrays", unavailable)
+    target = abstract_train_state(config, make_mesh(MeshConfig()))
     with Checkpoints(saved[0]) as checkpoints, pytest.raises(ValueError, match="UNAVAILABLE"):
         checkpoints.restore(target, Batches(config, ByteTokenizer()).iterator)
     assert not (saved[0] / "damaged").exists()

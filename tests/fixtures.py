@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from conftest import REFERENCE
 
-from monoformer_jax.config import InputError
 from monoformer_jax.diffusion import ddpm
+from monoformer_jax.errors import InputError
 from monoformer_jax.pretrained.folder import open_weights
 from monoformer_jax.pretrained.table import open_tree, read_tree
 

@@ -45,18 +45,18 @@ from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.records import Example, write_file
 from monoformer_jax.data.sources import Source
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.generation.image import generate_images
-from monoformer_jax.generation.interleaved import Session
-from monoformer_jax.generation.text import TextSampling
 from monoformer_jax.parallel import make_mesh, put_batch
-from monoformer_jax.training.checkpoint import load_trained
+from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.session import Session
+from monoformer_jax.sampling.text import SamplingParams
 from monoformer_jax.training.loop import _start
-from monoformer_jax.training.state import abstract_state, make_train_step
+from monoformer_jax.training.state import abstract_train_state, make_train_step
 
 # Name in the record (never changes): today's name.
-FIELDS = {"tokens": "tokens", "kinds": "kinds", "segment_ids": "segment_ids",
+FIELDS = {"tokens": "tokens", "kinds": "token_types", "segment_ids": "segment_ids",
           "positions": "positions", "image_ids": "image_ids", "denoise": "denoise",
-          "patches": "patches", "patch_logvar": "patch_logvar", "grid": "grid",
+          "patches": "patches", "patch_logvar": "patch_logvar", "grid": "patch_positions",
           "features": "features", "targets": "targets",
           "target_weights": "target_weights"}  # fmt: skip
 METRICS = {"loss": "loss", "text_loss": "text_loss", "image_loss": "image_loss",
@@ -66,7 +66,8 @@ PLAN = {"fits": "fits", "hbm_gib": "hbm_gib", "parameters": "parameters",
         "temporaries_gib": "temporaries_gib", "peak_gib": "peak_gib",
         "step_seconds_floor": "step_seconds_floor"}  # fmt: skip
 # A key or a value of a config that this file sets: what it is called today, where that differs.
-KEYS: dict[str, str] = {}
+KEYS = {"data.row_length": "data.max_seq_len",
+        "optimizer.accumulation": "optimizer.grad_accum_steps"}  # fmt: skip
 VALUES: dict[str, str] = {}
 OURS = "monoformer_jax"  # key of an exported config.json that holds our own config
 
@@ -266,7 +267,7 @@ def test_training(name, record, records, programs, request, monkeypatch):
     key = f"{mesh} {settings(file, plain)}"
     step = programs.setdefault(key, make_train_step(config, mesh))
     nothing = types.SimpleNamespace(latest=None)  # no checkpoint to go on from
-    state, _ = _start(config, mesh, abstract_state(config, mesh), None, nothing)
+    state, _ = _start(config, mesh, abstract_train_state(config, mesh), None, nothing)
     hashes, steps = [], []
     for _ in range(5):
         batch = next(batches)
@@ -317,15 +318,15 @@ def test_session(record, base, records):
     changes = FLOW | {"sampling.solver": "euler", "sampling.steps": 2, "sampling.guidance": 2.0,
                       "data.image_size": 4}  # fmt: skip
     config, params, tokenizer = sampling_model(base, records, **changes)
-    text = TextSampling(temperature=[0.8, 0.0])
+    text = SamplingParams(temperature=[0.8, 0.0])
     session = Session(config, params, tokenizer, 2, seed=[4, 5], text=text)
     said, images = [], []
     for turn in ([["draw"], ["read ", PICTURE]], [["again"], None], [None, ["b", PICTURE, "c"]]):
-        session.add(turn)
-        for row, reply in enumerate(session.reply(max_tokens=8)):
+        session.append(turn)
+        for row, reply in enumerate(session.generate(max_tokens=8)):
             images += [x for x in reply if not isinstance(x, str)]
             said.append([row, *(x if isinstance(x, str) else "<image>" for x in reply)])
-    streams = [session.stream(row)[FIELDS["tokens"]].tolist() for row in range(2)]
+    streams = [session.document(row)[FIELDS["tokens"]].tolist() for row in range(2)]
     check(record, "session", {"said": said, "streams": streams, "images": np.array(images)},
           images=(0, PIXELS))  # fmt: skip
 

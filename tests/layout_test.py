@@ -1,20 +1,31 @@
-"""The house: a room imports only from the rooms that data walked through before it."""
+"""The layout: packages stand in the order in which data walks through them, and import upwards only."""
 
 import ast
+import subprocess
+import sys
 
+import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "monoformer_jax"
-ROOMS = [
-    "config", "cli", "batch", "attention", "nn", "models", "diffusion", "data", "parallel", "training",
-    "generation", "pretrained", "evaluation", "bench",
+# A module or package imports only from those before it. Commands may use all of them.
+ORDER = [
+    "errors", "files", "config", "batch", "parallel", "data", "diffusion", "attention", "nn",
+    "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
+    "api", "cli", "bench",
 ]  # fmt: skip
-ONLY_FOR_COMMANDS = ("pretrained", "evaluation", "bench")
+COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate"}
+ENTRY = {"__init__", "__main__"}
+MESH_AXES = {"fsdp", "tensor"}
+
+
+def tree_of(path):
+    return ast.parse(path.read_text())
 
 
 def imports(path):
-    """Rooms of ours that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Modules and packages of ours that a file imports."""
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("monoformer_jax"):
             rest = node.module.split(".")[1:]
             yield from [rest[0]] if rest else [alias.name for alias in node.names]
@@ -23,38 +34,57 @@ def imports(path):
             yield from [p[1] for p in parts if p[0] == "monoformer_jax" and len(p) > 1]
 
 
-def room(path):
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def top_level(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_a_room_imports_only_from_rooms_above():
+def test_imports_go_upwards():
     wrong, seen = [], set()
     for path in PACKAGE.rglob("*.py"):
-        here = room(path)
-        if here not in ROOMS:
-            continue  # a command: it may use every room
+        here = top_level(path)
+        if here not in ORDER:
+            continue
         for there in imports(path):
             seen.add((here, there))
-            if ROOMS.index(there) > ROOMS.index(here):
+            if there not in ORDER or ORDER.index(there) > ORDER.index(here):
                 wrong.append(f"{path.relative_to(ROOT)} imports {there}")
-            if there in ONLY_FOR_COMMANDS and there != here and here != "bench":
-                wrong.append(f"{path.relative_to(ROOT)} imports {there}, which is for commands")
-    assert ("training", "models") in seen  # the walk finds imports at all
+    assert {
+        ("training", "models"),
+        ("api", "codecs"),
+        ("bench", "planning"),
+    } <= seen  # it finds any
     assert not wrong
 
 
-def test_every_file_is_in_a_room_or_a_command():
-    commands = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "cli",
-                "api", "__init__", "__main__"}  # fmt: skip
-    assert {room(path) for path in PACKAGE.rglob("*.py")} <= commands | set(ROOMS)
+def test_every_file_has_its_place():
+    assert {top_level(path) for path in PACKAGE.rglob("*.py")} == set(ORDER) | COMMANDS | ENTRY
 
 
-def test_the_import_is_light():
-    """`import monoformer_jax` and the model pull in neither tensorflow nor torch."""
-    import subprocess
-    import sys
+def test_mesh_axes_are_named_in_parallel_alone():
+    named = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Constant) and node.value in MESH_AXES
+    }
+    assert named == {"parallel.py"}
 
-    code = "import sys, monoformer_jax.training.loop; print([m for m in ('torch', 'tensorflow') if m in sys.modules])"  # noqa: E501
+
+def test_files_and_functions_stay_small_enough_to_read():
+    long = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 90
+    ]
+    long += [str(p) for p in PACKAGE.rglob("*.py") if p.read_text().count("\n") > 500]
+    assert not long
+
+
+@pytest.mark.parametrize("module", ["monoformer_jax", "monoformer_jax.training.loop"])
+def test_the_import_is_light(module):
+    """Neither tensorflow nor torch is loaded, and `import monoformer_jax` does not load jax either."""
+    heavy = ["torch", "tensorflow", *(["jax"] if module == "monoformer_jax" else [])]
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -8,16 +8,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from monoformer_jax.config import InputError, LoraConfig, MeshConfig
+from monoformer_jax.config import LoraConfig, MeshConfig
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn import lora
 from monoformer_jax.parallel import make_mesh, put_batch
-from monoformer_jax.pretrained.exchange import find_source, open_source, write_workdir
-from monoformer_jax.training.checkpoint import Checkpoints, load_trained
+from monoformer_jax.pretrained.conversion import find_source, open_source, write_workdir
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.training.loop import train
-from monoformer_jax.training.state import abstract_state, init_state, make_train_step
+from monoformer_jax.training.state import abstract_train_state, init_train_state, make_train_step
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 
@@ -78,12 +80,12 @@ def test_a_step_trains_adapters_and_image_parts_alone(config, made):
     seen = []
     for sizes in (MeshConfig(1, 1, 1), MeshConfig(1, 2, 2)):
         mesh = make_mesh(sizes, jax.devices()[: sizes.fsdp * sizes.tensor])
-        target = abstract_state(lora_config, mesh)
+        target = abstract_train_state(lora_config, mesh)
         frozen = jax.tree.map(
             lambda leaf, value: jax.device_put(value, leaf.sharding),
             target.frozen, {name: params[name] for name in target.frozen},
         )  # fmt: skip
-        state = init_state(lora_config, mesh).replace(frozen=frozen)
+        state = init_train_state(lora_config, mesh).replace(frozen=frozen)
         before = jax.device_get(state)
         step = make_train_step(lora_config, mesh)
         for _ in range(3):

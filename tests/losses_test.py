@@ -14,7 +14,7 @@ from monoformer_jax.data.documents import Image, build
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
-from monoformer_jax.training.losses import draw_noise, loss_fn, totals
+from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
 from monoformer_jax.training.text_loss import text_loss
 
 
@@ -42,20 +42,20 @@ def test_losses_equal_loops_over_images_and_tokens(change, params, batch, noise)
     rng = np.random.default_rng(0)
     batch = dict(batch)
     batch["target_weights"] = batch["target_weights"] * rng.uniform(0.5, 2, batch["tokens"].shape)
-    got, parts = compiled(config)(params, batch, noise, totals(batch, noise))
+    got, parts = compiled(config)(params, batch, noise, loss_normalizers(batch, noise))
 
     model = monoformer.bind(config.model, params)
     noised = np.array(batch["patches"])
     per_image = []
-    for b, l in np.argwhere(batch["kinds"] == PATCH):
+    for b, l in np.argwhere(batch["token_types"] == PATCH):
         t = noise.times[b, batch["image_ids"][b, l] - 1]
         noised[b, l] = (1 - t) * batch["patches"][b, l] + t * noise.noise[b, l]
-    mask = interval_mask(batch["kinds"], batch["segment_ids"], batch["image_ids"])
+    mask = interval_mask(batch["token_types"], batch["segment_ids"], batch["image_ids"])
     hidden, _ = model(batch | {"patches": noised}, noise.times, mask)
     velocity = np.asarray(model.image_output(hidden, batch["image_ids"], noise.times))
     for b in range(len(noised)):
         for image in range(1, batch["image_ids"][b].max() + 1):
-            here = (batch["image_ids"][b] == image) & (batch["kinds"][b] == PATCH)
+            here = (batch["image_ids"][b] == image) & (batch["token_types"][b] == PATCH)
             if batch["denoise"][b][here].all():
                 target = noise.noise[b][here] - batch["patches"][b][here]
                 per_image.append(np.mean((velocity[b][here] - target) ** 2))
@@ -75,7 +75,7 @@ def test_losses_equal_loops_over_images_and_tokens(change, params, batch, noise)
 
 def test_context_images_are_clean_and_denoised_ones_are_not(batch, noise):
     seen = set()
-    for b, l in np.argwhere(batch["kinds"] == PATCH):
+    for b, l in np.argwhere(batch["token_types"] == PATCH):
         t = float(noise.times[b, batch["image_ids"][b, l] - 1])
         denoised = bool(batch["denoise"][b, l])
         assert (0 < t < 1) if denoised else t == 0
@@ -94,20 +94,20 @@ def test_an_image_counts_once_whatever_its_size(config, params):
         row = {k: v[None] for k, v in document.items()}
         row["segment_ids"] = np.ones((1, n), np.int32)
         row["positions"] = np.arange(n, dtype=np.int32)[None]
-        starts = np.cumsum(document["kinds"] == 2)
-        row["image_ids"] = (starts * (document["kinds"] > 1))[None].astype(np.int32)
+        starts = np.cumsum(document["token_types"] == 2)
+        row["image_ids"] = (starts * (document["token_types"] > 1))[None].astype(np.int32)
         return row
 
     small, large = rng.normal(size=(2, 2, 1)), rng.normal(size=(8, 6, 1))
     both = one_row([small, large])
     noise = draw_noise(jax.random.key(0), both, config)
     loss = compiled(config)
-    _, parts = loss(params, both, noise, totals(both, noise))
+    _, parts = loss(params, both, noise, loss_normalizers(both, noise))
     alone = []
     for image in (1, 2):
         only = dict(both)
         only["denoise"] = both["denoise"] & (both["image_ids"] == image)
-        whole = totals(only, noise).replace(images=jnp.float32(1))
+        whole = loss_normalizers(only, noise).replace(images=jnp.float32(1))
         alone.append(loss(params, only, noise, whole)[1]["image_loss"])
     np.testing.assert_allclose(parts["image_loss"], np.mean(alone), rtol=1e-5)
 
@@ -119,7 +119,7 @@ def test_a_batch_without_images_or_without_targets_has_loss_zero(config, params,
     }
     noise = draw_noise(jax.random.key(1), none, config)
     (loss, _), grads = jax.value_and_grad(compiled(config), has_aux=True)(
-        params, none, noise, totals(none, noise)
+        params, none, noise, loss_normalizers(none, noise)
     )
     assert loss == 0
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
@@ -127,7 +127,7 @@ def test_a_batch_without_images_or_without_targets_has_loss_zero(config, params,
 
 def test_noise_does_not_depend_on_how_the_batch_is_cut(config, batch, params, noise):
     """Micro-batches with the totals of the whole batch add up to its loss."""
-    whole = totals(batch, noise)
+    whole = loss_normalizers(batch, noise)
     loss_of = compiled(config)
     loss, _ = loss_of(params, batch, noise, whole)
     halves = 0.0
@@ -144,7 +144,9 @@ def test_the_time_path_is_alive(config, params, batch, noise):
     """
 
     def image_loss(params):
-        return loss_fn(params, batch, noise, totals(batch, noise), config)[1]["image_loss"]
+        return loss_fn(params, batch, noise, loss_normalizers(batch, noise), config)[1][
+            "image_loss"
+        ]
 
     gradient = jax.jit(jax.grad(image_loss))
     for _ in range(2):
@@ -221,7 +223,8 @@ def test_named_saves_keep_what_they_name(config, params, batch, noise):
 
         def backward(params):
             return jax.vjp(
-                lambda p: loss_fn(p, batch, noise, totals(batch, noise), changed)[0], params
+                lambda p: loss_fn(p, batch, noise, loss_normalizers(batch, noise), changed)[0],
+                params,
             )[1]
 
         shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(backward, params))]

@@ -10,7 +10,7 @@ from monoformer_jax.attention import IntervalMask, interval_mask
 from monoformer_jax.batch import PAD, PATCH, TIME
 from monoformer_jax.config import ModelConfig, named_size
 from monoformer_jax.models import monoformer
-from monoformer_jax.models.monoformer import bind, grid_embedding
+from monoformer_jax.models.monoformer import bind, sincos_2d
 from monoformer_jax.nn.decoder import KVCache
 from monoformer_jax.nn.layers import RMSNorm, rope
 
@@ -30,25 +30,29 @@ def params():
 
 def stream(name):
     """Model inputs of one row with random tokens and patches."""
-    kinds, segments, images = ROWS[name]
+    token_types, segments, images = ROWS[name]
     rng = np.random.default_rng(1)
-    is_patch = kinds == PATCH
+    is_patch = token_types == PATCH
     first = np.maximum.accumulate(
         np.where(np.diff(segments, prepend=-1) != 0, np.arange(LENGTH), 0), axis=1
     )
     return {
-        "tokens": rng.integers(6, 200, kinds.shape).astype(np.int32),
-        "kinds": kinds,
+        "tokens": rng.integers(6, 200, token_types.shape).astype(np.int32),
+        "token_types": token_types,
         "segment_ids": segments,
         "positions": (np.arange(LENGTH)[None] - first).astype(np.int32),
         "image_ids": images,
-        "patches": (rng.normal(size=(*kinds.shape, 4)) * is_patch[..., None]).astype(np.float32),
-        "grid": (rng.integers(0, 3, (*kinds.shape, 2)) * is_patch[..., None]).astype(np.int32),
+        "patches": (rng.normal(size=(*token_types.shape, 4)) * is_patch[..., None]).astype(
+            np.float32
+        ),
+        "patch_positions": (
+            rng.integers(0, 3, (*token_types.shape, 2)) * is_patch[..., None]
+        ).astype(np.int32),
     }
 
 
 def mask_of(inputs):
-    return interval_mask(*(inputs[k] for k in ("kinds", "segment_ids", "image_ids")))
+    return interval_mask(*(inputs[k] for k in ("token_types", "segment_ids", "image_ids")))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -82,7 +86,7 @@ def test_a_document_gives_the_same_numbers_wherever_it_is_packed(params):
     for name, values in packed.items():
         alone[name] = np.zeros_like(values)
         alone[name][0, :n] = values[0, here]
-    in_image = (alone["kinds"] == TIME) | (alone["kinds"] == PATCH)
+    in_image = (alone["token_types"] == TIME) | (alone["token_types"] == PATCH)
     alone["image_ids"] = in_image.astype(np.int32)
     times = jnp.array([[0.1, 0.2, 0.7, 0.0]])  # its image is the third of the packed row
     model = bind(MODEL, params)
@@ -101,7 +105,9 @@ def test_cached_steps_equal_one_full_pass(params):
     step = jax.jit(lambda part, mask, cache: model(part, times, mask, cache))
     while at < LENGTH:
         end = at + 1
-        while end < LENGTH and inputs["kinds"][0, at] == inputs["kinds"][0, end] == PATCH:
+        while (
+            end < LENGTH and inputs["token_types"][0, at] == inputs["token_types"][0, end] == PATCH
+        ):
             end += inputs["image_ids"][0, at] == inputs["image_ids"][0, end]
             if inputs["image_ids"][0, end - 1] != inputs["image_ids"][0, at]:
                 break
@@ -109,7 +115,7 @@ def test_cached_steps_equal_one_full_pass(params):
         out, cache = step(part, IntervalMask(mask.start[:, at:end], mask.stop[:, at:end]), cache)
         got.append(out)
         at = end
-    real = inputs["kinds"][0] != PAD
+    real = inputs["token_types"][0] != PAD
     np.testing.assert_allclose(np.concatenate(got, 1)[0, real], full[0, real], atol=1e-5)
 
 
@@ -120,8 +126,8 @@ def test_every_part_of_the_input_matters(params):
     times = jnp.full((1, IMAGES), 0.5)
     base, _ = model(inputs, times, mask)
     last_of_first = np.flatnonzero(inputs["segment_ids"][0] == 1)[-1]
-    patch = np.flatnonzero(inputs["kinds"][0] == PATCH)[0]
-    for name, at in (("tokens", 0), ("patches", patch), ("grid", patch)):
+    patch = np.flatnonzero(inputs["token_types"][0] == PATCH)[0]
+    for name, at in (("tokens", 0), ("patches", patch), ("patch_positions", patch)):
         changed = {k: v.copy() for k, v in inputs.items()}
         changed[name][0, at] += 1
         out, _ = model(changed, times, mask)
@@ -187,9 +193,9 @@ def test_rms_norm_by_hand():
 
 def test_grid_embedding_is_that_of_dit():
     """Column, then row; of each the sines, then the cosines (float64 oracle)."""
-    grid, dim = np.array([[0, 0], [2, 5], [15, 1]]), 16
+    patch_positions, dim = np.array([[0, 0], [2, 5], [15, 1]]), 16
     omega = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
     want = []
-    for r, c in grid:
+    for r, c in patch_positions:
         want.append(np.concatenate([f(p * omega) for p in (c, r) for f in (np.sin, np.cos)]))
-    np.testing.assert_allclose(grid_embedding(jnp.asarray(grid), dim), want, atol=2e-6)
+    np.testing.assert_allclose(sincos_2d(jnp.asarray(patch_positions), dim), want, atol=2e-6)

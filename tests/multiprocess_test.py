@@ -17,7 +17,8 @@ import pytest
 from conftest import ROOT
 
 from monoformer_jax import sample
-from monoformer_jax.cli import PREEMPTED, load_config
+from monoformer_jax.cli import load_config
+from monoformer_jax.errors import PREEMPTED
 from monoformer_jax.training.loop import train
 
 TIMEOUT = 600  # seconds; only a run that hangs takes so long

@@ -12,8 +12,8 @@ from convert_test import write_words
 from PIL import Image
 
 from monoformer_jax.data.tokenizer import NEW_SPECIALS
-from monoformer_jax.pretrained.exchange import find_source, open_source, write_workdir
-from monoformer_jax.training.workdir import read_config
+from monoformer_jax.pretrained.conversion import find_source, open_source, write_workdir
+from monoformer_jax.runtime.workdir import read_config
 
 VAE = REFERENCE / "vae_tiny16"
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.config import MeshConfig
+from monoformer_jax.errors import InputError
 from monoformer_jax.parallel import make_mesh
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -25,8 +26,8 @@ def run_on_eight_devices() -> None:
     from monoformer_jax.data.tokenizer import ByteTokenizer
     from monoformer_jax.parallel import put_batch
     from monoformer_jax.training.state import (
-        abstract_state,
-        init_state,
+        abstract_train_state,
+        init_train_state,
         make_init,
         make_train_step,
     )
@@ -37,10 +38,10 @@ def run_on_eight_devices() -> None:
     batches = Batches(config, ByteTokenizer())
     batches = [next(batches.iterator) for _ in range(20)]
     found = {"losses": {}}
-    fresh = jax.device_get(init_state(config, make_mesh(MeshConfig(), jax.devices()[:1])))
+    fresh = jax.device_get(init_train_state(config, make_mesh(MeshConfig(), jax.devices()[:1])))
     for axes in [(1, 1, 1), *MESHES]:
         mesh = make_mesh(MeshConfig(*axes), jax.devices()[: np.prod(axes)])
-        where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+        where = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, mesh))
         state, step, losses = jax.device_put(fresh, where), make_train_step(config, mesh), []
         for batch in batches:
             state, metrics = step(state, put_batch(batch, mesh))
@@ -87,7 +88,7 @@ def test_no_parameter_is_born_whole(eight):
 
 def test_slices_are_whole_runs_of_the_data_axis():
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
-    from monoformer_jax.bench.topology import all_chips
+    from monoformer_jax.planning.hardware import all_chips
 
     devices = all_chips("v5e:2x2", 2)
     mesh = make_mesh(MeshConfig(data=4, fsdp=1, tensor=2, slices=2), devices)

@@ -24,6 +24,11 @@ def load(folder):
     return model, jax.tree.map(jnp.asarray, read_tree(found.open()))
 
 
+def vary(model, changes):
+    """The ModelConfig with these of the original's switches."""
+    return dataclasses.replace(model, original=dataclasses.replace(model.original, **changes))
+
+
 def inputs_of(folder, case):
     """The case whose inputs it uses, and what it changes in the config."""
     for suffix, changes in VARIANTS.items():

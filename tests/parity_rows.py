@@ -62,11 +62,11 @@ class _Maker:
             ]
             batch[name] = np.stack(padded)
         t = self.case["t"]
-        times = np.repeat(np.asarray(ddpm.clock(t))[:, None], images, 1)
+        times = np.repeat(np.asarray(ddpm.step_to_t(t))[:, None], images, 1)
         noise = Noise(times, batch.pop("noise"))
-        valid = batch["kinds"] != PAD
+        valid = batch["token_types"] != PAD
         steps = t[self.painted]
-        at_end = batch["denoise"][:, -1] & (batch["kinds"][:, -1] == PATCH)
+        at_end = batch["denoise"][:, -1] & (batch["token_types"][:, -1] == PATCH)
         lost = [(int(i), length - 1) for i in np.flatnonzero(at_end)]
         return Rows(batch, noise, valid, self.painted, steps, lost)
 
@@ -108,21 +108,21 @@ class _Maker:
             seen, _ = patchify(channels_last(self.case["x_t"][i]), p)
             n = len(seen)
         elif painted:
-            clean, grid = patchify(channels_last(self.case["x_start"][i]), p)
+            clean, patch_positions = patchify(channels_last(self.case["x_start"][i]), p)
             noise, _ = patchify(channels_last(self.case["noise"][i]), p)
             n = len(clean)
         else:
             features = next(self.features)
             n = len(features)
         streams = self.streams([self.special["image"]] * (first + n), PATCH)
-        streams["kinds"][:first] = TIME
+        streams["token_types"][:first] = TIME
         streams["image_ids"][:] = number
         if painted and not last:
             streams["patches"][first:] = seen
         elif painted:
             streams["denoise"][:] = True
             streams["patches"][first:], streams["noise"][first:] = clean, noise
-            streams["grid"][first:] = grid
+            streams["patch_positions"][first:] = patch_positions
         else:
             streams["features"][first:] = features
         return streams
@@ -131,12 +131,12 @@ class _Maker:
         n, P, F = len(tokens), self.model.patch_dim, self.model.feature_dim
         return {
             "tokens": np.asarray(tokens, np.int32),
-            "kinds": np.full(n, kind, np.int32),
+            "token_types": np.full(n, kind, np.int32),
             "image_ids": np.zeros(n, np.int32),
             "denoise": np.zeros(n, bool),
             "patches": np.zeros((n, P), np.float32),
             "noise": np.zeros((n, P), np.float32),
-            "grid": np.zeros((n, 2), np.int32),
+            "patch_positions": np.zeros((n, 2), np.int32),
             "features": np.zeros((n, F), np.float32),
         }
 
@@ -146,15 +146,13 @@ def forward(model, rows, seen):
     inputs = rows.batch | {"patches": seen}
     hidden = model.embed(inputs, rows.noise.times)
     if rows.lost_positions:
-        config = dataclasses.replace(model.config, position_embedding="none")
+        original = dataclasses.replace(model.config.original, position_embedding="none")
+        config = dataclasses.replace(model.config, original=original)
         plain = monoformer.bind(config, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         at = tuple(np.transpose(rows.lost_positions))
         hidden = hidden.at[at].set(plain.embed(inputs, rows.noise.times)[at])
     mask = monoformer.attention_mask(model.config, inputs)
-    again = None
-    if model.config.position_embedding == "every_layer":
-        again = model.position(inputs, hidden.dtype)
-    hidden, _ = model.decoder(hidden, inputs["positions"], mask, None, again)
+    hidden, _ = model.decoder(hidden, inputs["positions"], mask, None, model.input_bias(inputs))
     output = model.image_output(hidden, rows.batch["image_ids"], rows.noise.times)
     return model.text_logits(hidden), output
 
@@ -163,7 +161,9 @@ def pictures(patches, rows, model, side):
     """[B, L, n P] of the painted rows -> [rows, n C, h, w], as the original has them."""
     made = []
     for row in rows.painted:
-        here = np.flatnonzero(rows.batch["denoise"][row] & (rows.batch["kinds"][row] == PATCH))
+        here = np.flatnonzero(
+            rows.batch["denoise"][row] & (rows.batch["token_types"][row] == PATCH)
+        )
         made.append(rearrange(
             np.asarray(patches)[row, here], "(h w) (k C p q) -> (k C) (h p) (w q)",
             h=side // model.patch_size, C=model.channels, p=model.patch_size, q=model.patch_size,

@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 from conftest import REFERENCE
 from fixtures import CHECKS, FOLDERS, cases, close, label
-from parity_model import first_inputs, inputs_of, load, run_config
+from parity_model import first_inputs, inputs_of, load, run_config, vary
 from parity_rows import build, forward, pictures
 
 from monoformer_jax.attention import dense_mask
-from monoformer_jax.config import InputError, ModelConfig, OptimizerConfig
+from monoformer_jax.config import ModelConfig, OptimizerConfig, OriginalConfig
 from monoformer_jax.diffusion import ddpm
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained import monoformer as source
-from monoformer_jax.pretrained.exchange import find_source, open_source
+from monoformer_jax.pretrained.conversion import find_source, open_source
 from monoformer_jax.pretrained.folder import open_safetensors, write_safetensors
 from monoformer_jax.pretrained.model import open_pretrained
 from monoformer_jax.pretrained.table import Tensor, read_tree, write_tensors
-from monoformer_jax.training.losses import loss_fn, totals
+from monoformer_jax.training.losses import loss_fn, loss_normalizers
 from monoformer_jax.training.optimizer import make_optimizer
-from monoformer_jax.training.state import TrainState, advance
+from monoformer_jax.training.state import TrainState, apply_step
 
 
 def test_what_a_folder_holds_beside_the_parameters(tmp_path):
@@ -54,7 +55,7 @@ def test_what_a_folder_holds_beside_the_parameters(tmp_path):
 @pytest.mark.parametrize("features", [0, 12])
 def test_an_exported_config_is_one_that_the_original_can_build(features):
     """It needs the keys of its vision encoder, and has no head_dim of its own."""
-    c = ModelConfig(feature_dim=features, context_images="causal")
+    c = ModelConfig(feature_dim=features, original=OriginalConfig(context_images="causal"))
     values = source.write_config(c, 8, 64)
     assert (
         {"vision_encoder", "vision_encoder_path", "vision_encoder_args"} <= values.keys()
@@ -80,7 +81,7 @@ def test_every_recorded_case_is_checked():
 def test_training_case(folder, case):
     recorded, (inputs, changes) = folder.cases[case], inputs_of(folder, case)
     model, params = load(folder)
-    model = dataclasses.replace(model, **changes)
+    model = vary(model, changes)
     rows = build(folder, inputs, model)
     bound = monoformer.bind(model, params)
     side = inputs["x_t"].shape[-1]
@@ -90,7 +91,7 @@ def test_training_case(folder, case):
     denoise = rows.batch["denoise"][..., None]
     step = inputs["t"][:, None, None]
     clean = rows.batch["patches"]
-    seen = np.where(denoise, ddpm.add_noise(clean, noise, step, schedule), clean)
+    seen = np.where(denoise, ddpm.q_sample(clean, noise, step, schedule), clean)
     if rows.painted:
         close(pictures(seen, rows, model, side), inputs["x_t"][rows.painted])
     logits, output = jax.jit(lambda x: forward(bound, rows, x))(seen)
@@ -110,7 +111,9 @@ def test_training_case(folder, case):
     if rows.painted:
         close(pictures(output, rows, model, side), recorded["x_out"])
         predicted, variance = monoformer.split_output(output, model)
-        squared, bound_term = ddpm.losses(clean, noise, predicted, variance, step, schedule)
+        squared, bound_term = ddpm.hybrid_loss_terms(
+            clean, noise, predicted, variance, step, schedule
+        )
         for name, values in (("mse", squared), ("vb", bound_term)):
             if name in recorded:  # there is no bound without learned sigma
                 close(pictures(values, rows, model, side).mean((1, 2, 3)), recorded[name])
@@ -119,7 +122,7 @@ def test_training_case(folder, case):
     if not rows.lost_positions:  # where images are cut, which the original does and we never do
         config = run_config(folder, model)
         fn = jax.jit(lambda *arguments: loss_fn(*arguments, config))
-        total, parts = fn(params, rows.batch, rows.noise, totals(rows.batch, rows.noise))
+        total, parts = fn(params, rows.batch, rows.noise, loss_normalizers(rows.batch, rows.noise))
         close(total, want_total)
         close(parts["text_loss"], want_text)
         if rows.painted:
@@ -145,7 +148,9 @@ def test_gradients(folder, case):
     assert not rows.lost_positions, "gradients are compared where every image is whole"
 
     def loss(params):
-        return loss_fn(params, rows.batch, rows.noise, totals(rows.batch, rows.noise), config)[0]
+        return loss_fn(
+            params, rows.batch, rows.noise, loss_normalizers(rows.batch, rows.noise), config
+        )[0]
 
     grads = their_names(folder, model, jax.jit(jax.grad(loss))(params))
     norms = {k.removeprefix("gradnorm/"): v for k, v in recorded.items() if "gradnorm/" in k}
@@ -169,9 +174,9 @@ def test_training_steps(folder, case):
         clip_norm=float(recorded["clip"]), ema_decay=float(recorded["ema_decay"]), ema_ramp=False,
     )  # fmt: skip
     config = run_config(folder, model, optimizer=optimizer)
-    first = make_optimizer(config, monoformer.parameter_axes(model)).init(params)
+    first = make_optimizer(config, monoformer.logical_axes(model)).init(params)
     state = TrainState(np.int32(0), params, params, first)
-    step = jax.jit(lambda state: advance(state, rows.batch, rows.noise, config))
+    step = jax.jit(lambda state: apply_step(state, rows.batch, rows.noise, config))
     for want in recorded["trace"]:
         state, metrics = step(state)
         values = metrics.compute()

@@ -9,9 +9,9 @@ import PIL.Image
 import pytest
 from fixtures import FOLDERS, cases, channels_last, close, label, sections_of
 
-from monoformer_jax.config import InputError
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.models import autoencoder, clip
+from monoformer_jax.errors import InputError
+from monoformer_jax.nn import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_source
 from monoformer_jax.pretrained import sd_vae
 from monoformer_jax.pretrained.table import Tensor, by_path, open_tree, read_tree, write_tensors
@@ -138,12 +138,12 @@ def test_losses_and_the_reverse_gaussian(folder, case):
     x, noise, step = recorded["x_start"], recorded["noise"], recorded["t"][:, None, None, None]
     predicted, variance = np.split(recorded["model_output"], 2, axis=-1)
     schedule = ddpm.make_schedule()
-    close(ddpm.add_noise(x, noise, step, schedule), recorded["x_t"])
-    squared, bound = ddpm.losses(x, noise, predicted, variance, step, schedule)
+    close(ddpm.q_sample(x, noise, step, schedule), recorded["x_t"])
+    squared, bound = ddpm.hybrid_loss_terms(x, noise, predicted, variance, step, schedule)
     close(squared.mean((1, 2, 3)), recorded["mse"])
     close(bound.mean((1, 2, 3)), recorded["vb"])
     close((squared + bound).mean((1, 2, 3)), recorded["loss"])
-    got = ddpm.reverse(recorded["x_t"], predicted, variance, step, schedule)
+    got = ddpm.p_mean_variance(recorded["x_t"], predicted, variance, step, schedule)
     # Far from the data the clean image, and the mean with it, is a small difference of large numbers.
     for name, ours in (("p_mean", got.mean), ("pred_xstart", got.clean)):
         scale = max(1.0, np.abs(recorded[name]).max())

@@ -10,13 +10,14 @@ import pytest
 from conftest import ROOT
 
 from monoformer_jax import plan
-from monoformer_jax.bench import flops
-from monoformer_jax.bench.collectives import collectives
-from monoformer_jax.bench.estimate import Estimate
-from monoformer_jax.bench.topology import CHIPS, all_chips
-from monoformer_jax.config import InputError, MeshConfig, ModelConfig
+from monoformer_jax.config import MeshConfig, ModelConfig
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import make_mesh
+from monoformer_jax.planning import flops
+from monoformer_jax.planning.collectives import collectives
+from monoformer_jax.planning.estimate import Estimate
+from monoformer_jax.planning.hardware import CHIPS, all_chips
 
 TINY = f"--config={ROOT / 'configs' / 'digits.py:tiny'}"
 KEYS = {"fits", "hbm_gib", "peak_gib", "arguments_gib", "temporaries_gib", "parameters",
@@ -122,7 +123,7 @@ def test_suggestions_are_the_fitting_ones_and_the_fastest_comes_first(config):
 
     def try_(changed):
         asked.append(changed)
-        more = changed.optimizer.accumulation
+        more = changed.optimizer.grad_accum_steps
         return dataclasses.replace(first, fits=more > 2, repeated_flops=1000 * more)
 
     def arguments_of(changed):
@@ -132,12 +133,12 @@ def test_suggestions_are_the_fitting_ones_and_the_fastest_comes_first(config):
     everything = " ".join(
         f"--config.{key}"
         for key in ("mesh.data=1", "mesh.fsdp=4", "optimizer.first_moment_dtype=bfloat16",
-                    "model.remat=nothing_saveable", "optimizer.accumulation=4")
+                    "model.remat=nothing_saveable", "optimizer.grad_accum_steps=4")
     )  # fmt: skip
-    alone = "--config.optimizer.accumulation"
+    alone = "--config.optimizer.grad_accum_steps"
     assert [text for text, _ in found] == [f"{alone}=4", everything, f"{alone}=8"]
     # What cannot be enough was never compiled.
-    assert not any(a.optimizer.accumulation == 2 and a.mesh.fsdp == 1 for a in asked)
+    assert not any(a.optimizer.grad_accum_steps == 2 and a.mesh.fsdp == 1 for a in asked)
 
 
 def test_products_are_those_that_xla_counts():

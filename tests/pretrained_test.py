@@ -11,8 +11,9 @@ import pytest
 import safetensors.numpy
 from conftest import ROOT
 
-from monoformer_jax.config import InputError
-from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
+from monoformer_jax.errors import InputError
+from monoformer_jax.files import atomic_folder
+from monoformer_jax.pretrained.folder import open_weights, write_safetensors
 from monoformer_jax.pretrained.table import (
     Entry,
     Tensor,
@@ -259,13 +260,13 @@ def test_every_mismatch_is_in_one_error():
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with new_folder(tmp_path / "good") as folder:
+    with atomic_folder(tmp_path / "good") as folder:
         (folder / "x").write_text("1")
         assert not (tmp_path / "good").exists()
     assert (tmp_path / "good" / "x").read_text() == "1"
-    with pytest.raises(InputError, match="good exists already"), new_folder(tmp_path / "good"):
+    with pytest.raises(InputError, match="good exists already"), atomic_folder(tmp_path / "good"):
         raise AssertionError("not reached")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "bad") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "bad") as folder:
         (folder / "x").write_text("1")
         raise RuntimeError
     assert os.listdir(tmp_path) == ["good"]
@@ -275,7 +276,7 @@ def test_a_full_disk(tmp_path):
     """The kernel's own full device: writing to it fails as on a full disk."""
     with (
         pytest.raises(InputError, match=r"could not be written .*No space left.*nothing is left"),
-        new_folder(tmp_path / "out") as folder,
+        atomic_folder(tmp_path / "out") as folder,
     ):
         (folder / "model.safetensors").symlink_to("/dev/full")
         write_safetensors(folder / "model.safetensors", described(ARRAYS))

@@ -16,14 +16,16 @@ from conftest import REFERENCE, ROOT
 
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH
-from monoformer_jax.config import Config, DataConfig, InputError, ModelConfig, named_size
+from monoformer_jax.config import Config, DataConfig, ModelConfig, named_size
 from monoformer_jax.data.documents import Image, build
+from monoformer_jax.data.image_io import crop
 from monoformer_jax.data.pipeline import Batches
-from monoformer_jax.data.raw import crop, open_raw
+from monoformer_jax.data.raw import open_raw
 from monoformer_jax.data.records import Example, Records
 from monoformer_jax.data.sources import conversation, open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.models import autoencoder
+from monoformer_jax.errors import InputError
+from monoformer_jax.nn import autoencoder
 from monoformer_jax.pretrained import sd_vae
 from monoformer_jax.training.losses import draw_latents
 
@@ -71,7 +73,7 @@ def records(raw):
 
 
 def settings(folder, **data):
-    data = {"mixture": {"mine": 1.0}, "records": {"mine": str(folder)}, "row_length": 80} | data
+    data = {"mixture": {"mine": 1.0}, "records": {"mine": str(folder)}, "max_seq_len": 80} | data
     model = ModelConfig(**named_size("tiny") | {"channels": 4})
     return Config(batch_size=2, model=model, data=DataConfig(image_size=16, **data))
 
@@ -96,13 +98,13 @@ def test_every_form_becomes_a_record(raw, records):
 
 @pytest.mark.slow
 def test_records_train_as_rows(records):
-    config = dataclasses.replace(settings(records, moments=True), batch_size=8)
+    config = dataclasses.replace(settings(records, sample_latents=True), batch_size=8)
     tokenizer = ByteTokenizer()
     batches = Batches(config, tokenizer)
     for _ in range(3):
         batch = next(batches.iterator)
         contract.check(batch, contract.spec(config), config.max_images)
-    at_patch = batch["kinds"] == PATCH
+    at_patch = batch["token_types"] == PATCH
     assert (batch["patch_logvar"][at_patch] != 0).all(-1).any()
     assert (batch["patch_logvar"][~at_patch] == 0).all()
     plain = next(Batches(settings(records), tokenizer).iterator)
@@ -146,9 +148,9 @@ def test_the_forms_of_a_conversation_and_what_of_it_is_learned(tmp_path):
 
 def test_latents_are_drawn_at_patches_alone():
     """Mean and deviation of many draws."""
-    kinds = jnp.array([[1, 2, 3, 3, 0]])
-    at_patch = (kinds == PATCH)[..., None]
-    batch = {"kinds": kinds, "patches": jnp.where(at_patch, 2.0, 0.0) * jnp.ones((1, 5, 4)),
+    token_types = jnp.array([[1, 2, 3, 3, 0]])
+    at_patch = (token_types == PATCH)[..., None]
+    batch = {"token_types": token_types, "patches": jnp.where(at_patch, 2.0, 0.0) * jnp.ones((1, 5, 4)),
              "patch_logvar": jnp.where(at_patch, np.log(0.25), 0.0) * jnp.ones((1, 5, 4))}  # fmt: skip
     keys = jax.random.split(jax.random.key(0), 2000)
     drawn = jax.vmap(lambda key: draw_latents(key, batch)["patches"])(keys)

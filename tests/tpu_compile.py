@@ -13,8 +13,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from monoformer_jax.attention import IntervalMask, attend
-from monoformer_jax.bench.topology import abstract, one_chip
+from monoformer_jax.attention import IntervalMask, interval_attention
+from monoformer_jax.planning.hardware import abstract, one_chip
 
 
 def layer(head_dim: int):
@@ -22,7 +22,7 @@ def layer(head_dim: int):
 
     def run(x, wq, wk, wv, wo, start, stop):
         heads = [(x @ w).reshape(*x.shape[:2], -1, head_dim) for w in (wq, wk, wv)]
-        out = attend(*heads, IntervalMask(start, stop), impl="tpu")
+        out = interval_attention(*heads, IntervalMask(start, stop), impl="tpu")
         return out.reshape(*x.shape[:2], -1) @ wo
 
     return run

@@ -12,18 +12,20 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from monoformer_jax.config import InputError, MeshConfig
+from monoformer_jax.config import MeshConfig
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import check_batch_size, make_mesh, parameter_shardings, put_batch
-from monoformer_jax.training.checkpoint import Checkpoints, load_trained
-from monoformer_jax.training.faults import NonFiniteLoss
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.faults import NonFiniteLoss
+from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.runtime.workdir import claim_workdir
 from monoformer_jax.training.loop import train
 from monoformer_jax.training.metrics import Writer
 from monoformer_jax.training.optimizer import learning_rate, make_optimizer
-from monoformer_jax.training.state import abstract_state, init_state, make_train_step
-from monoformer_jax.training.workdir import claim_workdir
+from monoformer_jax.training.state import abstract_train_state, init_train_state, make_train_step
 
 
 def one_device():
@@ -32,7 +34,7 @@ def one_device():
 
 def run_steps(config, mesh, steps):
     batches = Batches(config, ByteTokenizer())
-    state, train_step, losses = init_state(config, mesh), make_train_step(config, mesh), []
+    state, train_step, losses = init_train_state(config, mesh), make_train_step(config, mesh), []
     for _ in range(steps):
         state, metrics = train_step(state, put_batch(next(batches.iterator), mesh))
         losses.append(float(metrics.compute()["loss"]))
@@ -56,7 +58,7 @@ def test_any_mesh_gives_the_same_losses_with_one_compilation(config, reference, 
 
 @pytest.mark.slow
 def test_accumulation_does_not_change_the_step(change, reference):
-    config = change(optimizer={"accumulation": 2})
+    config = change(optimizer={"grad_accum_steps": 2})
     losses, _, train_step = run_steps(config, one_device(), 3)
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
     assert train_step._cache_size() == 1
@@ -93,7 +95,7 @@ def test_the_step_is_adamw_with_clipping_and_an_average(change):
 
 def test_the_first_moment_may_be_shorter(change):
     config = change(optimizer={"first_moment_dtype": "bfloat16"})
-    state = abstract_state(config, one_device())
+    state = abstract_train_state(config, one_device())
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
                 if hasattr(s, "mu"))  # fmt: skip
     assert {leaf.dtype for leaf in jax.tree.leaves(adam.mu)} == {jnp.dtype("bfloat16")}
@@ -115,7 +117,7 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(change):
 def test_ema_follows_the_parameters(config, reference):
     """After the ramp's first steps it is their weighted mean; here from the recorded parameters."""
     batches, mesh = Batches(config, ByteTokenizer()), one_device()
-    state, train_step = init_state(config, mesh), make_train_step(config, mesh)
+    state, train_step = init_train_state(config, mesh), make_train_step(config, mesh)
     want = jax.tree.map(np.asarray, state.params)
     for step in range(2):
         state, _ = train_step(state, put_batch(next(batches.iterator), mesh))
@@ -128,7 +130,7 @@ def test_ema_follows_the_parameters(config, reference):
 
 def test_parameters_moments_and_average_lie_where_the_rules_say(config):
     mesh = make_mesh(MeshConfig(1, 2, 2))
-    state = init_state(config, mesh)
+    state = init_train_state(config, mesh)
     down = state.params["decoder"]["layers"]["mlp"]["down"]
     assert down.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
     assert down.addressable_shards[0].data.shape == (2, 32, 16)
@@ -141,7 +143,7 @@ def test_parameters_moments_and_average_lie_where_the_rules_say(config):
 def test_what_does_not_divide_is_named(config, change):
     mesh = make_mesh(MeshConfig(1, 1, 4))
     with pytest.raises(ValueError, match=r"attention/k: its axis kv_heads of 2 is not divisible"):
-        abstract_state(config, mesh)
+        abstract_train_state(config, mesh)
     with pytest.raises(ValueError, match="a: no rule for its axis 'colour'"):
         shape = jax.ShapeDtypeStruct((4,), jnp.float32)
         parameter_shardings({"a": ("colour",)}, {"a": shape}, mesh)
@@ -248,7 +250,7 @@ def test_the_weights_that_sample_are_the_average(trained, config):
     with Checkpoints(trained) as checkpoints:
         batches = Batches(config, ByteTokenizer())
         state, _, _ = checkpoints.restore(
-            abstract_state(config, make_mesh(MeshConfig())), batches.iterator
+            abstract_train_state(config, make_mesh(MeshConfig())), batches.iterator
         )
     assert meta["step"] == 20
     jax.tree.map(np.testing.assert_array_equal, ema, state.ema)

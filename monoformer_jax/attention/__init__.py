@@ -1,4 +1,4 @@
-"""Attention under the interval mask: `attend` is the one door, whatever runs behind it."""
+"""Attention under the interval mask: `interval_attention` is the one door, whatever runs behind it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ from monoformer_jax.attention.mask import (
     interval_mask,
     mask_area,
 )
+from monoformer_jax.parallel import BATCH_AXES, TENSOR_AXIS
 
 __all__ = [
-    "EMPTY_LSE", "IMPLEMENTATIONS", "IntervalMask", "attend", "check_mask", "choose",
-    "dense_attention", "dense_mask", "interval_mask", "mask_area", "merge",
+    "EMPTY_LSE",
+    "IMPLEMENTATIONS",
+    "IntervalMask",
+    "check_mask",
+    "choose",
+    "dense_attention",
+    "dense_mask",
+    "interval_attention",
+    "interval_mask",
+    "mask_area",
+    "merge",
 ]  # fmt: skip
 
 IMPLEMENTATIONS = ("auto", "dense", "tpu", "gpu")
 # Under this many queries (decoding) the score matrix is small and a block would be mostly padding.
 SHORTEST_FOR_KERNELS = 128
-BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
 
 
-def attend(
+def interval_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -41,8 +50,8 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention in which query l of row b sees the keys [start, stop) of the mask.
 
-    Under `jax.set_mesh` the kernels run on each device's own rows (axes "data" and "fsdp") and heads
-    ("tensor"); with more than one device and no mesh set they cannot be cut. Dense attention is
+    Under `jax.set_mesh` the kernels run on each device's own rows (`parallel.BATCH_AXES`) and heads
+    (`TENSOR_AXIS`); with more than one device and no mesh set they cannot be cut. Dense attention is
     ordinary XLA and does not care.
 
     Args:
@@ -156,11 +165,11 @@ def _on_mesh(run, mesh: AbstractMesh, q: jax.Array, k: jax.Array):
         raise ValueError(
             f"mesh axes {batch_axes} have size {rows}: they do not divide the batch of {q.shape[0]}"
         )
-    head_axis = HEAD_AXIS if HEAD_AXIS in mesh.shape else None
-    size = mesh.shape.get(HEAD_AXIS, 1)
+    head_axis = TENSOR_AXIS if TENSOR_AXIS in mesh.shape else None
+    size = mesh.shape.get(TENSOR_AXIS, 1)
     if k.shape[2] % size:
         raise ValueError(
-            f"mesh axis {HEAD_AXIS!r} has size {size}: it does not divide the {k.shape[2]} "
+            f"mesh axis {TENSOR_AXIS!r} has size {size}: it does not divide the {k.shape[2]} "
             "key/value heads"
         )
     array, row = P(batch_axes, None, head_axis, None), P(batch_axes, None)

@@ -8,22 +8,18 @@ backward is two kernels, one for dq and one for dk and dv, so nothing is added a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 
-from monoformer_jax.attention.dense import EMPTY_LSE
 from monoformer_jax.attention.mask import IntervalMask, key_block_bounds, query_block_bounds
+from monoformer_jax.attention.vjp import differentiable, natural_lse
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LOWEST_CAPABILITY = 75
-NOTHING = 1e30  # log-sum-exp of a query that sees nothing, as the kernels keep it
-LOG2E = 1.4426950408889634
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,25 +161,10 @@ def _run_forward(static: _Static, q, k, v, mask):
         static, "forward_kernel", (q, k, v, mask.start, mask.stop, bounds), outputs,
         (bounds.shape[2], batch * heads, 1), tile, static.constants(q, k, tile),
     )  # fmt: skip
-    natural = jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
-    return out, rearrange(natural, "B N L -> B L N"), lse
+    return out, rearrange(natural_lse(lse), "B N L -> B L N"), lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, mask):
-    return _run_forward(static, q, k, v, mask)[:2]
-
-
-def _attention_forward(static: _Static, q, k, v, mask):
-    out, natural, lse = _run_forward(static, q, k, v, mask)
-    # Named here, in the rule, so that a block which saves them does not run the kernel again.
-    out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
-    return (out, natural), (q, k, v, mask, out, lse)
-
-
-def _attention_backward(static: _Static, residuals, cotangents):
-    q, k, v, mask, out, lse = residuals
-    dout, dlse = cotangents
+def _run_backward(static: _Static, q, k, v, mask, out, lse, dout, dlse):
     (batch, _, heads, _), (_, keys, kv_heads, _) = q.shape, k.shape
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1) - dlse
     delta = rearrange(delta, "B L N -> B N L")
@@ -204,10 +185,10 @@ def _attention_backward(static: _Static, residuals, cotangents):
         static, "dkv_kernel", (*shared, bounds, lse, delta), outputs,
         (key_blocks, batch * kv_heads, 1), tile, static.constants(q, k, tile),
     )  # fmt: skip
-    return dq, dk, dv, None
+    return dq, dk, dv
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+_attention = differentiable(_run_forward, _run_backward)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

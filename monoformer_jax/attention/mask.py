@@ -42,23 +42,25 @@ class IntervalMask:
     stop: jax.Array  # int32 [B, L]
 
 
-def interval_mask(kinds: jax.Array, segment_ids: jax.Array, image_ids: jax.Array) -> IntervalMask:
+def interval_mask(
+    token_types: jax.Array, segment_ids: jax.Array, image_ids: jax.Array
+) -> IntervalMask:
     """The mask of packed rows; PAD may stand on either side of the documents.
 
     Args:
       kinds, segment_ids, image_ids: int32 [B, L], see `batch`.
     """
-    length = kinds.shape[1]
+    length = token_types.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     start = jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)
     after = jnp.pad(image_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     image_end = jnp.where(image_ids != after, index + 1, length)
     image_end = jax.lax.cummin(image_end, axis=1, reverse=True)
-    stop = jnp.where(kinds == PATCH, image_end, index + 1)
+    stop = jnp.where(token_types == PATCH, image_end, index + 1)
     # An empty range at the end of the last real token keeps both vectors monotone.
-    last_stop = jax.lax.cummax(jnp.where(kinds == PAD, 0, stop), axis=1)
-    return IntervalMask(jnp.where(kinds == PAD, last_stop, start), last_stop)
+    last_stop = jax.lax.cummax(jnp.where(token_types == PAD, 0, stop), axis=1)
+    return IntervalMask(jnp.where(token_types == PAD, last_stop, start), last_stop)
 
 
 def dense_mask(mask: IntervalMask, keys: int) -> jax.Array:

@@ -23,13 +23,8 @@ from monoformer_jax.attention.mask import (
     key_block_bounds,
     query_block_bounds,
 )
-from monoformer_jax.attention.tpu_forward import (
-    LOG2E,
-    Blocks,
-    Heads,
-    matmul_precision,
-    walk_blocks,
-)
+from monoformer_jax.attention.tpu_forward import Blocks, Heads, matmul_precision, walk_blocks
+from monoformer_jax.attention.vjp import LOG2E
 
 FULL_PER_TURN = 2  # query blocks in one turn of the loop without the mask
 

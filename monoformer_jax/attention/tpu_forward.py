@@ -19,14 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from monoformer_jax.attention.mask import IntervalMask, key_block_bounds
+from monoformer_jax.attention.vjp import LOG2E, NOTHING
 
 LANES = 128
-LOG2E = 1.4426950408889634
 MASKED = -1e30
 # Above MASKED, so that exp2(MASKED - maximum) is 0 for a query that has seen nothing yet.
 LOWEST = -1e29
-# Log-sum-exp that the kernels keep for such a query: exp2(score - NOTHING) is 0 in the backward.
-NOTHING = 1e30
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,18 +7,16 @@ which blocks are visited comes from the mask alone. See `tpu_forward` and `tpu_b
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
-from monoformer_jax.attention.dense import EMPTY_LSE
 from monoformer_jax.attention.mask import IntervalMask
 from monoformer_jax.attention.tpu_backward import backward, delta
-from monoformer_jax.attention.tpu_forward import LANES, LOG2E, NOTHING, Blocks, Heads, forward
+from monoformer_jax.attention.tpu_forward import LANES, Blocks, Heads, forward
+from monoformer_jax.attention.vjp import NOTHING, differentiable, natural_lse
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -146,28 +144,12 @@ def _run_forward(static: _Static, q, k, v, mask):
         _pad_mask(mask, plan.queries),
         blocks=Blocks(plan.queries, plan.keys, plan.chunk_keys, plan.wide), **static.options(),
     )  # fmt: skip
-    natural = jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
     heads = static.heads.count
-    natural = rearrange(natural, "B J Q 1 (n T) -> B (Q T) (J n)", n=heads)[:, :length]
+    natural = rearrange(natural_lse(lse), "B J Q 1 (n T) -> B (Q T) (J n)", n=heads)[:, :length]
     return out[:, :length], natural, lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: _Static, q, k, v, mask):
-    """[B, L, N·H], [B, S, K·H] -> output [B, L, N·H] and log-sum-exp float32 [B, L, N]."""
-    return _run_forward(static, q, k, v, mask)[:2]
-
-
-def _attention_forward(static: _Static, q, k, v, mask):
-    out, natural, lse = _run_forward(static, q, k, v, mask)
-    # Named here, in the rule, so that a block which saves them does not run the kernel again.
-    out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
-    return (out, natural), (q, k, v, mask, out, lse)
-
-
-def _attention_backward(static: _Static, residuals, cotangents):
-    q, k, v, mask, out, lse = residuals
-    dout, dlse = cotangents
+def _run_backward(static: _Static, q, k, v, mask, out, lse, dout, dlse):
     plan, heads, length = static.plan, static.heads, q.shape[1]
     dlse = _pad(dlse, plan.queries)
     dlse = rearrange(dlse, "B (Q T) (J n) -> B J Q 1 (n T)", T=plan.queries, n=heads.count)
@@ -182,10 +164,11 @@ def _attention_backward(static: _Static, residuals, cotangents):
         _pad(dout, plan.chunk_queries),
         blocks=Blocks(plan.queries, plan.keys, plan.chunk_queries), **static.options(),
     )  # fmt: skip
-    return dq[:, :length], dk[:, : k.shape[1]], dv[:, : v.shape[1]], None
+    return dq[:, :length], dk[:, : k.shape[1]], dv[:, : v.shape[1]]
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+# [B, L, N·H], [B, S, K·H] -> output [B, L, N·H] and log-sum-exp float32 [B, L, N].
+_attention = differentiable(_run_forward, _run_backward)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from monoformer_jax.config import InputError
+from monoformer_jax.errors import InputError
 
 BENCHES = {
     "attention": "the interval attention kernels against their peers, or --static counts",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.attention import IntervalMask, attend, dense_attention, dense_mask
+from monoformer_jax.attention import IntervalMask, dense_attention, dense_mask, interval_attention
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -34,7 +34,7 @@ def ours(mask: IntervalMask) -> Attention:
     if platform() == "cpu":
         raise Missing("there is no kernel for a CPU; dense is what runs there")
     mask = jax.tree.map(jnp.asarray, mask)
-    return lambda q, k, v: attend(q, k, v, mask, impl=platform())
+    return lambda q, k, v: interval_attention(q, k, v, mask, impl=platform())
 
 
 def dense(mask: IntervalMask) -> Attention:

@@ -187,15 +187,15 @@ def compile_for(chip: str, head_dim: int, length: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from monoformer_jax.attention import IntervalMask, attend
-    from monoformer_jax.bench.topology import abstract, one_chip
+    from monoformer_jax.attention import IntervalMask, interval_attention
+    from monoformer_jax.planning.hardware import abstract, one_chip
 
     mesh = one_chip(CHIPS[chip][0])
     kv_heads, groups = GROUPED_HEADS[head_dim]
 
     def loss(q, k, v, start, stop):
         q, k, v = (x.reshape(1, length, -1, head_dim) for x in (q, k, v))
-        out = attend(q, k, v, IntervalMask(start, stop), impl="tpu")
+        out = interval_attention(q, k, v, IntervalMask(start, stop), impl="tpu")
         return (out.astype(jnp.float32) ** 2).sum()
 
     query = abstract(mesh, (1, length, kv_heads * groups * head_dim), jnp.bfloat16)

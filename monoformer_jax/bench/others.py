@@ -1,7 +1,7 @@
 """Timings of other implementations, for `--compare=DIR`: a JSON file for each and for each work.
 
 {"name": "…", "seconds": 18.2, "images": 8, "steps": 20, "prompt_tokens": 64}     sampling
-{"name": "…", "seconds": 1.21, "batch_size": 8, "row_length": 321}                a training step
+{"name": "…", "seconds": 1.21, "batch_size": 8, "max_seq_len": 321}                a training step
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from monoformer_jax.config import InputError, require
+from monoformer_jax.errors import InputError, require
 
 # What tells one work from another, by bench.
-WORK = {"sampling": ("images", "steps", "prompt_tokens"), "training": ("batch_size", "row_length")}
+WORK = {"sampling": ("images", "steps", "prompt_tokens"), "training": ("batch_size", "max_seq_len")}
 
 
 def read_others(folder: Path) -> list[dict]:

@@ -26,7 +26,6 @@ In the JSON that is written:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
@@ -36,51 +35,34 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from monoformer_jax.bench import flops
+from monoformer_jax.api import Model, load
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.others import WORK, print_others, read_others
-from monoformer_jax.bench.sampling_uncached import paint_uncached
-from monoformer_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    SamplingConfig,
-    require,
-)
-from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
-from monoformer_jax.generation.image import branch_documents, generate_images
-from monoformer_jax.generation.rows import prefill
-from monoformer_jax.generation.streams import prompt
-from monoformer_jax.generation.text import GREEDY, make_choice, row_keys, write
+from monoformer_jax.bench.sampling_uncached import generate_images_uncached
+from monoformer_jax.codecs.image_processor import ImageProcessor
+from monoformer_jax.config import Config, DataConfig, ModelConfig, SamplingConfig
+from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer
+from monoformer_jax.errors import require
 from monoformer_jax.models import monoformer
-from monoformer_jax.training.checkpoint import load_trained
+from monoformer_jax.planning import flops
+from monoformer_jax.sampling.image import generate_images, guidance_documents
+from monoformer_jax.sampling.prompts import encode_prompt
+from monoformer_jax.sampling.state import prefill
+from monoformer_jax.sampling.text import GREEDY, decode_tokens, make_sampling_arrays, row_keys
 
 TEXT_TOKENS = 64  # that a row writes
 LARGEST_DIFFERENCE = 2e-2  # of the cached images and the uncached, over the largest value
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured."""
-
-    config: Config
-    params: dict = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
-
-
-def fresh_subject(dtype: str) -> Subject:
+def fresh_model(dtype: str) -> Model:
     """The model that is measured without --workdir."""
-    model = ModelConfig(
+    c = ModelConfig(
         vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
         mlp_dim=704, channels=4, patch_size=2, dtype=dtype, remat="none",
     )  # fmt: skip
-    config = Config(model=model, data=DataConfig(image_size=32, row_length=8192))
-    return Subject(config, monoformer.init(model, jax.random.key(0)), ByteTokenizer())
-
-
-def trained_subject(workdir: Path) -> Subject:
-    config, params, _ = load_trained(workdir)
-    return Subject(config, params, open_tokenizer(config.data, workdir, config.model.vocab_size))
+    config = Config(model=c, data=DataConfig(image_size=32, max_seq_len=8192))
+    params = monoformer.init(c, jax.random.key(0))
+    return Model(config, params, ByteTokenizer(), ImageProcessor(config))
 
 
 def words(tokenizer: Tokenizer, tokens: int) -> str:
@@ -119,9 +101,9 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def painter(subject: Subject, text: str, solver: str, paint=generate_images):
+def painter(model: Model, text: str, solver: str, paint=generate_images):
     """(images, steps) -> the images, as `generate_images` gives them."""
-    config, params, tokenizer = subject.config, subject.params, subject.tokenizer
+    config, params, tokenizer = model.config, model.params, model.tokenizer
 
     def run(images: int, steps: int) -> np.ndarray:
         sampling = SamplingConfig(solver=solver, steps=steps, guidance=2.0)
@@ -130,14 +112,14 @@ def painter(subject: Subject, text: str, solver: str, paint=generate_images):
     return run
 
 
-def time_painting(subject: Subject, images: int, steps: int, prompt_tokens: int,
+def time_painting(model: Model, images: int, steps: int, prompt_tokens: int,
                   options: argparse.Namespace, ceiling: float) -> dict:  # fmt: skip
     """Seconds of one work, and the rates that follow from them."""
-    run = painter(subject, words(subject.tokenizer, prompt_tokens - 2), options.solver)
+    run = painter(model, words(model.tokenizer, prompt_tokens - 2), options.solver)
     run(images, 1)  # compiles: the number of steps is an array
     seconds = seconds_of(lambda: run(images, steps), options.repeats)
     evaluations = 2 * steps - 1 if options.solver == "heun" else steps
-    work = images * needed_flops(subject.config, prompt_tokens, evaluations)
+    work = images * needed_flops(model.config, prompt_tokens, evaluations)
     return {
         "images": images,
         "steps": steps,
@@ -148,11 +130,11 @@ def time_painting(subject: Subject, images: int, steps: int, prompt_tokens: int,
     }
 
 
-def time_uncached(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+def time_uncached(model: Model, found: dict, options: argparse.Namespace) -> dict:
     """The same work with the prompt computed at every step; checks that the images are the same."""
-    text = words(subject.tokenizer, found["prompt_tokens"] - 2)
-    cached = painter(subject, text, options.solver)(found["images"], 1)
-    run = painter(subject, text, options.solver, paint_uncached)
+    text = words(model.tokenizer, found["prompt_tokens"] - 2)
+    cached = painter(model, text, options.solver)(found["images"], 1)
+    run = painter(model, text, options.solver, generate_images_uncached)
     difference = np.abs(run(found["images"], 1) - cached).max() / np.abs(cached).max()
     require(
         float(difference) <= LARGEST_DIFFERENCE,
@@ -162,52 +144,52 @@ def time_uncached(subject: Subject, found: dict, options: argparse.Namespace) ->
     return {"uncached_seconds": seconds, "prefix_cache_saves": 1 - found["seconds"] / seconds}
 
 
-def time_single(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+def time_single(model: Model, found: dict, options: argparse.Namespace) -> dict:
     """Milliseconds of one image, with everything compiled by another prompt of the same bucket."""
-    c, tokenizer = subject.config, subject.tokenizer
+    c, tokenizer = model.config, model.tokenizer
     text = words(tokenizer, found["prompt_tokens"] - 2)
     other = "b" + text[1:]
 
     def start(words: str):
-        document = prompt([words], tokenizer, c, room=c.image_tokens,
+        document = encode_prompt([words], tokenizer, c, room=c.image_tokens,
                           closing=[tokenizer.im_start_id])  # fmt: skip
-        documents = branch_documents(document, tokenizer, c.model, 2)
-        return prefill(subject.params, documents, tokenizer.pad_id, c.model, None).cache.k
+        documents = guidance_documents(document, tokenizer, c.model, 2)
+        return prefill(model.params, documents, tokenizer.pad_id, c.model, None).cache.k
 
     jax.block_until_ready(start(other))
-    painter(subject, other, options.solver)(1, 1)
-    run = painter(subject, text, options.solver)
+    painter(model, other, options.solver)(1, 1)
+    run = painter(model, text, options.solver)
     starts = seconds_of(lambda: start(text), options.repeats)
     there = seconds_of(lambda: run(1, found["steps"]), options.repeats)
     return {"denoising_starts_ms": 1e3 * starts, "first_image_ms": 1e3 * there}
 
 
-def time_text(subject: Subject, found: dict, options: argparse.Namespace) -> dict:
+def time_text(model: Model, found: dict, options: argparse.Namespace) -> dict:
     """Tokens a second that the decode loop writes after the prompts; no token ends it."""
-    c, tokenizer, rows = subject.config, subject.tokenizer, found["images"]
+    c, tokenizer, rows = model.config, model.tokenizer, found["images"]
     text = words(tokenizer, found["prompt_tokens"] - 1)
-    document = prompt([text], tokenizer, c, room=TEXT_TOKENS)
-    prefix = prefill(subject.params, [document] * rows, tokenizer.pad_id, c.model, None)
-    choice = make_choice(GREEDY, row_keys(0, rows), tokenizer, c.model, True)
-    choice = choice.replace(stops=np.zeros_like(choice.stops))
+    document = encode_prompt([text], tokenizer, c, room=TEXT_TOKENS)
+    prefix = prefill(model.params, [document] * rows, tokenizer.pad_id, c.model, None)
+    arrays = make_sampling_arrays(GREEDY, row_keys(0, rows), tokenizer, c.model, True)
+    arrays = arrays.replace(stops=np.zeros_like(arrays.stops))
     most = np.full(rows, TEXT_TOKENS)
 
     def run():
-        return write(subject.params, prefix, most, choice, c.model, TEXT_TOKENS)[1]
+        return decode_tokens(model.params, prefix, most, arrays, c.model, TEXT_TOKENS)[1]
 
     jax.block_until_ready(run())
     return {"text_tokens_per_s": rows * TEXT_TOKENS / seconds_of(run, options.repeats)}
 
 
-def sweep(subject: Subject, found: dict, options: argparse.Namespace, ceiling: float) -> list[dict]:
+def sweep(model: Model, found: dict, options: argparse.Namespace, ceiling: float) -> list[dict]:
     """Other batches, steps and prompts, one changed at a time."""
     base = {name: found[name] for name in WORK["sampling"]}
     works = [base | {"images": n} for n in (1, 2 * found["images"])]
     works += [base | {"steps": n} for n in (found["steps"] // 2, 2 * found["steps"]) if n]
     works += [base | {"prompt_tokens": n} for n in (4 * found["prompt_tokens"],)]
-    room = subject.config.data.row_length - subject.config.image_tokens
+    room = model.config.data.max_seq_len - model.config.image_tokens
     works = [work for work in works if work["prompt_tokens"] <= room]
-    rows = [time_painting(subject, **work, options=options, ceiling=ceiling) for work in works]
+    rows = [time_painting(model, **work, options=options, ceiling=ceiling) for work in works]
     return [{name: found[name] for name in rows[0]}, *rows]
 
 
@@ -227,32 +209,32 @@ def measure(options: argparse.Namespace) -> dict:
     """
     others = read_others(options.compare) if options.compare else []
     dtype = native_dtype()
-    subject = trained_subject(options.workdir) if options.workdir else fresh_subject(dtype)
-    dtype = subject.config.model.dtype
+    model = load(options.workdir) if options.workdir else fresh_model(dtype)
+    dtype = model.config.model.dtype
     ceiling = matmul_tflops(dtype, 20)
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}: {dtype} matmul {ceiling:.3f} TFLOP/s")
     work = {name: getattr(options, name) for name in WORK["sampling"]}
-    found = time_painting(subject, **work, options=options, ceiling=ceiling)
+    found = time_painting(model, **work, options=options, ceiling=ceiling)
     print_found(found)
-    found |= time_uncached(subject, found, options)
+    found |= time_uncached(model, found, options)
     print(
         f"prompt computed at every step: {found['uncached_seconds']:.2f} s; its cache saves "
         f"{found['prefix_cache_saves']:.1%}"
     )
-    found |= time_single(subject, found, options)
+    found |= time_single(model, found, options)
     print(
         f"one image: denoising starts after {found['denoising_starts_ms']:.1f} ms, the image is "
         f"there after {found['first_image_ms']:.0f} ms"
     )
-    found |= time_text(subject, found, options)
+    found |= time_text(model, found, options)
     print(f"text: {found['text_tokens_per_s']:.0f} tokens/s, {found['images']} rows together")
     if others:
         print_others("sampling", found, others)
     found |= {"device": device, "dtype": dtype, "matmul_tflops": ceiling}
     if options.sweep:
         print("sweep")
-        found["rows"] = sweep(subject, found, options, ceiling)
+        found["rows"] = sweep(model, found, options, ceiling)
         for row in found["rows"]:
             print_found(row)
     return found

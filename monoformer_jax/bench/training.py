@@ -8,7 +8,7 @@ Without --config: 6.57 M parameters (width 256, 8 blocks), 8 rows of 64 text tok
 predicted tokens, forward and backward; what remat repeats and what padding costs is time and no work.
 
 --compare=DIR puts a step next to those of other implementations, a JSON file for each:
-{"name": "…", "seconds": 1.21, "batch_size": 8, "row_length": 321}
+{"name": "…", "seconds": 1.21, "batch_size": 8, "max_seq_len": 321}
 """
 
 from __future__ import annotations
@@ -27,15 +27,12 @@ import numpy as np
 
 from monoformer_jax.attention import mask_area
 from monoformer_jax.batch import PAD, PATCH, Batch
-from monoformer_jax.bench import flops
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.others import print_others, read_others
-from monoformer_jax.bench.topology import CHIPS
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import (
     Config,
     DataConfig,
-    InputError,
     MeshConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -46,9 +43,12 @@ from monoformer_jax.data.documents import Image, build
 from monoformer_jax.data.packing import pack
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer, open_tokenizer
+from monoformer_jax.errors import InputError
 from monoformer_jax.models.monoformer import attention_mask
 from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
-from monoformer_jax.training.state import init_state, make_train_step
+from monoformer_jax.planning import flops
+from monoformer_jax.planning.hardware import CHIPS
+from monoformer_jax.training.state import init_train_state, make_train_step
 
 SMALL = Config(
     name="bench", batch_size=8,
@@ -58,7 +58,7 @@ SMALL = Config(
         remat="save_names:attention_out,mlp_hidden",
     ),
     objective=ObjectiveConfig(kind="ddpm"),
-    data=DataConfig(image_size=32, row_length=64 + 257),
+    data=DataConfig(image_size=32, max_seq_len=64 + 257),
     optimizer=OptimizerConfig(b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999),
     mesh=MeshConfig(), sampling=SamplingConfig(solver="ddpm"),
 )  # fmt: skip
@@ -74,7 +74,7 @@ WARM = 2  # steps before the first that is timed
 def random_rows(config: Config) -> Iterator[Batch]:
     """Endless batches of one caption and one picture a row, made as the pipeline makes them."""
     tokenizer = ByteTokenizer()
-    size, text = config.data.image_size, config.data.row_length - config.image_tokens - 4
+    size, text = config.data.image_size, config.data.max_seq_len - config.image_tokens - 4
 
     def write(number: int):
         rng = np.random.default_rng(number)
@@ -91,7 +91,7 @@ def random_rows(config: Config) -> Iterator[Batch]:
 def model_flops(batch: Batch, config: Config) -> float:
     """Of a training step on this batch."""
     c = config.model
-    tokens, patches = (batch["kinds"] != PAD).sum(), (batch["kinds"] == PATCH).sum()
+    tokens, patches = (batch["token_types"] != PAD).sum(), (batch["token_types"] == PATCH).sum()
     pairs = np.asarray(mask_area(attention_mask(c, batch)), np.float64).sum()
     predicted = (batch["target_weights"] > 0).sum()
     forward = (
@@ -106,8 +106,8 @@ def model_flops(batch: Batch, config: Config) -> float:
 def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
     """Runs the compiled step and returns the numbers of one object."""
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
-    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
+    state, step = init_train_state(config, mesh), make_train_step(config, mesh)
     for _ in range(WARM):
         batch = put_batch(next(batches), mesh)
         state, metrics = step(state, batch)
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     for name, value in found.items():
         print(f"  {name:18}{value:14,.4g}")
     if others:
-        work = {"batch_size": config.batch_size, "row_length": config.data.row_length}
+        work = {"batch_size": config.batch_size, "max_seq_len": config.data.max_seq_len}
         print_others("training", work | {"seconds": found["step_ms"] / 1e3}, others)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from monoformer_jax.batch import PATCH, TEXT, TIME, patchify
-from monoformer_jax.config import ModelConfig, require
+from monoformer_jax.config import ModelConfig
 from monoformer_jax.data.tokenizer import Tokenizer
+from monoformer_jax.errors import require
 
 # The streams of the batch contract that do not depend on the row: [n, …] for n tokens.
 Document = dict[str, np.ndarray]
@@ -43,17 +44,17 @@ class Features:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class UntrainedText:
     """Text that is read and not learned: what the other side of a conversation says."""
 
     text: str
 
 
-class End:
+class EndOfTurn:
     """</s> inside a document: an answer is over, and the conversation goes on."""
 
 
-Part = str | Asked | End | Image | Features
+Part = str | UntrainedText | EndOfTurn | Image | Features
 
 
 def build(
@@ -63,7 +64,7 @@ def build(
     *,
     text_beside_images: bool = True,
     closing: Sequence[int] | None = None,
-    moments: bool = False,
+    with_logvar: bool = False,
 ) -> Document:
     """Streams of one document.
 
@@ -74,7 +75,7 @@ def build(
       model: gives the patch size and the channels.
       text_beside_images: False gives no text loss in a document with a denoised image.
       closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
-      moments: whether the log-variance of latents goes with them.
+      with_logvar: whether the log-variance of latents goes with them.
 
     Raises:
       InputError: an image whose side is not divisible by the patch, or with other channels, or
@@ -87,17 +88,17 @@ def build(
             image = _image if isinstance(part, Image) else _features
             pieces.append(image(part, tokenizer, model))
             pieces.append(_text([tokenizer.im_end_id], model))
-        elif isinstance(part, End):
+        elif isinstance(part, EndOfTurn):
             pieces.append(_text([tokenizer.eos_id], model))
         else:
-            asked = isinstance(part, Asked)
+            asked = isinstance(part, UntrainedText)
             ids = tokenizer.encode(part.text if asked else part)
             pieces.append(_text(ids, model) | {"target_weights": np.full(len(ids), not asked)})
     pieces.append(_text([tokenizer.eos_id] if closing is None else closing, model))
     document = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    if not moments:
+    if not with_logvar:
         document["patch_logvar"] = document["patch_logvar"][:, :0]
-    said = (document["kinds"] == TEXT) & document["target_weights"]
+    said = (document["token_types"] == TEXT) & document["target_weights"]
     learned = np.append(said[1:], False)
     if not text_beside_images and document["denoise"].any():
         learned[:] = False
@@ -108,17 +109,17 @@ def build(
 
 def truncate(document: Document, length: int) -> Document:
     """The first `length` tokens of a text; a document with an image comes back whole."""
-    if len(document["tokens"]) <= length or (document["kinds"] != TEXT).any():
+    if len(document["tokens"]) <= length or (document["token_types"] != TEXT).any():
         return document
     document = {name: stream[:length].copy() for name, stream in document.items()}
     document["target_weights"][-1] = 0  # its target was cut off
     return document
 
 
-def describe(tokens: np.ndarray, kinds: np.ndarray, tokenizer: Tokenizer) -> str:
+def describe(tokens: np.ndarray, token_types: np.ndarray, tokenizer: Tokenizer) -> str:
     """One line to recognise a document by: its text, and <image n> for an image of n patches."""
     words = []
-    for kind, run in itertools.groupby(range(len(kinds)), key=lambda i: kinds[i]):
+    for kind, run in itertools.groupby(range(len(token_types)), key=lambda i: token_types[i]):
         run = list(run)
         if kind == TEXT:
             words.append(tokenizer.decode(tokens[run].tolist()))
@@ -131,11 +132,11 @@ def _text(ids: Sequence[int], model: ModelConfig) -> Document:
     n = len(ids)
     return {
         "tokens": np.asarray(ids, np.int32),
-        "kinds": np.full(n, TEXT, np.int32),
+        "token_types": np.full(n, TEXT, np.int32),
         "denoise": np.zeros(n, np.bool_),
         "patches": np.zeros((n, model.patch_dim), np.float32),
         "patch_logvar": np.zeros((n, model.patch_dim), np.float32),
-        "grid": np.zeros((n, 2), np.int32),
+        "patch_positions": np.zeros((n, 2), np.int32),
         "features": np.zeros((n, model.feature_dim), np.float32),
         "target_weights": np.ones(n, np.bool_),  # whether each is worth predicting
     }
@@ -148,14 +149,14 @@ def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
         image.denoise or not model.feature_dim,
         "this model looks at images through its vision encoder: give Features",
     )
-    patches, grid = patchify(image.pixels, model.patch_size)
+    patches, patch_positions = patchify(image.pixels, model.patch_size)
     first = model.time_tokens  # which stand in front
     n = first + len(patches)
     stream = _text([tokenizer.image_id] * n, model) | {
-        "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
+        "token_types": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
         "denoise": np.full(n, image.denoise),
         "patches": np.pad(patches, ((first, 0), (0, 0))),
-        "grid": np.pad(grid, ((first, 0), (0, 0))),
+        "patch_positions": np.pad(patch_positions, ((first, 0), (0, 0))),
     }
     if image.logvar is not None:
         logvar, _ = patchify(image.logvar, model.patch_size)
@@ -169,6 +170,6 @@ def _features(image: Features, tokenizer: Tokenizer, model: ModelConfig) -> Docu
     first = model.time_tokens
     n = first + len(image.values)
     return _text([tokenizer.image_id] * n, model) | {
-        "kinds": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
+        "token_types": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
         "features": np.pad(image.values, ((first, 0), (0, 0))).astype(np.float32),
     }

@@ -8,16 +8,17 @@ import grain
 import numpy as np
 
 from monoformer_jax.batch import number_images
-from monoformer_jax.config import Config, InputError, require
+from monoformer_jax.config import Config
 from monoformer_jax.data.documents import Document
+from monoformer_jax.errors import InputError, require
 
 _STREAMS = (
     "tokens",
-    "kinds",
+    "token_types",
     "denoise",
     "patches",
     "patch_logvar",
-    "grid",
+    "patch_positions",
     "features",
     "targets",
     "target_weights",
@@ -25,7 +26,7 @@ _STREAMS = (
 _PROBE = 1000  # documents that may all be too long before it is called an error
 
 
-class FitsRow:
+class LengthFilter:
     """Filter for documents that fit a row; counts the ones it drops."""
 
     def __init__(self, length: int):
@@ -37,7 +38,7 @@ class FitsRow:
         self.dropped += not fits
         if self.kept == 0 and self.dropped == _PROBE:
             raise InputError(
-                f"none of the first {_PROBE} documents fits into data.row_length={self.length} "
+                f"none of the first {_PROBE} documents fits into data.max_seq_len={self.length} "
                 f"tokens; the last has {len(document['tokens'])}"
             )
         return fits
@@ -53,7 +54,7 @@ def pack(documents: grain.IterDataset, config: Config, pad_id: int) -> grain.Ite
     """
     rows = grain.experimental.FirstFitPackIterDataset(
         documents,
-        length_struct=dict.fromkeys(_STREAMS, config.data.row_length),
+        length_struct=dict.fromkeys(_STREAMS, config.data.max_seq_len),
         num_packing_bins=config.data.packing_bins,
         seed=config.seed,
         meta_features=_STREAMS[1:],  # packed and padded like tokens, which give the segments
@@ -66,11 +67,11 @@ def _finish(row: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]
     row = dict(row)
     row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
     row["positions"] = row.pop("tokens_positions").astype(np.int32)
-    row["image_ids"] = number_images(row["kinds"])
+    row["image_ids"] = number_images(row["token_types"])
     images = row["image_ids"].max()
     require(
         images <= config.max_images,
-        f"{images} images came into one row, but data.row_length={config.data.row_length} and "
+        f"{images} images came into one row, but data.max_seq_len={config.data.max_seq_len} and "
         f"data.image_size={config.data.image_size} make room for {config.max_images}: image_size "
         "must be that of the smallest image",
     )

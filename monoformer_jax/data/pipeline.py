@@ -9,11 +9,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from monoformer_jax.config import Config, require
+from monoformer_jax.config import Config
 from monoformer_jax.data.documents import Document, build, truncate
-from monoformer_jax.data.packing import FitsRow, pack
+from monoformer_jax.data.packing import LengthFilter, pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
+from monoformer_jax.errors import require
 
 
 class Batches:
@@ -50,7 +51,7 @@ class Batches:
         group = config.batch_size // config.data.streams
         rows = range(config.batch_size) if rows is None else rows
         needed = sorted({row // group for row in rows})
-        self._fits = [FitsRow(config.data.row_length) for _ in needed]
+        self._fits = [LengthFilter(config.data.max_seq_len) for _ in needed]
         streams = {
             number: iter(_stream(sources, config, tokenizer, number, fits).batch(group))
             for number, fits in zip(needed, self._fits)
@@ -89,7 +90,11 @@ class RowIterator:
 
 
 def _stream(
-    sources: Mapping[str, Source], config: Config, tokenizer: Tokenizer, number: int, fits: FitsRow
+    sources: Mapping[str, Source],
+    config: Config,
+    tokenizer: Tokenizer,
+    number: int,
+    fits: LengthFilter,
 ) -> grain.IterDataset:
     """The rows of one stream, without the batch axis."""
     weights = np.array([config.data.mixture[name] for name in sources])
@@ -130,6 +135,6 @@ class _Writer:
             self.tokenizer,
             c.model,
             text_beside_images=c.loss.text_beside_images,
-            moments=c.data.moments,
+            with_logvar=c.data.sample_latents,
         )
-        return truncate(document, c.data.row_length) if c.data.truncate_text else document
+        return truncate(document, c.data.max_seq_len) if c.data.truncate_text else document

@@ -20,17 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
-from monoformer_jax.config import InputError, require
-from monoformer_jax.data.prompts import class_prompts
+from monoformer_jax.data.templates import class_prompts
+from monoformer_jax.errors import InputError, require
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Raw:
+class RawExample:
     """An example whose image has not been opened."""
 
     name: str  # for messages about it
@@ -39,7 +38,7 @@ class Raw:
     image: Callable[[], PIL.Image.Image] | None = None
 
 
-def open_raw(source: str, labels: Sequence[str] | None) -> Sequence[Callable[[], Raw]]:
+def open_raw(source: str, labels: Sequence[str] | None) -> Sequence[Callable[[], RawExample]]:
     """Every example of a dataset, each opened when it is called.
 
     Args:
@@ -59,40 +58,31 @@ def open_raw(source: str, labels: Sequence[str] | None) -> Sequence[Callable[[],
     return _lines(path)
 
 
-def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """Float32 [size, size, 3] in [-1, 1]: the centre, its shorter side made `size` (as in ADM)."""
-    image = image.convert("RGB")
-    # Whole halvings first, by averaging, so that nothing aliases.
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
-    scale = size / min(image.size)
-    sides = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(sides, PIL.Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image, np.float32)[top : top + size, left : left + size]
-    return pixels / 127.5 - 1
-
-
 def _need(labels, source: str) -> Sequence[str]:
     require(labels is not None, f"{source} has numbered classes: give their names with --labels")
     return labels
 
 
-def _class_folders(folder: Path, labels: Sequence[str]) -> list[Callable[[], Raw]]:
+def _class_folders(folder: Path, labels: Sequence[str]) -> list[Callable[[], RawExample]]:
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     require(
         len(classes) == len(labels),
         f"{folder} has {len(classes)} folders of classes, there are names for {len(labels)}",
     )
     return [
-        partial(Raw, str(file), captions=class_prompts(label), image=partial(PIL.Image.open, file))
+        partial(
+            RawExample,
+            str(file),
+            captions=class_prompts(label),
+            image=partial(PIL.Image.open, file),
+        )
         for path, label in zip(classes, labels)
         for file in sorted(path.iterdir())
         if file.suffix.lower() in _PICTURES
     ]
 
 
-def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], Raw]]:
+def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], RawExample]]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -106,15 +96,17 @@ def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], Raw]]:
     except Exception as error:  # of the network, of the disk, of an unprepared dataset
         raise InputError(f"tfds:{name} cannot be opened ({error})") from error
 
-    def example(number: int) -> Raw:
+    def example(number: int) -> RawExample:
         row = source[number]
         image = partial(PIL.Image.open, io.BytesIO(row["image"]))
-        return Raw(f"tfds:{name} {number}", class_prompts(labels[int(row["label"])]), image=image)
+        return RawExample(
+            f"tfds:{name} {number}", class_prompts(labels[int(row["label"])]), image=image
+        )
 
     return [partial(example, number) for number in range(len(source))]
 
 
-def _lines(path: Path) -> list[Callable[[], Raw]]:
+def _lines(path: Path) -> list[Callable[[], RawExample]]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".json":
         rows = _json(text, path)
@@ -124,7 +116,7 @@ def _lines(path: Path) -> list[Callable[[], Raw]]:
     return [partial(_line, line, path, number) for number, line in lines if line.strip()]
 
 
-def _line(line: str, path: Path, number: int) -> Raw:
+def _line(line: str, path: Path, number: int) -> RawExample:
     return _row(_json(line, f"{path}:{number}"), path, number)
 
 
@@ -135,7 +127,7 @@ def _json(text: str, where) -> Any:
         raise InputError(f"{where} is no JSON ({error})") from error
 
 
-def _row(row: dict[str, Any], path: Path, number: int) -> Raw:
+def _row(row: dict[str, Any], path: Path, number: int) -> RawExample:
     """One line of any of the forms that the module lists."""
     where = f"{path}:{number}"
     require(isinstance(row, dict), f"{where} is no JSON object")
@@ -145,7 +137,7 @@ def _row(row: dict[str, Any], path: Path, number: int) -> Raw:
         captions = row.get("captions") or [f"Please generate an image of {row.get('prompt')}"]
         require(image is not None, f"{where} has captions but no image")
         require(_texts(captions), f"{where}: captions are to be a list of texts")
-        return Raw(where, captions=captions, image=image)
+        return RawExample(where, captions=captions, image=image)
     messages = row.get("messages", row.get("data"))
     if messages is None and "conversations" in row:
         # The place of the image is always the beginning here, as in the original.
@@ -158,7 +150,7 @@ def _row(row: dict[str, Any], path: Path, number: int) -> Raw:
         _texts(messages) and len(messages) % 2 == 0,
         f"{where}: a conversation is a list of texts, asked and answered in turn",
     )
-    return Raw(where, messages=messages, image=image)
+    return RawExample(where, messages=messages, image=image)
 
 
 def _texts(values) -> bool:

@@ -20,8 +20,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from monoformer_jax.config import InputError, require
-from monoformer_jax.data.prompts import CHAT_TEMPLATE
+from monoformer_jax.data.templates import CHAT_TEMPLATE
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.files import atomic_write
 
 ASK, ANSWER = CHAT_TEMPLATE
 
@@ -54,13 +55,12 @@ class Example:
 
 def write_file(path: epath.Path, examples: Iterable[Example]) -> None:
     """Writes one file, which gets its name when it is whole."""
-    staging = path.with_name(f".{path.name}.new")
     # One record a group, so that reading one does not decompress its neighbours.
-    writer = ArrayRecordWriter(str(staging), "group_size:1")
-    for example in examples:
-        writer.write(example.pack())
-    writer.close()
-    staging.rename(path)
+    with atomic_write(path) as staging:
+        writer = ArrayRecordWriter(str(staging), "group_size:1")
+        for example in examples:
+            writer.write(example.pack())
+        writer.close()
 
 
 def count_records(files: Sequence[epath.Path]) -> int:

@@ -9,20 +9,16 @@ with or without an image to look at.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from monoformer_jax.config import DataConfig, require
-from monoformer_jax.data.documents import Asked, End, Image, Part
+from monoformer_jax.config import DataConfig
+from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
+from monoformer_jax.data.documents import EndOfTurn, Image, Part, UntrainedText
 from monoformer_jax.data.records import ANSWER, ASK, Example, Records, check_shape
-
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
-         "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
-         "eighteen")  # fmt: skip
-READ_PROMPT = "read this: "
+from monoformer_jax.errors import require
 
 Parts = list[Part]
 
@@ -33,43 +29,6 @@ class Source:
 
     examples: Sequence[Any]
     write: Callable[[Any, np.random.Generator], Parts]
-
-
-@functools.cache
-def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images float32 [n, 8, 8, 1] in [-1, 1] and labels [n] of "train" (1,437) or "test" (360)."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install -e '.[digits]'") from error
-    data = load_digits()
-    images = (data.images / 8 - 1).astype(np.float32)[..., None]
-    train_x, test_x, train_y, test_y = train_test_split(
-        images, data.target, test_size=0.2, stratify=data.target, random_state=0
-    )
-    return {"train": (train_x, train_y), "test": (test_x, test_y)}[split]
-
-
-def draw_prompt(digit: int) -> str:
-    return f"draw {'an' if digit == 8 else 'a'} {NAMES[digit]}"
-
-
-def sentences() -> list[tuple[str, str]]:
-    """(beginning, continuation) of everything that "say" is trained on; each follows from the other.
-
-    100 sums of two digits, and counting up and down between any two of zero to nine.
-    """
-    said = [
-        (f"{NAMES[a]} plus {NAMES[b]} is", f" {NAMES[a + b]}") for a in range(10) for b in range(10)
-    ]
-    for a in range(10):
-        for b in range(10):
-            if a != b:
-                step = 1 if a < b else -1
-                count = " ".join(NAMES[n] for n in range(a, b + step, step))
-                said.append((f"count from {NAMES[a]} to {NAMES[b]}:", f" {count}"))
-    return said
 
 
 def _draw(c: DataConfig) -> Source:
@@ -131,7 +90,7 @@ def conversation(messages: Sequence[str]) -> Parts:
     """What is asked is not learned; every answer but the last is followed by its own </s>."""
     parts = []
     for asked, answer in zip(messages[::2], messages[1::2], strict=True):
-        parts += [Asked(ASK.format(asked)), ANSWER.format(answer), End()]
+        parts += [UntrainedText(ASK.format(asked)), ANSWER.format(answer), EndOfTurn()]
     return parts[:-1]
 
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import tokenizers
 
-from monoformer_jax.config import DataConfig, InputError, require
+from monoformer_jax.config import DataConfig
+from monoformer_jax.errors import InputError, require
 
 # What the original adds to LLaMA's vocabulary, in this order.
 NEW_SPECIALS = ("<PAD>", "<image>", "<|im_start|>", "<|im_end|>")

@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.config import require
+from monoformer_jax.errors import require
 
 STEPS = 1000  # of the chain that is trained; samplers walk a part of it
 
 
-def clock(step: jax.Array | np.ndarray) -> jax.Array:
+def step_to_t(step: jax.Array | np.ndarray) -> jax.Array:
     """Step k of the whole chain -> t = k / 1000 in float32, which the time embedding multiplies back.
 
     1000 t is k again for all but ten k, and there the next float32. It is a table because compilers
@@ -36,7 +36,7 @@ def clock(step: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(np.arange(STEPS, dtype=np.float32) / np.float32(STEPS))[step]
 
 
-def step_at(t: jax.Array) -> jax.Array:
+def t_to_step(t: jax.Array) -> jax.Array:
     """The step that `clock` put at t."""
     return jnp.rint(STEPS * t).astype(jnp.int32)
 
@@ -142,14 +142,14 @@ def _at(table: np.ndarray, step: jax.Array) -> jax.Array:
     return jnp.asarray(table, jnp.float32)[step]
 
 
-def add_noise(x: jax.Array, noise: jax.Array, step: jax.Array, schedule: Schedule) -> jax.Array:
+def q_sample(x: jax.Array, noise: jax.Array, step: jax.Array, schedule: Schedule) -> jax.Array:
     """x_k of clean x and noise ε."""
     signal = _at(np.sqrt(schedule.alphas_cumprod), step)
     return signal * x + _at(np.sqrt(1 - schedule.alphas_cumprod), step) * noise
 
 
 @dataclasses.dataclass(frozen=True)
-class Reverse:
+class ReverseGaussian:
     """The model's Gaussian for the step before: mean and log-variance, and the clean image it sees."""
 
     mean: jax.Array
@@ -157,14 +157,14 @@ class Reverse:
     clean: jax.Array
 
 
-def reverse(
+def p_mean_variance(
     x: jax.Array,
     noise: jax.Array,
     variance: jax.Array | None,
     step: jax.Array,
     schedule: Schedule,
     clip: bool = False,
-) -> Reverse:
+) -> ReverseGaussian:
     """p(x_{k-1} | x_k) from the predictions.
 
     Args:
@@ -185,7 +185,7 @@ def reverse(
         log_variance = share * _at(schedule.log_betas, step)
         log_variance += (1 - share) * _at(schedule.posterior_log_variance_clipped, step)
     mean = _posterior_mean(clean, x, step, schedule)
-    return Reverse(mean, jnp.broadcast_to(log_variance, mean.shape), clean)
+    return ReverseGaussian(mean, jnp.broadcast_to(log_variance, mean.shape), clean)
 
 
 def _posterior_mean(clean, x, step, schedule: Schedule) -> jax.Array:
@@ -194,7 +194,7 @@ def _posterior_mean(clean, x, step, schedule: Schedule) -> jax.Array:
     return first + _at(schedule.posterior_mean_coef2, step) * x
 
 
-def losses(
+def hybrid_loss_terms(
     x: jax.Array,
     noise: jax.Array,
     predicted: jax.Array,
@@ -213,16 +213,16 @@ def losses(
     squared = jnp.square(predicted - noise)
     if variance is None:
         return squared, jnp.zeros_like(squared)
-    x_k = add_noise(x, noise, step, schedule)
-    model = reverse(x_k, jax.lax.stop_gradient(predicted), variance, step, schedule)
+    x_k = q_sample(x, noise, step, schedule)
+    model = p_mean_variance(x_k, jax.lax.stop_gradient(predicted), variance, step, schedule)
     true_mean = _posterior_mean(x, x_k, step, schedule)
     true_log_variance = _at(schedule.posterior_log_variance_clipped, step)
-    divergence = gaussian_divergence(true_mean, true_log_variance, model.mean, model.log_variance)
+    divergence = normal_kl(true_mean, true_log_variance, model.mean, model.log_variance)
     code_length = -discretized_log_likelihood(x, model.mean, 0.5 * model.log_variance)
     return squared, jnp.where(step == 0, code_length, divergence) / np.log(2.0)
 
 
-def gaussian_divergence(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
+def normal_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
     """KL divergence of Gaussian 2 from Gaussian 1, in nats."""
     difference = log_variance1 - log_variance2
     apart = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
@@ -276,8 +276,8 @@ def ancestral_step(
     Returns:
       x_{k-1}, and the clean image that the model sees in x_k.
     """
-    predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
-    p = reverse(x, predicted, variance, k, schedule, clip)
+    predicted, variance = predict(x, step_to_t(jnp.asarray(schedule.timestep_map)[k]))
+    p = p_mean_variance(x, predicted, variance, k, schedule, clip)
     return p.mean + jnp.where(k == 0, 0.0, jnp.exp(0.5 * p.log_variance)) * noise, p.clean
 
 
@@ -285,8 +285,8 @@ def ddim_step(
     predict: Predictor, x: jax.Array, k: jax.Array, schedule: Schedule, clip: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """The same without drawing anything (eta = 0)."""
-    predicted, variance = predict(x, clock(jnp.asarray(schedule.timestep_map)[k]))
-    clean = reverse(x, predicted, variance, k, schedule, clip).clean
+    predicted, variance = predict(x, step_to_t(jnp.asarray(schedule.timestep_map)[k]))
+    clean = p_mean_variance(x, predicted, variance, k, schedule, clip).clean
     # A clipped image implies another noise than the one that was predicted.
     noise = _at(schedule.sqrt_recip_alphas_cumprod, k) * x - clean
     noise = noise / _at(schedule.sqrt_recipm1_alphas_cumprod, k)

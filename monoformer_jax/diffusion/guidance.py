@@ -20,7 +20,7 @@ class Guidance:
     )
 
 
-def guide(
+def classifier_free_guidance(
     branches: jax.Array, t: jax.Array, guidance: Guidance, values: int | None = None
 ) -> jax.Array:
     """One prediction of those with more and with less to go by.

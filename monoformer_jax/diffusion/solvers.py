@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.config import require
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import shift_times
+from monoformer_jax.errors import require
 
 MAX_STEPS = ddpm.STEPS
 
 
 @flax.struct.dataclass
-class Grid:
+class TimeGrid:
     """The noise levels of a walk."""
 
     steps: jax.Array  # int32 []
@@ -34,7 +34,7 @@ class Grid:
 Draw = Callable[[jax.Array], jax.Array]
 
 
-def make_grid(solver: str, steps: int | str, shift: float = 1.0) -> Grid:
+def make_time_grid(solver: str, steps: int | str, shift: float = 1.0) -> TimeGrid:
     """The grid of a solver.
 
     Args:
@@ -54,16 +54,16 @@ def make_grid(solver: str, steps: int | str, shift: float = 1.0) -> Grid:
     if solver in ("ddpm", "ddim"):
         schedule = ddpm.make_schedule(steps)
         times = np.zeros(MAX_STEPS + 1, np.float32)
-        return Grid(np.int32(len(schedule)), times, schedule.padded())
+        return TimeGrid(np.int32(len(schedule)), times, schedule.padded())
     times = shift_times(np.linspace(1.0, 0.0, int(steps) + 1), shift).astype(np.float32)
-    return Grid(np.int32(steps), np.pad(times, (0, MAX_STEPS - int(steps))), None)
+    return TimeGrid(np.int32(steps), np.pad(times, (0, MAX_STEPS - int(steps))), None)
 
 
 def solve(
     solver: str,
     predict: ddpm.Predictor,
     x: jax.Array,
-    grid: Grid,
+    grid: TimeGrid,
     *,
     draw: Draw | None = None,
     clip: bool = False,
@@ -88,7 +88,7 @@ def solve(
     return jax.lax.fori_loop(start, stop, body, (x, jnp.zeros_like(x)))
 
 
-def _times(grid: Grid, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _times(grid: TimeGrid, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     times = jnp.asarray(grid.times)
     return times[i], times[i + 1]
 

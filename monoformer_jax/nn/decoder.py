@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import PartitionSpec
 
-from monoformer_jax.attention import BATCH_AXES, IntervalMask
+from monoformer_jax.attention import IntervalMask
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn.layers import Attention, RMSNorm, SwiGLU
 from monoformer_jax.nn.lora import Adapters
+from monoformer_jax.parallel import BATCH
 
 
 @flax.struct.dataclass
@@ -29,7 +29,7 @@ class KVCache:
         return cls(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((), jnp.int32))
 
 
-def whole_width(x: jax.Array) -> jax.Array:
+def constrain_activations(x: jax.Array) -> jax.Array:
     """The stream [B, L, D] cut by rows alone, under a mesh.
 
     Left to itself XLA also cuts D over `tensor`, as the embeddings are, and then gathers it before
@@ -37,7 +37,7 @@ def whole_width(x: jax.Array) -> jax.Array:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return jax.lax.with_sharding_constraint(x, BATCH)
 
 
 class Block(nnx.Module):
@@ -50,13 +50,15 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(c, rngs)
 
     def __call__(self, x, positions, mask, cache, index, adapters=None):
-        own, shape = {} if adapters is None else adapters, x.shape
+        layer_adapters, shape = {} if adapters is None else adapters, x.shape
         if cache is None:  # training: a CPU multiplies plain matrices fastest
             x = rearrange(x, "B L D -> (B L) D")
         h = self.attention_norm(x)
-        out, cache = self.attention(h, positions, mask, cache, index, own.get("attention"))
+        out, cache = self.attention(
+            h, positions, mask, cache, index, layer_adapters.get("attention")
+        )
         x = x + out
-        return (x + self.mlp(self.mlp_norm(x), own.get("mlp"))).reshape(shape), cache
+        return (x + self.mlp(self.mlp_norm(x), layer_adapters.get("mlp"))).reshape(shape), cache
 
 
 class Decoder(nnx.Module):
@@ -74,7 +76,7 @@ class Decoder(nnx.Module):
         positions: jax.Array,
         mask: IntervalMask,
         cache: KVCache | None = None,
-        again: jax.Array | None = None,
+        input_bias: jax.Array | None = None,
         adapters: Adapters | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the blocks; with a cache the L tokens go to its slots from cache.index on.
@@ -85,19 +87,19 @@ class Decoder(nnx.Module):
         index = None if cache is None else cache.index
 
         def body(x, layer):
-            block, kv, share, own = layer
-            if again is not None:
-                x = x + share * again
-            return block(x, positions, mask, kv, index, own)
+            block, kv, gate, layer_adapters = layer
+            if input_bias is not None:
+                x = x + gate * input_bias
+            return block(x, positions, mask, kv, index, layer_adapters)
 
         if self.remat != "none" and cache is None:
             body = jax.checkpoint(body, policy=_policy(self.remat), prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
-        shares = None if again is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
-        x, kv = jax.lax.scan(body, whole_width(x), (self.layers, kv, shares, adapters))
+        gates = None if input_bias is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
+        x, kv = jax.lax.scan(body, constrain_activations(x), (self.layers, kv, gates, adapters))
         if cache is not None:
             cache = KVCache(*kv, cache.index + x.shape[1])
-        return whole_width(self.norm(whole_width(x))), cache
+        return constrain_activations(self.norm(constrain_activations(x))), cache
 
 
 def _policy(remat: str):

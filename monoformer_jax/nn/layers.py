@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from monoformer_jax.attention import IntervalMask, attend
+from monoformer_jax.attention import IntervalMask, interval_attention
 from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn import lora
 
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
-        out = attend(q, k, v, mask, impl=c.attention)
+        out = interval_attention(q, k, v, mask, impl=c.attention)
         out = out.reshape(*x.shape[:-1], -1)
         y = out @ rearrange(self.out[...].astype(dtype), "N H D -> (N H) D")
         return lora.add(y, out, adapters, "out"), cache

@@ -7,8 +7,10 @@ from typing import Any
 
 from einops import rearrange
 
-from monoformer_jax.config import require
-from monoformer_jax.models.clip import ClipConfig
+from monoformer_jax.errors import require
+from monoformer_jax.nn import clip
+from monoformer_jax.nn.clip import ClipConfig
+from monoformer_jax.pretrained.folder import load_folder
 from monoformer_jax.pretrained.table import Entry, transpose
 
 # The text half of a whole CLIP, and a buffer of older versions.
@@ -54,6 +56,15 @@ def write_config(c: ClipConfig) -> dict[str, Any]:
         "num_hidden_layers": c.num_layers,
         "patch_size": c.patch_size,
     }
+
+
+def load(folder: Path) -> tuple[ClipConfig, dict]:
+    """The vision tower of a folder, and its parameters.
+
+    Raises:
+      InputError: see `folder.open_weights`, `read_config` and `table.open_tree`.
+    """
+    return load_folder(folder, read_config, clip.init, table, ignored=IGNORED)
 
 
 def table(c: ClipConfig) -> list[Entry]:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 
-from monoformer_jax.config import InputError, require
-from monoformer_jax.pretrained.table import Tensor, same
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.pretrained.table import Entry, Tensor, open_tree, read_tree, same
 from monoformer_jax.pretrained.torch_file import open_torch_file
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "weights")
@@ -101,6 +99,30 @@ def _load_safetensor(path: Path, name: str) -> np.ndarray:
         raise InputError(f"{path} is truncated or damaged ({error})") from error
 
 
+def load_folder(
+    folder: Path,
+    read_config: Callable[[dict[str, Any], Path], Any],
+    init: Callable[[Any, jax.Array], Any],
+    table: Callable[[Any], Sequence[Entry]],
+    ignored: str = "",
+) -> tuple[Any, Any]:
+    """The config of a folder's model, and its parameters as float32 arrays.
+
+    Args:
+      read_config, table: of the model's kind; see for example `sd_vae`.
+      init: (config, key) -> fresh parameters, for their tree and shapes.
+      ignored: see `table.open_tree`.
+
+    Raises:
+      InputError: see `read_json`, `open_weights`, `read_config` and `table.open_tree`.
+    """
+    require(folder.is_dir(), f"{folder} is no folder")
+    c = read_config(read_json(folder / "config.json"), folder / "config.json")
+    target = jax.eval_shape(lambda: init(c, jax.random.key(0)))
+    tensors = open_weights(folder)
+    return c, read_tree(open_tree(table(c), tensors, target, ignored=ignored, source=str(folder)))
+
+
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], progress: Callable[[list], Any] = same
 ) -> None:
@@ -126,25 +148,3 @@ def write_safetensors(
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
                 raise ValueError(f"{name} is {value.dtype}{value.shape}, not what was announced")
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when everything in it is whole.
-
-    Raises:
-      InputError: it exists already, or cannot be written: the disk is full, or no permission.
-    """
-    require(not path.exists(), f"{path} exists already; nothing was touched")
-    staging = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        staging.chmod(0o755)  # mkdtemp's own is private
-        yield staging
-        staging.rename(path)
-    except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); nothing is left of it") from error
-    finally:
-        if staging is not None and staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)

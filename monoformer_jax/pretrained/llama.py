@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from monoformer_jax.config import InputError, ModelConfig, require
+from monoformer_jax.config import ModelConfig
+from monoformer_jax.errors import InputError, require
 from monoformer_jax.pretrained.table import Entry, transpose
 
 # Buffers that older versions saved beside the parameters.

@@ -16,8 +16,8 @@ from monoformer_jax.config import (
     ModelConfig,
     ObjectiveConfig,
     SamplingConfig,
-    require,
 )
+from monoformer_jax.errors import require
 from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
@@ -126,6 +126,6 @@ def run_config(model: ModelConfig, length: int, side: int) -> Config:
         model=model,
         objective=ObjectiveConfig(kind="ddpm"),
         loss=LossConfig(text_weight=0.01, text_beside_images=False),
-        data=DataConfig(row_length=max(length, tokens + 4), image_size=side),
+        data=DataConfig(max_seq_len=max(length, tokens + 4), image_size=side),
         sampling=SamplingConfig(solver="ddpm", guidance_channels="first_three"),
     )

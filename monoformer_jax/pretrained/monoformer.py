@@ -14,7 +14,8 @@ from typing import Any
 
 from einops import rearrange
 
-from monoformer_jax.config import ModelConfig, require
+from monoformer_jax.config import ModelConfig, OriginalConfig
+from monoformer_jax.errors import require
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained.llama import field
 from monoformer_jax.pretrained.table import Entry, Tensor, transpose
@@ -69,12 +70,14 @@ def read_config(
         channels=field(values, "in_channels", where),
         patch_size=field(values, "patch_size", where),
         learn_sigma=values.get("learn_sigma", True),
-        time_conditioning=_TIME[mode],
-        image_head="adaln" if values.get("use_adaln_final_layer", True) else "add",
-        position_embedding=position,
-        context_images="causal",
-        bidirectional_images=values.get("use_bi_attn_img_tokens", True),
         feature_dim=features,
+        original=OriginalConfig(
+            time_conditioning=_TIME[mode],
+            image_head="adaln" if values.get("use_adaln_final_layer", True) else "add",
+            position_embedding=position,
+            context_images="causal",
+            bidirectional_images=values.get("use_bi_attn_img_tokens", True),
+        ),
     )
 
 
@@ -89,9 +92,9 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
       InputError: the original has no such model.
     """
     require(
-        c.context_images == "causal" or not c.feature_dim,
+        c.original.context_images == "causal" or not c.feature_dim,
         "the original cannot see context images in both directions: it has no "
-        "model.context_images='like_painted' with a vision encoder",
+        "model.original.context_images='bidirectional' with a vision encoder",
     )
     require(
         c.head_dim * c.num_heads == c.embed_dim,
@@ -100,9 +103,9 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
     )
     modes = {ours: theirs for theirs, ours in _TIME.items()}
     values = llama.write_config(c, max_length) | {
-        "add_pos_embed_each_layer": c.position_embedding == "every_layer",
+        "add_pos_embed_each_layer": c.original.position_embedding == "every_layer",
         "architectures": ["MonoFormer"],
-        "decoder_t_embed": modes[c.time_conditioning],
+        "decoder_t_embed": modes[c.original.time_conditioning],
         "image_size": 8 * side,
         "image_token_index": c.vocab_size - 3,
         "in_channels": c.channels,
@@ -110,10 +113,10 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
         "patch_size": c.patch_size,
         "tokenizer_max_length": max_length,
         "tokenizer_padding_side": "right",
-        "use_adaln_final_layer": c.image_head == "adaln",
-        "use_bi_attn_img_tokens": c.bidirectional_images,
+        "use_adaln_final_layer": c.original.image_head == "adaln",
+        "use_bi_attn_img_tokens": c.original.bidirectional_images,
         "use_flash_attn": False,
-        "use_pos_embed": c.position_embedding != "none",
+        "use_pos_embed": c.original.position_embedding != "none",
     }
     if c.feature_dim:
         # The original opens its tower from here. Ours has no key for it: this is the one of the paper.
@@ -140,7 +143,7 @@ def _image_parts(c: ModelConfig) -> Iterator[Entry]:
     if c.feature_dim:
         yield from _linear("feature_projector/hidden", "im_embedder.0")
         yield from _linear("feature_projector/out", "im_embedder.2")
-    head = "adaLN_modulation" if c.image_head == "adaln" else "mlp"
+    head = "adaLN_modulation" if c.original.image_head == "adaln" else "mlp"
     yield from _linear("image_head/modulation", f"final_layer.{head}.1")
     yield from _head(c)
 

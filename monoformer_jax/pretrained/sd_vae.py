@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from monoformer_jax.config import require
-from monoformer_jax.models import autoencoder
-from monoformer_jax.models.autoencoder import AutoencoderConfig
-from monoformer_jax.pretrained.folder import open_weights, read_json
-from monoformer_jax.pretrained.table import Entry, open_tree, read_tree, transpose
+from monoformer_jax.errors import require
+from monoformer_jax.nn import autoencoder
+from monoformer_jax.nn.autoencoder import AutoencoderConfig
+from monoformer_jax.pretrained.folder import load_folder
+from monoformer_jax.pretrained.table import Entry, transpose
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> AutoencoderConfig:
@@ -66,10 +64,7 @@ def load(folder: Path) -> tuple[AutoencoderConfig, dict]:
     Raises:
       InputError: see `folder.open_weights`, `read_config` and `table.open_tree`.
     """
-    require(folder.is_dir(), f"{folder} is no folder")
-    c = read_config(read_json(folder / "config.json"), folder / "config.json")
-    target = jax.eval_shape(lambda: autoencoder.init(c, jax.random.key(0)))
-    return c, read_tree(open_tree(table(c), open_weights(folder), target, source=str(folder)))
+    return load_folder(folder, read_config, autoencoder.init, table)
 
 
 def table(c: AutoencoderConfig) -> list[Entry]:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from monoformer_jax.config import InputError
+from monoformer_jax.errors import InputError
 
 _SHOWN = 20  # lines of an error
 
@@ -107,8 +107,10 @@ def open_tree(
                     there = list(tensors[tensor].shape)
                     problems.append(f"{tensor} is {there}, expected {list(want)} (our {path})")
         plan[path] = found
-    strangers = [n for n in tensors if n not in used and not (ignored and re.fullmatch(ignored, n))]
-    problems += [f"unknown {name} {list(tensors[name].shape)}" for name in strangers]
+    unexpected = [
+        n for n in tensors if n not in used and not (ignored and re.fullmatch(ignored, n))
+    ]
+    problems += [f"unknown {name} {list(tensors[name].shape)}" for name in unexpected]
     if problems:
         more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])

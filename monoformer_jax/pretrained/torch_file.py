@@ -17,7 +17,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from monoformer_jax.config import InputError, require
+from monoformer_jax.errors import InputError, require
 from monoformer_jax.pretrained.table import Tensor
 
 _STORAGES = {

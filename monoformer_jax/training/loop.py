@@ -19,12 +19,19 @@ from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.parallel import check_batch_size, local_rows, make_mesh, put_batch
-from monoformer_jax.training.checkpoint import Checkpoints, load_weights
-from monoformer_jax.training.faults import NonFiniteLoss, Preempted, Preemption, Starts, Watchdog
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.faults import (
+    CrashLoopGuard,
+    NonFiniteLoss,
+    Preempted,
+    Preemption,
+    Watchdog,
+)
+from monoformer_jax.runtime.processes import run_on_first
+from monoformer_jax.runtime.weights import load_weights
+from monoformer_jax.runtime.workdir import claim_workdir, mark_done
 from monoformer_jax.training.metrics import TrainMetrics, Writer
-from monoformer_jax.training.processes import on_first
-from monoformer_jax.training.state import abstract_state, init_state, make_train_step
-from monoformer_jax.training.workdir import claim_workdir, mark_done
+from monoformer_jax.training.state import abstract_train_state, init_train_state, make_train_step
 
 
 def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> None:
@@ -47,24 +54,24 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
     workdir = epath.Path(workdir).expanduser()
     tokenizer = open_tokenizer(config.data, workdir, config.model.vocab_size)
     mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
-    target = abstract_state(config, mesh)
+    check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
+    target = abstract_train_state(config, mesh)
     rows = local_rows(config.batch_size, mesh)
     batches = Batches(config, tokenizer, rows)
     _check_first_batch(config, tokenizer, rows)
-    on_first(lambda: claim_workdir(workdir, config))
+    run_on_first(lambda: claim_workdir(workdir, config))
     with (
-        Checkpoints(workdir, config.checkpoints_kept, config.checkpoint_keep_every) as checkpoints,
-        Starts(workdir, checkpoints.latest),
+        Checkpoints(workdir, config.max_to_keep, config.keep_period) as checkpoints,
+        CrashLoopGuard(workdir, checkpoints.latest),
         Preemption() as preemption,
         Watchdog(config.watchdog_seconds, workdir, hang_exit_code) as watchdog,
     ):
         state, seconds = _start(config, mesh, target, batches, checkpoints)
         with _Report(config, workdir, int(state.step), seconds, batches) as report:
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            report.say(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
+            report.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
             if jax.process_count() > config.data.streams:
-                report.say(
+                report.log(
                     f"{jax.process_count()} processes share data.streams={config.data.streams}: "
                     "each packs rows that it does not keep; a new run can have more streams"
                 )
@@ -92,7 +99,7 @@ def _start(config, mesh, target, batches, checkpoints):
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
     else:
-        state, seconds = init_state(config, mesh), 0.0
+        state, seconds = init_train_state(config, mesh), 0.0
     fresh = checkpoints.latest is None
     if config.init_from and (fresh or config.lora.rank):
         own = {name: leaf for name, leaf in target.params.items() if name != "lora"}
@@ -107,7 +114,7 @@ def _start(config, mesh, target, batches, checkpoints):
 def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog) -> int:
     """All steps that are left; the number of the last."""
     train_step = make_train_step(config, mesh)
-    watch = _Watch(tokenizer, checkpoints)
+    watch = _NanGuard(tokenizer, checkpoints)
     start = int(state.step)
     for step in range(start + 1, config.steps + 1):
         batch = next(batches.iterator)
@@ -135,7 +142,7 @@ def _check_first_batch(config: Config, tokenizer: Tokenizer, rows: list[int]) ->
     contract.check(next(probe.iterator), expected, config.max_images)
 
 
-class _Watch:
+class _NanGuard:
     """Stops a run whose loss is no longer a number."""
 
     def __init__(self, tokenizer: Tokenizer, checkpoints: Checkpoints):
@@ -167,10 +174,12 @@ class _Watch:
 
 def _documents(batch: contract.Batch, tokenizer: Tokenizer) -> list[str]:
     found = []
-    for tokens, kinds, segments in zip(batch["tokens"], batch["kinds"], batch["segment_ids"]):
+    for tokens, token_types, segments in zip(
+        batch["tokens"], batch["token_types"], batch["segment_ids"]
+    ):
         for number in range(1, segments.max() + 1):
             here = segments == number
-            found.append(repr(describe(tokens[here], kinds[here], tokenizer)))
+            found.append(repr(describe(tokens[here], token_types[here], tokenizer)))
     return found
 
 
@@ -214,13 +223,13 @@ class _Report:
         )
         if scalars["dropped_documents"]:
             line += f"  documents dropped as too long: {self._batches.dropped}"
-        self.say(line)
+        self.log(line)
 
     def flush(self) -> None:
         if self._speaks:
             self._writer.flush()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         if self._speaks:
             tqdm.write(text)
 

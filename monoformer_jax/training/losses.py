@@ -12,6 +12,7 @@ from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.rectified_flow import interpolate, sample_times, velocity_target
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn import lora
+from monoformer_jax.nn.conditioning import broadcast_to_tokens, image_one_hot
 from monoformer_jax.training.text_loss import text_loss
 
 
@@ -24,7 +25,7 @@ class Noise:
 
 
 @flax.struct.dataclass
-class Totals:
+class LossNormalizers:
     """What the sums of the losses are divided by, over the global batch."""
 
     text: jax.Array  # sum of the target weights
@@ -37,7 +38,7 @@ def draw_latents(key: jax.Array, batch: Batch) -> Batch:
         return batch
     noise = jax.random.normal(key, batch["patches"].shape)
     drawn = batch["patches"] + jnp.exp(0.5 * batch["patch_logvar"]) * noise
-    is_patch = (batch["kinds"] == PATCH)[..., None]
+    is_patch = (batch["token_types"] == PATCH)[..., None]
     return dict(batch) | {"patches": jnp.where(is_patch, drawn, 0.0)}
 
 
@@ -45,7 +46,7 @@ def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
     time_key, noise_key = jax.random.split(key)
     denoised = _denoised(batch, config.max_images)
     if config.objective.kind == "ddpm":
-        times = ddpm.clock(jax.random.randint(time_key, denoised.shape, 0, ddpm.STEPS))
+        times = ddpm.step_to_t(jax.random.randint(time_key, denoised.shape, 0, ddpm.STEPS))
     else:
         times = sample_times(time_key, denoised.shape, config.objective)
     noise = jax.random.normal(noise_key, batch["patches"].shape)
@@ -54,18 +55,20 @@ def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
 
 def _denoised(batch: Batch, images: int) -> jax.Array:
     """Bool [B, I], the images of each row that are noised."""
-    image_of = monoformer.image_one_hot(batch["image_ids"], images, jnp.float32)
+    image_of = image_one_hot(batch["image_ids"], images, jnp.float32)
     return jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
 
 
-def totals(batch: Batch, noise: Noise) -> Totals:
+def loss_normalizers(batch: Batch, noise: Noise) -> LossNormalizers:
     # An image-free or text-free batch has loss 0, not NaN.
     images = jnp.sum(_denoised(batch, noise.times.shape[1])).astype(jnp.float32)
-    return Totals(jnp.maximum(batch["target_weights"].sum(), 1e-6), jnp.maximum(images, 1.0))
+    return LossNormalizers(
+        jnp.maximum(batch["target_weights"].sum(), 1e-6), jnp.maximum(images, 1.0)
+    )
 
 
 def loss_fn(
-    params: dict, batch: Batch, noise: Noise, totals: Totals, config: Config
+    params: dict, batch: Batch, noise: Noise, normalizers: LossNormalizers, config: Config
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of a (micro-)batch, as its share of the global batch's: micro-batches add up.
 
@@ -85,22 +88,22 @@ def loss_fn(
         params = dict(params)
         adapters = lora.scaled(params.pop("lora"), config.lora)
     model = monoformer.bind(config.model, params)
-    image_of = monoformer.image_one_hot(batch["image_ids"], noise.times.shape[1], jnp.float32)
-    t = monoformer.to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
+    image_of = image_one_hot(batch["image_ids"], noise.times.shape[1], jnp.float32)
+    t = broadcast_to_tokens(noise.times[..., None], image_of)  # [B, L, 1]
     inputs = dict(batch) | {"patches": _noised(batch, noise.noise, t, config)}
     mask = monoformer.attention_mask(config.model, batch)
     hidden, _ = model(inputs, noise.times, mask, adapters=adapters)
 
     head, vocab_size = model.text_head[...], config.model.vocab_size
     text = text_loss(hidden, head, batch["targets"], batch["target_weights"], vocab_size)
-    text = text / totals.text
+    text = text / normalizers.text
 
     output = model.image_output(hidden, batch["image_ids"], noise.times)
     error = _error(output, batch["patches"], noise.noise, t, config).mean(-1)
-    painted = (batch["denoise"] & (batch["kinds"] == PATCH)).astype(jnp.float32)
+    painted = (batch["denoise"] & (batch["token_types"] == PATCH)).astype(jnp.float32)
     patches = jnp.einsum("BL,BLI->BI", painted, image_of)
     per_image = jnp.einsum("BL,BLI->BI", painted * error, image_of) / jnp.maximum(patches, 1.0)
-    image = per_image.sum() / totals.images
+    image = per_image.sum() / normalizers.images
 
     loss = config.loss.text_weight * text + config.loss.image_weight * image
     return loss, {"text_loss": text, "image_loss": image}
@@ -110,7 +113,7 @@ def _noised(batch: Batch, noise: jax.Array, t: jax.Array, config: Config) -> jax
     """Patches [B, L, P] as the model sees them; those of context images are clean."""
     if config.objective.kind == "rectified_flow":
         return interpolate(batch["patches"], noise, t)
-    noised = ddpm.add_noise(batch["patches"], noise, ddpm.step_at(t), ddpm.make_schedule())
+    noised = ddpm.q_sample(batch["patches"], noise, ddpm.t_to_step(t), ddpm.make_schedule())
     return jnp.where(batch["denoise"][..., None], noised, batch["patches"])
 
 
@@ -119,6 +122,6 @@ def _error(output, clean, noise, t, config: Config) -> jax.Array:
     predicted, variance = monoformer.split_output(output, config.model)
     if config.objective.kind == "rectified_flow":
         return jnp.square(predicted - velocity_target(clean, noise))
-    step, schedule = ddpm.step_at(t), ddpm.make_schedule()
-    squared, bound = ddpm.losses(clean, noise, predicted, variance, step, schedule)
+    step, schedule = ddpm.t_to_step(t), ddpm.make_schedule()
+    squared, bound = ddpm.hybrid_loss_terms(clean, noise, predicted, variance, step, schedule)
     return squared + bound

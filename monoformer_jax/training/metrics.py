@@ -8,6 +8,8 @@ import time
 from clu import metrics
 from etils import epath
 
+from monoformer_jax.files import atomic_write
+
 _NAMES = ("loss", "text_loss", "image_loss", "grad_norm", "param_norm", "learning_rate",
           "real_token_share")  # fmt: skip
 
@@ -69,7 +71,8 @@ class Writer:
             self._written = time.monotonic()
 
     def _write(self) -> None:
-        self._path.write_text("".join(f"{line}\n" for line in self._lines))
+        with atomic_write(self._path) as file:
+            file.write_text("".join(f"{line}\n" for line in self._lines))
 
     def close(self) -> None:
         self.flush()

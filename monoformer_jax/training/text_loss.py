@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from monoformer_jax.parallel import BATCH
+from monoformer_jax.parallel import BATCH, BATCH_AXES, DATA_AXIS, FSDP_AXIS, TENSOR_AXIS
 
 MOST_LOGITS = 2**25  # on a device at a time: 128 MiB in float32
 
@@ -71,7 +71,7 @@ def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
     )  # fmt: skip
     if mesh.empty:
         return local(*map(jnp.asarray, (hidden, head, targets, weights)))
-    columns = P("fsdp", "tensor")
+    columns = P(FSDP_AXIS, TENSOR_AXIS)
     out = (P(), BATCH, columns) if with_grads else (P(),)
     return jax.shard_map(
         local, in_specs=(BATCH, columns, BATCH, BATCH), out_specs=out, check_vma=False
@@ -80,12 +80,12 @@ def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
 
 def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_grads, mesh):
     """`_run` for the rows and columns of one device."""
-    rows, dtype = ("data", "fsdp"), hidden.dtype
+    dtype = hidden.dtype
     head, first = head.astype(dtype), 0
     if mesh:
-        head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
-        first = jax.lax.axis_index("tensor") * head.shape[1]
-    over_columns = functools.partial(_reduce, axes="tensor" if mesh else None)
+        head = jax.lax.all_gather(head, FSDP_AXIS, axis=0, tiled=True)
+        first = jax.lax.axis_index(TENSOR_AXIS) * head.shape[1]
+    over_columns = functools.partial(_reduce, axes=TENSOR_AXIS if mesh else None)
     ids = first + jnp.arange(head.shape[1])  # of the tokens that the columns stand for
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     targets, weights = targets.reshape(-1), weights.reshape(-1)
@@ -109,19 +109,19 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
         return sums[0] + loss, d_hidden, d_head
 
     # The same number of turns everywhere, so that devices meet in the reductions of a turn.
-    used = _reduce(jnp.sum(weights != 0), rows if mesh else None, jax.lax.pmax)
+    used = _reduce(jnp.sum(weights != 0), BATCH_AXES if mesh else None, jax.lax.pmax)
     sums = [jnp.zeros(())]
     if with_grads:
         sums += [jnp.zeros((padded.size, head.shape[0]), dtype), jnp.zeros(head.shape)]
     sums = jax.lax.fori_loop(0, -(-used // chunk), turn, tuple(sums))
-    loss = _reduce(sums[0], rows if mesh else None)
+    loss = _reduce(sums[0], BATCH_AXES if mesh else None)
     if not with_grads:
         return (loss,)
     d_hidden = over_columns(sums[1][jnp.argsort(order)]).reshape(shape)
     d_head = sums[2].astype(dtype)
     if mesh:
-        d_head = jax.lax.psum_scatter(d_head, "fsdp", scatter_dimension=0, tiled=True)
-        d_head = jax.lax.psum(d_head, "data")
+        d_head = jax.lax.psum_scatter(d_head, FSDP_AXIS, scatter_dimension=0, tiled=True)
+        d_head = jax.lax.psum(d_head, DATA_AXIS)
     return loss, d_hidden, d_head
 
 

@@ -10,14 +10,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, patchify
-from monoformer_jax.config import InputError, MeshConfig, ModelConfig, SamplingConfig, named_size
+from monoformer_jax.config import MeshConfig, ModelConfig, SamplingConfig, named_size
 from monoformer_jax.data.documents import Image, build
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.generation import image, text
-from monoformer_jax.generation.image import generate_images
-from monoformer_jax.generation.text import Choice, TextSampling, generate_text, pick
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import make_mesh
+from monoformer_jax.sampling import image, text
+from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.text import SamplingArrays, SamplingParams, generate_text, sample_token
 
 TOKENIZER = ByteTokenizer()
 PICTURE = Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1), denoise=False)
@@ -38,7 +39,7 @@ def forward(config, params):
     @jax.jit
     def run(streams, times):
         model = monoformer.bind(config.model, params)
-        mask = interval_mask(streams["kinds"], streams["segment_ids"], streams["image_ids"])
+        mask = interval_mask(streams["token_types"], streams["segment_ids"], streams["image_ids"])
         hidden, _ = model(streams, times, mask)
         return model.text_logits(hidden), model.image_output(hidden, streams["image_ids"], times)
 
@@ -49,7 +50,9 @@ def forward(config, params):
             row[name][0, :n] = stream
         row["segment_ids"] = (np.arange(length) < n).astype(np.int32)[None]
         row["positions"] = np.arange(length, dtype=np.int32)[None]
-        row["image_ids"] = (np.cumsum(row["kinds"] == 2, 1) * (row["kinds"] > 1)).astype(np.int32)
+        row["image_ids"] = (
+            np.cumsum(row["token_types"] == 2, 1) * (row["token_types"] > 1)
+        ).astype(np.int32)
         logits, velocity = run(row, jnp.asarray(times, jnp.float32)[None])
         return np.asarray(logits)[0, :n], np.asarray(velocity)[0, :n]
 
@@ -81,7 +84,7 @@ def test_cached_text_equals_one_full_pass_a_token(config, params, forward, monke
     monkeypatch.setattr(text, "_CHUNK", 4)
     got = generate_text(config, params, TOKENIZER, PROMPTS, max_tokens=10)
     assert tokens(got) == [greedy_without_cache(forward, prompt, 10) for prompt in PROMPTS]
-    assert [w.why for w in got] == ["length", "length", "image"]
+    assert [w.finish_reason for w in got] == ["length", "length", "image"]
     assert got[0].tokens != got[1].tokens and len(got[0].tokens) == 10
     assert [w.text for w in got] == [TOKENIZER.decode(w.tokens) for w in got]
 
@@ -96,7 +99,7 @@ def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
         chosen = {name: [values[i] for i in rows] for name, values in settings.items()}
         return tokens(generate_text(
             config, params, TOKENIZER, [PROMPTS[i] for i in rows], max_tokens=8,
-            sampling=TextSampling(**chosen), seed=[seeds[i] for i in rows],
+            sampling=SamplingParams(**chosen), seed=[seeds[i] for i in rows],
         ))  # fmt: skip
 
     together = write([0, 1, 2])
@@ -108,12 +111,12 @@ def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
 
 @pytest.mark.slow
 def test_settings_and_prompts_of_the_same_bucket_are_compiled_once(config, params):
-    before = text.write._cache_size()
+    before = text.decode_tokens._cache_size()
     for number, temperature in enumerate((0.0, 0.5, 2.0)):
-        sampling = TextSampling(temperature, top_k=number, top_p=1 - number / 4)
+        sampling = SamplingParams(temperature, top_k=number, top_p=1 - number / 4)
         generate_text(config, params, TOKENIZER, [["a" * (3 + number)]] * 3, max_tokens=8 - number,
                       sampling=sampling, seed=number)  # fmt: skip
-    assert text.write._cache_size() <= before + 1
+    assert text.decode_tokens._cache_size() <= before + 1
 
 
 def choice(rows, vocabulary, **changes):
@@ -122,7 +125,7 @@ def choice(rows, vocabulary, **changes):
               for k, v in (plain | changes).items()}  # fmt: skip
     keys = jax.random.split(jax.random.key(0), rows)
     allowed = np.arange(vocabulary) != 0
-    return Choice(**arrays, keys=keys, allowed=allowed, stops=np.zeros(vocabulary, bool))
+    return SamplingArrays(**arrays, keys=keys, allowed=allowed, stops=np.zeros(vocabulary, bool))
 
 
 @pytest.mark.parametrize(
@@ -145,19 +148,21 @@ def test_tokens_are_drawn_with_their_shares(changes, seen, shares):
     logits = jnp.log(jnp.array([1000.0, 0.4, 0.3, 0.2, 0.1]))
     said = jnp.zeros((rows, 5), bool).at[:, jnp.array(seen, int)].set(True)
     c = choice(rows, 5, **changes)
-    drawn = jax.jit(pick)(jnp.broadcast_to(logits, (rows, 5)), said, c.keys, c)
+    drawn = jax.jit(sample_token)(jnp.broadcast_to(logits, (rows, 5)), said, c.keys, c)
     np.testing.assert_allclose(np.bincount(drawn, minlength=5) / rows, shares, atol=0.015)
 
 
-@pytest.mark.parametrize("stop, why", [(TOKENIZER.eos_id, "end"), (TOKENIZER.im_start_id, "image")])
-def test_text_stops_at_the_end_or_where_a_picture_starts(config, params, stop, why):
+@pytest.mark.parametrize(
+    "stop, finish_reason", [(TOKENIZER.eos_id, "end"), (TOKENIZER.im_start_id, "image")]
+)
+def test_text_stops_at_the_end_or_where_a_picture_starts(config, params, stop, finish_reason):
     """The head's column of what would come third, a little louder, becomes the stop's."""
     free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=6)[0].tokens
     head = params["text_head"]
     loud = params | {"text_head": head.at[:, stop].set(1.01 * head[:, free[2]])}
     got = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6)[0]
-    assert (got.tokens, got.why) == (free[: free.index(free[2])], why)
-    if why == "image":
+    assert (got.tokens, got.finish_reason) == (free[: free.index(free[2])], finish_reason)
+    if finish_reason == "image":
         kept = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6, paints=False)[0]
         assert kept.tokens == free
 
@@ -166,11 +171,11 @@ def test_text_ends_before_a_stop_text_and_where_the_context_is_full(config, para
     free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8)[0]
     stop = free.text[3:5]
     got = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8,
-                        sampling=TextSampling(stop=("never said", stop)))[0]  # fmt: skip
-    assert (got.text, got.why) == (free.text[: free.text.index(stop)], "stop")
-    short = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=64))
+                        sampling=SamplingParams(stop=("never said", stop)))[0]  # fmt: skip
+    assert (got.text, got.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+    short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_seq_len=64))
     got = generate_text(short, params, TOKENIZER, [["a" * 59]], max_tokens=8, paints=False)[0]
-    assert len(got.tokens) == 4 and got.why == "full"
+    assert len(got.tokens) == 4 and got.finish_reason == "full"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -187,7 +192,7 @@ def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
             v = []
             for parts in (prompt, []):
                 document = build_with([*parts, Image(np.zeros((8, 8, 1)), True)], [])
-                patches = document["kinds"] == PATCH
+                patches = document["token_types"] == PATCH
                 document["patches"][patches] = x
                 v.append(forward(document, [t, 0.0])[1][patches])
             scale = guidance if t <= 0.8 else 1.0
@@ -212,12 +217,12 @@ def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, pa
 def test_steps_guidance_and_seeds_are_compiled_once(config, params, solver):
     """And so are prompts of one bucket, and a walk that stops for previews."""
     params = jax.device_put(params, jax.devices()[0])  # as weights from a checkpoint are
-    before, shown = image.paint._cache_size(), []
+    before, shown = image.denoise._cache_size(), []
     for steps, guidance, every in ((1, 2.0, 0), (5, 3.0, 0), (7, 1.5, 3)):
         sampling = SamplingConfig(solver, steps, guidance, guidance_rescale=0.1 * steps)
         last = generate_images(config, params, TOKENIZER, [["a" * steps]], sampling=sampling,
                                seed=steps, preview=lambda *x: shown.append(x), every=every)  # fmt: skip
-    assert image.paint._cache_size() <= before + 1
+    assert image.denoise._cache_size() <= before + 1
     assert [step for step, _ in shown] == [1, 5, 3, 6, 7]
     assert all(images.shape == (1, 8, 8, 1) and np.isfinite(images).all() for _, images in shown)
     np.testing.assert_array_equal(shown[-1][1], last)
@@ -254,10 +259,10 @@ def test_bad_input_is_one_sentence(config, params):
         (lambda: write(["a", large]), "image in prompt 1 is 8×10, but the model was trained up to"),
         (lambda: write(["a"], seed=[1, 2]), "2 seeds for 1 rows"),
         (lambda: write(["a"], seed=-1), "seed=-1 is not between"),
-        (lambda: TextSampling(temperature=-1.0), "temperature=-1.0 must be 0"),
-        (lambda: TextSampling(top_p=[0.5, 0.0]), "top_p=\\[0.5, 0.0\\] must be above 0"),
-        (lambda: TextSampling(top_k=-1), "top_k=-1 must be 0"),
-        (lambda: TextSampling(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
+        (lambda: SamplingParams(temperature=-1.0), "temperature=-1.0 must be 0"),
+        (lambda: SamplingParams(top_p=[0.5, 0.0]), "top_p=\\[0.5, 0.0\\] must be above 0"),
+        (lambda: SamplingParams(top_k=-1), "top_k=-1 must be 0"),
+        (lambda: SamplingParams(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
         (lambda: draw(""), "prompt 1 is empty"),
         (lambda: draw("a" * 157), "prompt 1 has 159 tokens and 17 are to follow"),
         (lambda: draw(size=(8, 16)), "the image to paint is 8×16, but the model was trained up to"),

@@ -12,7 +12,6 @@ the first joins the shards; of those that do not, the one that finishes last doe
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,22 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from monoformer_jax.config import InputError, require
-from monoformer_jax.training.processes import gather, on_first
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.files import atomic_write
+from monoformer_jax.runtime.processes import allgather_json, run_on_first
 
 _FACTS, _SAMPLES = "sampling.json", "samples.npz"
 
 
-def paint_many(
+def generate_shards(
     folder: Path,
     total: int,
     shard: int,
     facts: Mapping[str, Any],
-    paint: Callable[[int, int], np.ndarray],
+    generate: Callable[[int, int], np.ndarray],
     *,
     process: int = 0,
     processes: int = 1,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Path | None:
     """Paints what is not there yet of this process's share.
 
@@ -56,26 +56,27 @@ def paint_many(
     for name, value in (("total", total), ("batch", shard)):
         require(value > 0, f"--{name}={value} must be above 0")
     facts = json.loads(json.dumps({**facts, "total": total, "shard": shard}))
-    on_first(lambda: _claim(folder, facts))
+    run_on_first(lambda: _claim(folder, facts))
     refusal = None
     try:
         _check(folder, facts)
     except InputError as error:
         refusal = str(error)
-    refusals = [sentence for sentence in gather(refusal) if sentence]
+    refusals = [sentence for sentence in allgather_json(refusal) if sentence]
     require(not refusals, "; ".join(refusals))  # in all, before hours of painting
     starts = range(0, total, shard)
     missing = _missing(folder, starts)
     mine = [first for first in starts[process::processes] if first in missing]
     if len(missing) < len(starts):
         there = len(starts) - len(missing)
-        say(f"{folder}: {there} of {len(starts)} shards are there already")
+        log(f"{folder}: {there} of {len(starts)} shards are there already")
     for number, first in enumerate(mine, 1):
-        images = paint(first, min(shard, total - first))
-        _whole(_file(folder, first), lambda file, images=images: np.savez(file, images))
-        say(f"shard {number}/{len(mine)}: images {first} to {first + len(images) - 1}")
-    gather(None)  # until all have painted
-    return folder / _SAMPLES if on_first(lambda: _finish(folder, starts, total)) else None
+        images = generate(first, min(shard, total - first))
+        with atomic_write(_file(folder, first)) as path, path.open("wb") as file:
+            np.savez(file, images)
+        log(f"shard {number}/{len(mine)}: images {first} to {first + len(images) - 1}")
+    allgather_json(None)  # until all have painted
+    return folder / _SAMPLES if run_on_first(lambda: _finish(folder, starts, total)) else None
 
 
 def _finish(folder: Path, starts: range, total: int) -> bool:
@@ -84,7 +85,8 @@ def _finish(folder: Path, starts: range, total: int) -> bool:
         return False
     if not (folder / _SAMPLES).exists():
         shards = [_file(folder, first) for first in starts]
-        _whole(folder / _SAMPLES, lambda file: _join(file, shards, total))
+        with atomic_write(folder / _SAMPLES) as path, path.open("wb") as file:
+            _join(file, shards, total)
     return True
 
 
@@ -106,7 +108,8 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
         strays = sorted(folder.glob("*.npz"))
         require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no {_FACTS} "
                 "to say what it is: give another --out")  # fmt: skip
-        _whole(path, lambda file: file.write(json.dumps(facts, indent=2).encode() + b"\n"))
+        with atomic_write(path) as file:
+            file.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -126,14 +129,6 @@ def _check(folder: Path, facts: Mapping[str, Any]) -> None:
         f"{folder} holds images painted with another {', '.join(changed)} (see {path.name}); "
         "nothing was touched, give another --out",
     )
-
-
-def _whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Writes a file that is there only when it is complete."""
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with new.open("wb") as file:
-        write(file)
-    new.replace(path)
 
 
 def _join(file, shards: list[Path], total: int) -> None:

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from monoformer_jax.batch import PATCH, TEXT, number_images, patchify
-from monoformer_jax.config import InputError, SamplingConfig
+from monoformer_jax.config import OriginalConfig, SamplingConfig
 from monoformer_jax.data.documents import Features, Image, build
 from monoformer_jax.data.tokenizer import ByteTokenizer
-from monoformer_jax.generation import text
-from monoformer_jax.generation.image import generate_images
-from monoformer_jax.generation.interleaved import Session
-from monoformer_jax.generation.text import TextSampling
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.models.monoformer import attention_mask
+from monoformer_jax.sampling import text
+from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.session import Session
+from monoformer_jax.sampling.text import SamplingParams
 
 TOKENIZER = ByteTokenizer()
 STEPS = 2
@@ -29,7 +30,7 @@ PICTURE = Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1), denoi
 @pytest.fixture(scope="module")
 def interleaved(config):
     """Room for several images."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=256))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_seq_len=256))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def full_pass(c, params):
         }
         row["segment_ids"] = (np.arange(length) < n).astype(np.int32)
         row["positions"] = np.arange(length, dtype=np.int32)
-        row["image_ids"] = number_images(row["kinds"])
+        row["image_ids"] = number_images(row["token_types"])
         times = np.pad(np.asarray(times, np.float32), (0, 12 - len(times)))
         logits, output = run({k: v[None] for k, v in row.items()}, times[None])
         return np.asarray(logits)[0, :n], np.asarray(output)[0, :n]
@@ -72,7 +73,7 @@ def forward(interleaved, params):
 
 
 def session(config, params, rows, sampling=SAMPLING, **options):
-    chosen = TextSampling(temperature=0.8)
+    chosen = SamplingParams(temperature=0.8)
     return Session(config, params, TOKENIZER, rows, sampling=sampling, text=chosen, **options)
 
 
@@ -86,9 +87,9 @@ def talk(interleaved, params):
              [[" so"], ["?"]]]  # fmt: skip
     replies = []
     for turn in turns[:-1]:
-        s.add(turn)
-        replies.append(s.reply(max_tokens=12))
-    s.add(turns[-1])
+        s.append(turn)
+        replies.append(s.generate(max_tokens=12))
+    s.append(turns[-1])
     return s, turns, [*replies, [[], []]]
 
 
@@ -106,7 +107,7 @@ def test_the_next_token_of_every_row_equals_one_full_pass(talk, forward, params,
     model = monoformer.bind(interleaved.model, params)
     logits = np.asarray(model.text_logits(s._rows.hidden))
     for row in range(2):
-        want, _ = forward(s.stream(row), [0.0] * 12)
+        want, _ = forward(s.document(row), [0.0] * 12)
         np.testing.assert_allclose(logits[row], want[-1], atol=1e-5)
 
 
@@ -115,7 +116,7 @@ def test_the_cache_holds_what_a_fresh_pass_over_the_stream_would_put_there(
 ):
     s, _, _ = talk
     for row in range(2):
-        document = s.stream(row)
+        document = s.document(row)
         fresh = session(interleaved, params, 1)
         fresh._extend([document])
         n = len(document["tokens"])
@@ -135,12 +136,12 @@ def test_the_stream_is_one_document_of_all_turns(talk, interleaved):
             parts += turn[row] or []
             parts += [x if isinstance(x, str) else Image(x, denoise=False) for x in reply[row]]
         want = build(parts, TOKENIZER, interleaved.model, closing=[])
-        got = s.stream(row)
-        images, painted = got["kinds"] == PATCH, want["kinds"] == PATCH
+        got = s.document(row)
+        images, painted = got["token_types"] == PATCH, want["token_types"] == PATCH
         np.testing.assert_array_equal(got["patches"][images], want["patches"][painted])
         ends = (got["tokens"] == TOKENIZER.im_end_id).sum()
         assert ends == sum(not isinstance(part, str) for part in parts)
-        said = TOKENIZER.decode(got["tokens"][got["kinds"] == TEXT].tolist())
+        said = TOKENIZER.decode(got["tokens"][got["token_types"] == TEXT].tolist())
         assert said == "".join(part for part in parts if isinstance(part, str))
 
 
@@ -149,7 +150,7 @@ def test_every_painted_image_equals_uncached_denoising(talk, forward, interleave
     s, turns, replies = talk
     checked = 0
     for row in range(2):
-        document, painted = s.stream(row), 0
+        document, painted = s.document(row), 0
         opened = np.flatnonzero(document["tokens"] == TOKENIZER.im_start_id)
         images = iter(shown_or_painted(turns, replies, row))
         for start in opened:
@@ -180,7 +181,7 @@ def start_noise(seed, number):
 
 def denoised(forward, before, x, model):
     """Euler with two branches, written out: everything, and everything but the words."""
-    kept = (before["kinds"] != TEXT) | np.isin(before["tokens"], (1, 4, 5))
+    kept = (before["token_types"] != TEXT) | np.isin(before["tokens"], (1, 4, 5))
     branches = [before, {k: v[kept] for k, v in before.items()}]
     block = build([Image(np.zeros((8, 8, 1)), True)], TOKENIZER, model, closing=[])
     block = {k: v[2:-1] for k, v in block.items()}
@@ -188,9 +189,9 @@ def denoised(forward, before, x, model):
         t, v = 1 - step / STEPS, []
         for prefix in branches:
             document = {k: np.concatenate([prefix[k], block[k]]) for k in block}
-            image = document["denoise"] & (document["kinds"] == PATCH)
+            image = document["denoise"] & (document["token_types"] == PATCH)
             document["patches"][image] = x
-            context = number_images(prefix["kinds"]).max()
+            context = number_images(prefix["token_types"]).max()
             v.append(forward(document, [0.0] * context + [t])[1][image])
         x = x - (v[1] + 2.0 * (v[0] - v[1])) / STEPS
     return x
@@ -202,8 +203,8 @@ def test_a_row_is_the_same_alone(talk, interleaved, params):
     for turn, reply in zip(turns[:-1], replies):
         if turn[1] is None:
             continue
-        alone.add([turn[1]])
-        got = alone.reply(max_tokens=12)[0]
+        alone.append([turn[1]])
+        got = alone.generate(max_tokens=12)[0]
         assert [x for x in got if isinstance(x, str)] == [x for x in reply[1] if isinstance(x, str)]
         pairs = zip(got, reply[1], strict=True)
         for mine, theirs in ((a, b) for a, b in pairs if not isinstance(a, str)):
@@ -214,9 +215,9 @@ def test_the_first_image_is_that_of_generate_images(interleaved, params):
     """Also for an edit, an image and an instruction, with a scale for each; and of other sides."""
     s = session(interleaved, params, 2, EDITING, seed=9)
     prompts = [["draw"], [PICTURE, "darker"]]
-    s.add(prompts)
-    s.open_image([0, 1])
-    got = s.paint([0, 1], size=(4, 8))
+    s.append(prompts)
+    s.begin_image([0, 1])
+    got = s.generate_images([0, 1], size=(4, 8))
 
     def want(sampling):
         return generate_images(interleaved, params, TOKENIZER, prompts, sampling=sampling, seed=9,
@@ -230,7 +231,9 @@ def test_the_first_image_is_that_of_generate_images(interleaved, params):
 
 
 def test_painted_images_go_through_the_vision_encoder_of_a_model_that_has_one(interleaved):
-    model = dataclasses.replace(interleaved.model, feature_dim=6, context_images="causal")
+    model = dataclasses.replace(
+        interleaved.model, feature_dim=6, original=OriginalConfig(context_images="causal")
+    )
     config = dataclasses.replace(interleaved, model=model)
     params = monoformer.init(model, jax.random.key(0))
     with pytest.raises(InputError, match="through a vision encoder"):
@@ -242,11 +245,11 @@ def test_painted_images_go_through_the_vision_encoder_of_a_model_that_has_one(in
         return Features(np.tile(pixels.mean((1, 2))[:6], (5, 1)).astype(np.float32))
 
     s = session(config, params, 1, look=look)
-    s.add([["a", Features(np.ones((5, 6), np.float32)), "b"]])
-    s.open_image([0])
-    (painted,) = s.paint([0])
+    s.append([["a", Features(np.ones((5, 6), np.float32)), "b"]])
+    s.begin_image([0])
+    (painted,) = s.generate_images([0])
     np.testing.assert_array_equal(painted, seen[0])
-    want, _ = full_pass(model, params)(s.stream(0), [0.0, 0.0])
+    want, _ = full_pass(model, params)(s.document(0), [0.0, 0.0])
     logits = monoformer.bind(model, params).text_logits(s._rows.hidden)
     np.testing.assert_allclose(logits[0], want[-1], atol=1e-5)
     assert jnp.isfinite(logits).all()
@@ -259,26 +262,26 @@ def test_a_stop_text_leaves_the_row_as_if_it_had_not_been_begun(interleaved, par
     params = params | {"text_head": params["text_head"] * letters}
 
     def written(stop):
-        s = Session(interleaved, params, TOKENIZER, 1, text=TextSampling(stop=stop))
-        s.add([["so"]])
-        return s, s.write([12])[0]
+        s = Session(interleaved, params, TOKENIZER, 1, text=SamplingParams(stop=stop))
+        s.append([["so"]])
+        return s, s.generate_text([12])[0]
 
     _, free = written(())
     assert len(free.tokens) == len(free.text) == 12, free
     s, got = written((free.text[2:6],))
-    assert (got.text, got.why) == (free.text[:2], "stop")
-    assert s.lengths[0] == len(s.stream(0)["tokens"]) == 1 + 2 + 2
+    assert (got.text, got.finish_reason) == (free.text[:2], "stop")
+    assert s.lengths[0] == len(s.document(0)["tokens"]) == 1 + 2 + 2
     with pytest.raises(InputError, match="row 0 has nothing to continue"):
-        s.write([4])
-    s.add([["!"]])
+        s.generate_text([4])
+    s.append([["!"]])
     fresh = Session(interleaved, params, TOKENIZER, 1)
-    fresh.add([["so" + got.text + "!"]])
+    fresh.append([["so" + got.text + "!"]])
     np.testing.assert_allclose(s._rows.hidden, fresh._rows.hidden, atol=1e-5)
 
 
 def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
     s = session(interleaved, params, 2)
-    s.add([["a"], ["b"]])
+    s.append([["a"], ["b"]])
     large = Image(np.zeros((16, 8, 1), np.float32), denoise=False)
     for turn, message in (
         ([["a"], [""]], "the turn of row 2 is empty"),
@@ -287,10 +290,10 @@ def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
         ([["ok"], ["b" * 255]], "in row 1 would come to 257 tokens, but the model's .* 256"),
     ):
         with pytest.raises(InputError, match=message):
-            s.add(turn)
+            s.append(turn)
     assert list(s.lengths) == [2, 2]
     with pytest.raises(InputError, match="row 1 has not opened an image"):
-        s.paint([1])
+        s.generate_images([1])
     with pytest.raises(InputError, match="3 rows cannot be cut over 4 devices"):
         from monoformer_jax.config import MeshConfig
         from monoformer_jax.parallel import make_mesh
@@ -301,20 +304,20 @@ def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
 def test_a_context_that_is_full_to_the_last_token(interleaved, params):
     """It is refused where nothing could be answered, and ends an answer that has filled it."""
 
-    def alone(row_length):
-        data = dataclasses.replace(interleaved.data, row_length=row_length)
+    def alone(max_seq_len):
+        data = dataclasses.replace(interleaved.data, max_seq_len=max_seq_len)
         return session(dataclasses.replace(interleaved, data=data), params, 1)
 
     s = alone(25)
-    s.add([["a" * 24]])
+    s.append([["a" * 24]])
     with pytest.raises(
         InputError, match=r"^the conversation would come to 26 tokens, but .* is 25 "
     ):
-        s.reply(max_tokens=4)
+        s.generate(max_tokens=4)
     s = alone(21)
-    s.add([["a"]])
-    s.open_image([0])
-    s.paint([0])
+    s.append([["a"]])
+    s.begin_image([0])
+    s.generate_images([0])
     assert s.lengths[0] == 21
-    (written,) = s.write([4])
-    assert (written.tokens, written.why) == ([], "full")
+    (written,) = s.generate_text([4])
+    assert (written.tokens, written.finish_reason) == ([], "full")

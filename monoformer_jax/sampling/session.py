@@ -13,7 +13,6 @@ tokens and images whatever it shares the batch with.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,26 +20,34 @@ import numpy as np
 from jax.sharding import Mesh
 
 from monoformer_jax.batch import TEXT
-from monoformer_jax.config import Config, SamplingConfig, require
+from monoformer_jax.config import Config, SamplingConfig
 from monoformer_jax.data.documents import Document, Image, Part, build
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.generation.image import (
+from monoformer_jax.errors import require
+from monoformer_jax.parallel import batch_shards, use_mesh
+from monoformer_jax.sampling.image import (
     Preview,
-    branch_count,
-    branch_documents,
     check_sampling,
-    make_canvas,
-    paint_steps,
-    to_images,
+    denoise_images,
+    guidance_branches,
+    guidance_documents,
+    make_image_spec,
 )
-from monoformer_jax.generation.rows import Rows, beside, extend, no_rows, place, prefill
-from monoformer_jax.generation.streams import Parts, bucket, check_parts, check_size, stack
-from monoformer_jax.generation.text import (
+from monoformer_jax.sampling.prompts import Parts, bucket, check_parts, check_size, pad_batch
+from monoformer_jax.sampling.state import (
+    DecodeState,
+    extend,
+    init_decode_state,
+    prefill,
+    shard_batch,
+    stack_branches,
+)
+from monoformer_jax.sampling.text import (
     GREEDY,
-    TextSampling,
-    Written,
-    continue_rows,
-    make_choice,
+    Completion,
+    SamplingParams,
+    continue_text,
+    make_sampling_arrays,
     row_keys,
     text_keys,
 )
@@ -63,7 +70,7 @@ class Session:
         seed: int | Sequence[int] = 0,
         first: int = 0,
         sampling: SamplingConfig | None = None,
-        text: TextSampling = GREEDY,
+        text: SamplingParams = GREEDY,
         look: Callable[[np.ndarray], Part] | None = None,
         mesh: Mesh | None = None,
     ):
@@ -86,13 +93,15 @@ class Session:
         self._look = look or (lambda pixels: Image(pixels, denoise=False))
         self._mesh, self._stop = mesh, text.stop
         self._keys = row_keys(seed, rows, first)
-        self._choice = make_choice(text, text_keys(self._keys), tokenizer, config.model, True)
-        self._rows: Rows = no_rows(config.model, rows)
+        self._choice = make_sampling_arrays(
+            text, text_keys(self._keys), tokenizer, config.model, True
+        )
+        self._state: DecodeState = init_decode_state(config.model, rows)
         self._lengths = np.zeros(rows, np.int64)
         self._pieces: list[list[Document]] = [[] for _ in range(rows)]
         self._painted = np.zeros(rows, np.int64)
         self._asked = np.zeros(rows, bool)  # something stands there to be continued
-        self._cut = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        self._cut = 1 if mesh is None else batch_shards(mesh)
         require(rows % self._cut == 0, f"{rows} rows cannot be cut over {self._cut} devices")
 
     def __len__(self) -> int:
@@ -103,13 +112,13 @@ class Session:
         """Tokens of each row, int64 [B]."""
         return self._lengths.copy()
 
-    def stream(self, row: int) -> Document:
+    def document(self, row: int) -> Document:
         """Everything that stands in a row, as streams of the batch contract."""
         pieces = self._pieces[row]
         require(bool(pieces), f"row {row} has no tokens yet")
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def add(self, parts: Sequence[Parts | None]) -> None:
+    def append(self, parts: Sequence[Parts | None]) -> None:
         """Puts texts and images after the rows; None leaves a row alone.
 
         Raises:
@@ -123,32 +132,32 @@ class Session:
             [None if turn is None else self._piece(b, turn) for b, turn in enumerate(parts)]
         )
 
-    def open_image(self, rows: Sequence[int]) -> None:
+    def begin_image(self, rows: Sequence[int]) -> None:
         """Puts <|im_start|> after these rows, for a model that does not decide itself to paint."""
         self._extend([self._piece(b, [], [self.tokenizer.im_start_id]) if b in rows else None
                       for b in range(len(self))])  # fmt: skip
 
-    def write(self, most: Sequence[int]) -> list[Written]:
+    def generate_text(self, most: Sequence[int]) -> list[Completion]:
         """Writes up to most[b] tokens after row b, to </s>, <|im_start|> or a stop text.
 
         A row that has ended is continued only after something was added to it.
         """
         for b in np.flatnonzero((np.asarray(most) > 0) & ~self._asked):
             require(False, f"row {b} has nothing to continue: add something first")
-        with self._on_mesh():
-            self._rows, self._lengths, written = continue_rows(
-                self.params, self._rows, self._lengths, np.asarray(most), self.config,
+        with use_mesh(self._mesh):
+            self._state, self._lengths, written = continue_text(
+                self.params, self._state, self._lengths, np.asarray(most), self.config,
                 self.tokenizer, self._choice, self._stop,
             )  # fmt: skip
         for b, w in enumerate(written):
             last = {"image": [self.tokenizer.im_start_id], "end": [self.tokenizer.eos_id]}
-            if ids := [*w.tokens, *last.get(w.why, [])]:
+            if ids := [*w.tokens, *last.get(w.finish_reason, [])]:
                 self._pieces[b].append(self._text(ids))
-            if w.why:
-                self._asked[b] = w.why in ("image", "length")
+            if w.finish_reason:
+                self._asked[b] = w.finish_reason in ("image", "length")
         return written
 
-    def paint(
+    def generate_images(
         self,
         rows: Sequence[int],
         size: tuple[int, int] | None = None,
@@ -166,28 +175,27 @@ class Session:
         """
         size = size or (self.config.data.image_size,) * 2
         check_size(size, self.config, "the image to paint")
-        documents = [self.stream(b) for b in rows]
+        documents = [self.document(b) for b in rows]
         for b, document in zip(rows, documents):
             opened = document["tokens"][-1] == self.tokenizer.im_start_id
             require(bool(opened), f"row {b} has not opened an image")
-        shown = any((document["kinds"] > TEXT).any() for document in documents)
-        canvas = make_canvas(self.config, self.sampling, size, branch_count(self.sampling, shown))
-        room = self.config.model.time_tokens + canvas.patches + 1
+        shown = any((document["token_types"] > TEXT).any() for document in documents)
+        spec = make_image_spec(
+            self.config, self.sampling, size, guidance_branches(self.sampling, shown)
+        )
+        room = self.config.model.time_tokens + spec.patches + 1
         self._check_room(np.where(np.isin(np.arange(len(self)), rows), room, 0))
         # A few batch sizes are compiled: repeats of the last row fill up.
         batch = -(-bucket(len(rows), 1) // self._cut) * self._cut
         chosen = np.asarray([*rows, *[rows[-1]] * (batch - len(rows))])
         keys = jax.vmap(_image_key)(self._keys[chosen], self._painted[chosen].astype(np.uint32))
-        with self._on_mesh():
-            prefix = self._branches(chosen, canvas.branches)
-            walk = paint_steps(
-                self.params, prefix, place(keys, self._mesh), canvas, self.sampling, every
-            )
-            for step, x, clean in walk:
-                patches = x if step == self.sampling.steps else clean
-                images = to_images(np.asarray(patches)[: len(rows)], canvas)
-                if preview is not None:
-                    preview(step, images)
+        with use_mesh(self._mesh):
+            prefix = self._branches(chosen, spec.branches)
+            keys = shard_batch(keys, self._mesh)
+            images = denoise_images(
+                self.params, prefix, keys, len(rows), spec, self.sampling, preview=preview,
+                every=every,
+            )  # fmt: skip
         pieces: list[Document | None] = [None] * len(self)
         for b, image in zip(rows, images):
             piece = build([self._look(image)], self.tokenizer, self.config.model,
@@ -198,7 +206,7 @@ class Session:
         self._extend(pieces)
         return images
 
-    def reply(
+    def generate(
         self, max_tokens: int, *, preview: ReplyPreview | None = None, every: int = 0
     ) -> list[list[str | np.ndarray]]:
         """Writes and paints until every row that was spoken to has ended.
@@ -220,12 +228,12 @@ class Session:
         left = np.where(self._asked, max_tokens, 0)
         while left.any():
             opened = []
-            for b, w in enumerate(self.write(left)):
+            for b, w in enumerate(self.generate_text(left)):
                 if w.text:
                     replies[b].append(w.text)
-                if w.why == "image":
+                if w.finish_reason == "image":
                     opened.append(b)
-                left[b] = left[b] - len(w.tokens) if w.why == "image" else 0
+                left[b] = left[b] - len(w.tokens) if w.finish_reason == "image" else 0
             if not opened:
                 continue
 
@@ -233,13 +241,10 @@ class Session:
                 now = dict(zip(opened, images))
                 preview(step, [[*r, now[b]] if b in now else r for b, r in enumerate(replies)])
 
-            images = self.paint(opened, preview=preview and unfinished, every=every)
+            images = self.generate_images(opened, preview=preview and unfinished, every=every)
             for b, image in zip(opened, images):
                 replies[b].append(image)
         return replies
-
-    def _on_mesh(self):
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _text(self, ids: Sequence[int]) -> Document:
         document = build([], self.tokenizer, self.config.model, closing=ids)
@@ -252,13 +257,13 @@ class Session:
         return {name: stream[begun:] for name, stream in document.items()}
 
     def _check_room(self, tokens: np.ndarray) -> None:
-        context = self.config.data.row_length
+        context = self.config.data.max_seq_len
         for b in np.flatnonzero(self._lengths + tokens > context):
             which = f" in row {b}" if len(self) > 1 else ""
             require(
                 False,
                 f"the conversation{which} would come to {self._lengths[b] + tokens[b]} tokens, but the "
-                f"model's context is {context} (data.row_length): start a new one, or say less",
+                f"model's context is {context} (data.max_seq_len): start a new one, or say less",
             )
 
     def _extend(self, pieces: Sequence[Document | None]) -> None:
@@ -270,11 +275,11 @@ class Session:
         # A first turn shares the program of `prefill`; later ones are short.
         slots = bucket(counts.max(), 16 if self._lengths.any() else 64)
         pieces = [nothing if piece is None else piece for piece in pieces]
-        block = stack(pieces, slots, self.tokenizer.pad_id)
+        block = pad_batch(pieces, slots, self.tokenizer.pad_id)
         lengths = self._lengths + counts
-        with self._on_mesh():
-            self._rows = extend(
-                self.params, self._rows, place(block, self._mesh), self.config.model,
+        with use_mesh(self._mesh):
+            self._state = extend(
+                self.params, self._state, shard_batch(block, self._mesh), self.config.model,
                 bucket(lengths.max()),
             )  # fmt: skip
         self._lengths = lengths
@@ -282,12 +287,12 @@ class Session:
             self._pieces[b].append(pieces[b])
             self._asked[b] = True
 
-    def _branches(self, chosen: np.ndarray, branches: int) -> Rows:
+    def _branches(self, chosen: np.ndarray, branches: int) -> DecodeState:
         """The chosen rows with the other branches of their guidance, [len(chosen) * branches]."""
         others, index = [], [chosen]
         for branch in range(1, branches):
             documents = [
-                branch_documents(self.stream(b), self.tokenizer, self.config.model, branches)[
+                guidance_documents(self.document(b), self.tokenizer, self.config.model, branches)[
                     branch
                 ]
                 for b in chosen
@@ -299,7 +304,7 @@ class Session:
             )
             index.append(np.arange(len(chosen)))
         slots = bucket(self._lengths[chosen].max())
-        return beside([self._rows, *others], index, slots)
+        return stack_branches([self._state, *others], index, slots)
 
 
 def _image_key(key: jax.Array, number: jax.Array) -> jax.Array:

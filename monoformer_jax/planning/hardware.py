@@ -12,7 +12,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from monoformer_jax.config import InputError, MeshConfig, require
+from monoformer_jax.config import MeshConfig
+from monoformer_jax.errors import InputError, require
 from monoformer_jax.parallel import make_mesh
 
 

@@ -15,7 +15,7 @@ import PIL.Image
 from einops import rearrange
 from flax import nnx
 
-from monoformer_jax.config import require
+from monoformer_jax.errors import require
 from monoformer_jax.nn.layers import Linear, parameter
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel

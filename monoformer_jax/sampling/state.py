@@ -21,17 +21,18 @@ from jax.sharding import Mesh, NamedSharding
 
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.batch import PAD, TEXT
-from monoformer_jax.config import ModelConfig, require
+from monoformer_jax.config import ModelConfig
 from monoformer_jax.data.documents import Document
-from monoformer_jax.generation.streams import bucket, stack
+from monoformer_jax.errors import require
 from monoformer_jax.models import monoformer
 from monoformer_jax.models.monoformer import attention_mask
 from monoformer_jax.nn.decoder import KVCache
 from monoformer_jax.parallel import BATCH
+from monoformer_jax.sampling.prompts import bucket, pad_batch
 
 
 @flax.struct.dataclass
-class Rows:
+class DecodeState:
     """The state of B rows, of which the last tokens stand in the last slot of the cache."""
 
     cache: KVCache
@@ -49,9 +50,9 @@ class Rows:
         return self.slots - self.lengths
 
 
-def no_rows(c: ModelConfig, batch: int) -> Rows:
+def init_decode_state(c: ModelConfig, batch: int) -> DecodeState:
     """B rows without a token."""
-    return Rows(
+    return DecodeState(
         KVCache.create(c, batch, 0),
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((batch, c.embed_dim), c.dtype),
@@ -59,14 +60,14 @@ def no_rows(c: ModelConfig, batch: int) -> Rows:
     )
 
 
-def with_room(cache: KVCache, slots: int) -> KVCache:
+def grow_cache(cache: KVCache, slots: int) -> KVCache:
     """The cache and empty slots after it, to which the next tokens go."""
     end = cache.k.shape[2]
     widths = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
     return KVCache(jnp.pad(cache.k, widths), jnp.pad(cache.v, widths), jnp.int32(end))
 
 
-def aligned(cache: KVCache, ends: jax.Array, slots: int) -> KVCache:
+def align_cache(cache: KVCache, ends: jax.Array, slots: int) -> KVCache:
     """A cache of `slots` slots in which row b, which ended before slot ends[b], ends at the last."""
     index = ends[:, None] - slots + jnp.arange(slots)
     # Slots before a row's first token get another's values, which no query of the row sees.
@@ -76,15 +77,15 @@ def aligned(cache: KVCache, ends: jax.Array, slots: int) -> KVCache:
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def keep(rows: Rows, tokens: jax.Array, kept: jax.Array, slots: int) -> Rows:
+def truncate(state: DecodeState, tokens: jax.Array, kept: jax.Array, slots: int) -> DecodeState:
     """Rows that keep the first kept[b] of the tokens [B, L] in the last L slots; less than 0 takes
     away from those before.
 
     `hidden` stays that of the last token that ran: a row that lost some goes on with `extend`.
     """
-    cache = aligned(rows.cache, rows.slots - tokens.shape[1] + kept, slots)
+    cache = align_cache(state.cache, state.slots - tokens.shape[1] + kept, slots)
     real = jnp.arange(tokens.shape[1]) < kept[:, None]
-    return Rows(cache, rows.lengths + kept, rows.hidden, _saw(rows.seen, tokens, real))
+    return DecodeState(cache, state.lengths + kept, state.hidden, _saw(state.seen, tokens, real))
 
 
 def _saw(seen: jax.Array, tokens: jax.Array, real: jax.Array) -> jax.Array:
@@ -93,25 +94,27 @@ def _saw(seen: jax.Array, tokens: jax.Array, real: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="slots")
-def beside(parts: list[Rows], index: list[jax.Array], slots: int) -> Rows:
+def stack_branches(parts: list[DecodeState], index: list[jax.Array], slots: int) -> DecodeState:
     """Rows index[j] of parts[j], those of the first index together, and so on: [B * parts]."""
 
-    def chosen(rows, i):
-        cache = aligned(rows.cache, jnp.full(len(rows.lengths), rows.slots), slots)
+    def chosen(state, i):
+        cache = align_cache(state.cache, jnp.full(len(state.lengths), state.slots), slots)
         layers = (x[:, i] for x in (cache.k, cache.v))
-        return (*layers, rows.lengths[i], rows.hidden[i], rows.seen[i])
+        return (*layers, state.lengths[i], state.hidden[i], state.seen[i])
 
     def woven(axis, arrays):
         stacked = jnp.stack(arrays, axis + 1)
         return stacked.reshape(*stacked.shape[:axis], -1, *stacked.shape[axis + 2 :])
 
-    k, v, *rest = zip(*(chosen(rows, i) for rows, i in zip(parts, index)))
+    k, v, *rest = zip(*(chosen(state, i) for state, i in zip(parts, index)))
     cache = KVCache(woven(1, k), woven(1, v), jnp.int32(slots))
-    return Rows(cache, *(woven(0, x) for x in rest))
+    return DecodeState(cache, *(woven(0, x) for x in rest))
 
 
 @functools.partial(jax.jit, static_argnames=("c", "slots"))
-def extend(params: dict, rows: Rows, block: dict[str, jax.Array], c: ModelConfig, slots: int):
+def extend(
+    params: dict, state: DecodeState, block: dict[str, jax.Array], c: ModelConfig, slots: int
+):
     """Runs a block of the batch contract [B, L] after the rows, and aligns them in `slots` slots.
 
     Its images are context: their noise level is 0. PAD stands on the right, and a row of nothing
@@ -119,27 +122,27 @@ def extend(params: dict, rows: Rows, block: dict[str, jax.Array], c: ModelConfig
     """
     batch, length = block["tokens"].shape
     mask = attention_mask(c, block)
-    real = block["kinds"] != PAD
-    stop = mask.stop + rows.slots
-    start = jnp.where(real, rows.starts[:, None], stop)
-    positions = rows.lengths[:, None] + jnp.arange(length)
-    cache = with_room(rows.cache, length)
+    real = block["token_types"] != PAD
+    stop = mask.stop + state.slots
+    start = jnp.where(real, state.starts[:, None], stop)
+    positions = state.lengths[:, None] + jnp.arange(length)
+    cache = grow_cache(state.cache, length)
     hidden, cache = monoformer.bind(c, params)(
         block | {"positions": positions}, jnp.zeros((batch, 1)), IntervalMask(start, stop), cache
     )
     count = real.sum(1)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Rows(
-        aligned(cache, rows.slots + count, slots),
-        rows.lengths + count,
-        jnp.where(count[:, None] > 0, last, rows.hidden),
-        _saw(rows.seen, block["tokens"], block["kinds"] == TEXT),
+    return DecodeState(
+        align_cache(cache, state.slots + count, slots),
+        state.lengths + count,
+        jnp.where(count[:, None] > 0, last, state.hidden),
+        _saw(state.seen, block["tokens"], block["token_types"] == TEXT),
     )
 
 
 def prefill(
     params: dict, documents: Sequence[Document], pad_id: int, c: ModelConfig, mesh: Mesh | None
-) -> Rows:
+) -> DecodeState:
     """Runs whole documents once, cut over the mesh if there is one.
 
     Raises:
@@ -147,10 +150,10 @@ def prefill(
     """
     require(len(documents) > 0, "there is no prompt: give at least one")
     slots = bucket(max(len(document["tokens"]) for document in documents))
-    block = place(stack(documents, slots, pad_id), mesh)
-    return extend(params, no_rows(c, len(documents)), block, c, slots)
+    block = shard_batch(pad_batch(documents, slots, pad_id), mesh)
+    return extend(params, init_decode_state(c, len(documents)), block, c, slots)
 
 
-def place(tree, mesh: Mesh | None):
+def shard_batch(tree, mesh: Mesh | None):
     """Arrays [B, …] cut over data and fsdp; without a mesh they go where jax puts them."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, BATCH))

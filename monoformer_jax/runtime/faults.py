@@ -20,7 +20,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from monoformer_jax.training.processes import on_first
+from monoformer_jax.runtime.processes import run_on_first
 
 _MOST_STARTS = 3
 _COMPILING = 3600.0  # seconds that the first step may take on top
@@ -76,7 +76,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
-class Starts:
+class CrashLoopGuard:
     """Counts starts that made no checkpoint, and keeps the error of the last one.
 
     A start that ends in order does not count, nor does one that was told to leave, or that a person
@@ -93,7 +93,7 @@ class Starts:
         """
         self._file, self._errors = workdir / "starts.json", workdir / "errors"
         self._checkpoint = checkpoint
-        self._before = on_first(self._read)
+        self._before = run_on_first(self._read)
         if self._before >= _MOST_STARTS:
             where = "the beginning" if checkpoint is None else f"checkpoint {checkpoint}"
             raise CrashLoop(
@@ -116,7 +116,7 @@ class Starts:
             text = json.dumps({"starts": starts, "checkpoint": self._checkpoint})
             self._file.write_text(text + "\n")
 
-    def __enter__(self) -> Starts:
+    def __enter__(self) -> CrashLoopGuard:
         self._write(self._before + 1)
         return self
 
@@ -140,7 +140,8 @@ def write_error(folder: epath.Path, kind: str, text: str) -> epath.Path:
 class Watchdog:
     """Ends the process when a step takes too long, after writing down where every thread stands.
 
-    A thread of its own; it cannot act while a C extension holds Python's lock.
+    A thread watches. It cannot act while a C extension holds the GIL: then `faulthandler`, which needs
+    no lock, prints the stacks a minute later and ends the process with exit code 1.
     """
 
     def __init__(self, seconds: float, workdir: epath.Path, exit_code: int):
@@ -150,13 +151,18 @@ class Watchdog:
         exit_code: of the process.
         """
         self._seconds, self._errors, self._exit_code = seconds, workdir / "errors", exit_code
-        self._deadline = time.monotonic() + seconds + _COMPILING
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
         """A step is done."""
-        self._deadline = time.monotonic() + self._seconds
+        self._expect_within(self._seconds)
+
+    def _expect_within(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+        if self._seconds:
+            later = seconds + self._seconds / 4 + 2 * _NOTING  # the thread has had its time by then
+            faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds / 4):  # the first beat moves the deadline forward
@@ -180,12 +186,15 @@ class Watchdog:
         os._exit(self._exit_code)
 
     def __enter__(self) -> Watchdog:
+        self._expect_within(self._seconds + _COMPILING)
         if self._seconds:
             self._thread.start()
         return self
 
     def stop(self) -> None:
+        """Nothing is expected any more."""
         self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
 
     def __exit__(self, *_) -> None:
         self.stop()

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from monoformer_jax.attention import IntervalMask
-from monoformer_jax.config import Config, ModelConfig, require
+from monoformer_jax.config import Config, ModelConfig
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.generation.rows import Rows, keep, prefill, with_room
-from monoformer_jax.generation.streams import Parts, bucket, prompt, text_inputs
+from monoformer_jax.errors import require
 from monoformer_jax.models import monoformer
+from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt, text_inputs
+from monoformer_jax.sampling.state import DecodeState, grow_cache, prefill, truncate
 
 _CHUNK = 64  # tokens between looks at the host, and by which the cache grows
 _TEXT = np.uint32(2**31)  # folded into keys; images and their steps have small numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSampling:
+class SamplingParams:
     """How the next token is chosen: a number for all rows, or one for each."""
 
     temperature: float | Sequence[float] = 0.0  # 0 takes the likeliest token
@@ -46,11 +47,11 @@ class TextSampling:
         require(all(self.stop), "stop: an empty text would end every answer at once")
 
 
-GREEDY = TextSampling()
+GREEDY = SamplingParams()
 
 
 @dataclasses.dataclass
-class Written:
+class Completion:
     """What was written after a row.
 
     Attributes:
@@ -63,7 +64,7 @@ class Written:
 
     tokens: list[int]
     text: str = ""
-    why: str = ""
+    finish_reason: str = ""
 
 
 def generate_text(
@@ -73,11 +74,11 @@ def generate_text(
     prompts: Sequence[Parts],
     *,
     max_tokens: int,
-    sampling: TextSampling = GREEDY,
+    sampling: SamplingParams = GREEDY,
     seed: int | Sequence[int] = 0,
     first: int = 0,
     paints: bool = True,
-) -> list[Written]:
+) -> list[Completion]:
     """Continues every prompt with text, up to </s> or <|im_start|>.
 
     A row that opens an image has decided to paint: `interleaved.Session` goes on from there.
@@ -94,27 +95,27 @@ def generate_text(
     """
     require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
     documents = [
-        prompt(parts, tokenizer, config, room=1, name=f"prompt {number}")
+        encode_prompt(parts, tokenizer, config, room=1, name=f"prompt {number}")
         for number, parts in enumerate(prompts, 1)
     ]
     rows = prefill(params, documents, tokenizer.pad_id, config.model, None)
     lengths = np.array([len(document["tokens"]) for document in documents])
     keys = text_keys(row_keys(seed, len(documents), first))
-    choice = make_choice(sampling, keys, tokenizer, config.model, paints)
+    choice = make_sampling_arrays(sampling, keys, tokenizer, config.model, paints)
     most = np.full(len(documents), max_tokens)
-    return continue_rows(params, rows, lengths, most, config, tokenizer, choice, sampling.stop)[2]
+    return continue_text(params, rows, lengths, most, config, tokenizer, choice, sampling.stop)[2]
 
 
-def continue_rows(
+def continue_text(
     params: dict,
-    rows: Rows,
+    rows: DecodeState,
     lengths: np.ndarray,
     most: np.ndarray,
     config: Config,
     tokenizer: Tokenizer,
-    choice: Choice,
+    choice: SamplingArrays,
     stop: Sequence[str],
-) -> tuple[Rows, np.ndarray, list[Written]]:
+) -> tuple[DecodeState, np.ndarray, list[Completion]]:
     """Writes after rows until each has ended; a few dozen tokens at a time in a cache that grows.
 
     Args:
@@ -123,45 +124,47 @@ def continue_rows(
 
     Returns:
       The rows with what was written, up to and with </s> or <|im_start|> but without a stop text;
-      their lengths; and one `Written` a row.
+      their lengths; and one `Completion` a row.
     """
-    full = (most > 0) & (lengths >= config.data.row_length)
-    written = [Written([], why="full" if f else "") for f in full]
+    full = (most > 0) & (lengths >= config.data.max_seq_len)
+    written = [Completion([], finish_reason="full" if f else "") for f in full]
     going = (most > 0) & ~full
     while going.any():
-        left = np.minimum(most - [len(w.tokens) for w in written], config.data.row_length - lengths)
+        left = np.minimum(
+            most - [len(w.tokens) for w in written], config.data.max_seq_len - lengths
+        )
         left = np.where(going, left, 0)
         room = min(_CHUNK, bucket(left.max(), 16))
-        rows, tokens, counts = write(params, rows, left, choice, config.model, room)
+        rows, tokens, counts = decode_tokens(params, rows, left, choice, config.model, room)
         tokens, counts = jax.device_get((tokens, counts))
         kept = np.zeros_like(lengths)
         for b in np.flatnonzero(going):
             new = tokens[b, : counts[b]].tolist()
             kept[b] = _add(written[b], new, int(lengths[b]), int(most[b]), config, tokenizer, stop)
-            going[b] = not written[b].why
+            going[b] = not written[b].finish_reason
         lengths = lengths + kept
-        rows = keep(rows, tokens, kept, bucket(lengths.max()))
+        rows = truncate(rows, tokens, kept, bucket(lengths.max()))
     return rows, lengths, written
 
 
-def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, stop) -> int:
+def _add(w: Completion, new: list[int], length: int, most: int, config, tokenizer, stop) -> int:
     """Adds tokens to what was written and notes if it has ended; how many of them the row keeps."""
-    end, kept, context = new[-1], len(new), config.data.row_length
+    end, kept, context = new[-1], len(new), config.data.max_seq_len
     before = len(w.tokens)
     if end == tokenizer.im_start_id:
         fits = length + kept + config.image_tokens + 1 <= context
-        w.why, kept = ("image", kept) if fits else ("full", kept - 1)
+        w.finish_reason, kept = ("image", kept) if fits else ("full", kept - 1)
     elif end == tokenizer.eos_id:
-        w.why = "end"
+        w.finish_reason = "end"
     elif length + kept == context:
-        w.why = "full"
+        w.finish_reason = "full"
     elif before + kept == most:
-        w.why = "length"
+        w.finish_reason = "length"
     w.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
     w.text = tokenizer.decode(w.tokens)
     places = [place for place in (w.text.find(s) for s in stop) if place >= 0]
     if places:
-        w.why, w.text = "stop", w.text[: min(places)]
+        w.finish_reason, w.text = "stop", w.text[: min(places)]
         while len(tokenizer.decode(w.tokens)) > len(w.text):
             w.tokens.pop()
         kept = len(w.tokens) - before  # below 0 where it began among tokens that were kept before
@@ -169,7 +172,7 @@ def _add(w: Written, new: list[int], length: int, most: int, config, tokenizer, 
 
 
 @flax.struct.dataclass
-class Choice:
+class SamplingArrays:
     """What `write` chooses tokens by; nothing in it is compiled in."""
 
     temperature: jax.Array  # float32 [B]
@@ -198,9 +201,9 @@ def text_keys(keys: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (0, None))(keys, _TEXT)
 
 
-def make_choice(
-    sampling: TextSampling, keys: jax.Array, tokenizer: Tokenizer, c: ModelConfig, paints: bool
-) -> Choice:
+def make_sampling_arrays(
+    sampling: SamplingParams, keys: jax.Array, tokenizer: Tokenizer, c: ModelConfig, paints: bool
+) -> SamplingArrays:
     """Arrays of the settings; with `paints` the text may end in <|im_start|>.
 
     Raises:
@@ -219,10 +222,12 @@ def make_choice(
     allowed[[i for i in never if i >= 0]] = False
     stops = np.zeros(c.padded_vocab, bool)
     stops[[i for i in (tokenizer.eos_id, tokenizer.im_start_id) if i >= 0]] = True
-    return Choice(**arrays, keys=keys, allowed=allowed, stops=stops)
+    return SamplingArrays(**arrays, keys=keys, allowed=allowed, stops=stops)
 
 
-def pick(logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: Choice) -> jax.Array:
+def sample_token(
+    logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: SamplingArrays
+) -> jax.Array:
     """The next token int32 [B]: penalty, temperature, top k, then top p.
 
     Args:
@@ -238,12 +243,12 @@ def pick(logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: Choice) ->
     warm = choice.temperature > 0
     logits = logits / jnp.where(warm, choice.temperature, 1.0)[:, None]
     cuts = (warm & ((choice.top_k > 0) | (choice.top_p < 1))).any()
-    logits = jax.lax.cond(cuts, lambda x: _cut(x, choice), lambda x: x, logits)
+    logits = jax.lax.cond(cuts, lambda x: filter_logits(x, choice), lambda x: x, logits)
     drawn = jax.vmap(jax.random.categorical)(keys, logits)
     return jnp.where(warm, drawn, greedy).astype(jnp.int32)
 
 
-def _cut(logits: jax.Array, choice: Choice) -> jax.Array:
+def filter_logits(logits: jax.Array, choice: SamplingArrays) -> jax.Array:
     """Logits without the tokens that top k and top p leave out; ties with the last one stay."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
@@ -257,16 +262,21 @@ def _cut(logits: jax.Array, choice: Choice) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("c", "room"))
-def write(
-    params: dict, rows: Rows, most: jax.Array, choice: Choice, c: ModelConfig, room: int
-) -> tuple[Rows, jax.Array, jax.Array]:
+def decode_tokens(
+    params: dict,
+    rows: DecodeState,
+    most: jax.Array,
+    choice: SamplingArrays,
+    c: ModelConfig,
+    room: int,
+) -> tuple[DecodeState, jax.Array, jax.Array]:
     """Writes up to `room` tokens after every row, to a stop at the earliest.
 
     Args:
       most: int32 [B], most tokens for each row; 0 leaves it as it is.
 
     Returns:
-      The rows in a cache with `room` more slots, for `rows.keep`; the tokens int32 [B, room]; and
+      The rows in a cache with `room` more slots, for `state.truncate`; the tokens int32 [B, room]; and
       how many of them are real, int32 [B], with the stop.
     """
     model = monoformer.bind(c, params)
@@ -280,7 +290,7 @@ def write(
     def step(carry):
         i, writing, counts, tokens, hidden, seen, cache = carry
         keys = jax.vmap(jax.random.fold_in)(choice.keys, rows.lengths + i)
-        token = pick(model.text_logits(hidden), seen, keys, choice)
+        token = sample_token(model.text_logits(hidden), seen, keys, choice)
         tokens, counts = tokens.at[:, i].set(token), counts + writing
         seen = seen.at[everyone, token].max(writing)
         inputs = text_inputs(token[:, None], (rows.lengths + i)[:, None], c)
@@ -294,6 +304,6 @@ def write(
 
     tokens, counts = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
     carry = (jnp.int32(0), most > 0, counts, tokens, rows.hidden, rows.seen)
-    carry = jax.lax.while_loop(going_on, step, (*carry, with_room(rows.cache, room)))
+    carry = jax.lax.while_loop(going_on, step, (*carry, grow_cache(rows.cache, room)))
     _, _, counts, tokens, hidden, _, cache = carry
     return rows.replace(cache=cache, hidden=hidden), tokens, counts

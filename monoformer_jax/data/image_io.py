@@ -12,14 +12,13 @@ import PIL.Image
 import PIL.ImageOps
 from einops import rearrange, repeat
 
-from monoformer_jax.config import InputError, require
-from monoformer_jax.data.raw import crop
+from monoformer_jax.errors import InputError, require
 
 MOST_PIXELS = 1 << 26  # 67 million; decoded, that is 200 MB
 _SIDE = 128  # pixels that a picture in a grid has at least, or 8×8 digits would be specks
 
 
-def open_picture(source, name: str = "the image") -> PIL.Image.Image:
+def open_image(source, name: str = "the image") -> PIL.Image.Image:
     """A picture, decoded and upright, mode L or RGB, transparency on white, a strip cut to 4 : 1.
 
     Args:
@@ -80,8 +79,22 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
     if values.dtype != np.uint8:
         inside = np.issubdtype(values.dtype, np.floating) and np.abs(values).max() <= 1.5
         require(bool(inside), f"{name} is neither uint8 nor floats in [-1, 1]")  # and no NaN
-        return _plain(to_picture(values))
+        return _plain(to_pil(values))
     return _plain(PIL.Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values))
+
+
+def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
+    """Float32 [size, size, 3] in [-1, 1]: the centre, its shorter side made `size` (as in ADM)."""
+    image = image.convert("RGB")
+    # Whole halvings first, by averaging, so that nothing aliases.
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
+    scale = size / min(image.size)
+    sides = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(sides, PIL.Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image, np.float32)[top : top + size, left : left + size]
+    return pixels / 127.5 - 1
 
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int) -> np.ndarray:
@@ -94,16 +107,16 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip((np.asarray(images) + 1) * 127.5, 0, 255).round().astype(np.uint8)
 
 
-def to_picture(image: np.ndarray) -> PIL.Image.Image:
+def to_pil(image: np.ndarray) -> PIL.Image.Image:
     """Float [h, w, 1 or 3] in [-1, 1] to a picture, mode L or RGB."""
     pixels = to_uint8(image)
     return PIL.Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
-def to_grid(images: Sequence[np.ndarray], columns: int) -> PIL.Image.Image:
+def image_grid(images: Sequence[np.ndarray], columns: int) -> PIL.Image.Image:
     """Images [h, w, C] of one size as one picture of rows, small ones enlarged."""
     missing = -len(images) % columns
     images = np.pad(np.asarray(images), ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=-1)
     grid = rearrange(images, "(r c) h w C -> (r h) (c w) C", c=columns)
     scale = max(1, _SIDE // images.shape[2])
-    return to_picture(repeat(grid, "h w C -> (h a) (w b) C", a=scale, b=scale))
+    return to_pil(repeat(grid, "h w C -> (h a) (w b) C", a=scale, b=scale))

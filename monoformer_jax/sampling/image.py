@@ -10,10 +10,9 @@ guidance and seeds are arrays.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,21 +25,27 @@ from monoformer_jax.config import Config, ModelConfig, SamplingConfig
 from monoformer_jax.data.documents import Document, Features, Image, build
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.diffusion.guidance import Guidance, guide
-from monoformer_jax.diffusion.solvers import Grid, make_grid, solve
-from monoformer_jax.generation.rows import Rows, no_rows, place, prefill, with_room
-from monoformer_jax.generation.streams import Parts, bucket, check_size, prompt, without_text
-from monoformer_jax.generation.text import row_keys
+from monoformer_jax.diffusion.guidance import Guidance, classifier_free_guidance
+from monoformer_jax.diffusion.solvers import TimeGrid, make_time_grid, solve
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn.decoder import KVCache
-from monoformer_jax.parallel import BATCH, parameter_shardings
+from monoformer_jax.parallel import BATCH, batch_shards, parameter_shardings, use_mesh
+from monoformer_jax.sampling.prompts import Parts, bucket, check_size, drop_text, encode_prompt
+from monoformer_jax.sampling.state import (
+    DecodeState,
+    grow_cache,
+    init_decode_state,
+    prefill,
+    shard_batch,
+)
+from monoformer_jax.sampling.text import row_keys
 
 # (steps that are done, images [B, height, width, C] as the model sees them by now)
 Preview = Callable[[int, np.ndarray], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Canvas:
+class ImageSpec:
     """What `paint` is compiled for, beside the shapes of its arrays."""
 
     model: ModelConfig
@@ -91,27 +96,24 @@ def generate_images(
     check_sampling(config, sampling)
     size = size or (config.data.image_size,) * 2
     check_size(size, config, "the image to paint")
-    canvas = make_canvas(config, sampling, size, _branches(prompts, sampling))
-    room = config.model.time_tokens + canvas.patches
+    spec = make_image_spec(config, sampling, size, _branches(prompts, sampling))
+    room = config.model.time_tokens + spec.patches
     documents = []
     for number, parts in enumerate(prompts, 1):
-        document = prompt(parts, tokenizer, config, room=room, name=f"prompt {number}",
+        document = encode_prompt(parts, tokenizer, config, room=room, name=f"prompt {number}",
                           closing=[tokenizer.im_start_id])  # fmt: skip
-        documents.append(branch_documents(document, tokenizer, config.model, canvas.branches))
+        documents.append(guidance_documents(document, tokenizer, config.model, spec.branches))
     keys = row_keys(seed, len(prompts), first)
-    padding = 0 if mesh is None else -len(prompts) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    padding = 0 if mesh is None else -len(prompts) % batch_shards(mesh)
     documents += documents[-1:] * padding
     keys = keys[np.minimum(np.arange(len(documents)), len(prompts) - 1)]
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with use_mesh(mesh):
         flat = [document for branches in documents for document in branches]
-        rows = prefill(params, flat, tokenizer.pad_id, config.model, mesh)
-        walk = paint_steps(params, rows, place(keys, mesh), canvas, sampling, every)
-        for step, x, clean in walk:
-            images = x if step == sampling.steps else clean
-            images = to_images(np.asarray(images)[: len(prompts)], canvas)
-            if preview is not None:
-                preview(step, images)
-    return images
+        state = prefill(params, flat, tokenizer.pad_id, config.model, mesh)
+        keys = shard_batch(keys, mesh)
+        return denoise_images(
+            params, state, keys, len(prompts), spec, sampling, preview=preview, every=every
+        )
 
 
 def check_sampling(config: Config, sampling: SamplingConfig) -> None:
@@ -119,72 +121,78 @@ def check_sampling(config: Config, sampling: SamplingConfig) -> None:
     dataclasses.replace(config, sampling=sampling)
 
 
-def make_canvas(
+def make_image_spec(
     config: Config, sampling: SamplingConfig, size: tuple[int, int], branches: int
-) -> Canvas:
+) -> ImageSpec:
     p = config.model.patch_size
     guided = 3 * p**2 if sampling.guidance_channels == "first_three" else None
-    return Canvas(
+    return ImageSpec(
         config.model, size[0] // p, size[1] // p, branches, sampling.solver, guided, sampling.clip
     )
 
 
 def _branches(prompts: Sequence[Parts], sampling: SamplingConfig) -> int:
     shown = any(isinstance(part, Image | Features) for parts in prompts for part in parts)
-    return branch_count(sampling, shown)
+    return guidance_branches(sampling, shown)
 
 
-def branch_count(sampling: SamplingConfig, shown: bool) -> int:
+def guidance_branches(sampling: SamplingConfig, shown: bool) -> int:
     """How many predictions guidance needs; `shown` tells whether an image stands in a prompt."""
     if shown and sampling.image_guidance != 1:
         return 3
     return 1 if sampling.guidance == 1 else 2
 
 
-def branch_documents(
+def guidance_documents(
     document: Document, tokenizer: Tokenizer, c: ModelConfig, branches: int
 ) -> list[Document]:
     """The prompt, its images alone, and nothing, as training shows it where a prompt is dropped."""
     if branches == 1:
         return [document]
     nothing = build([], tokenizer, c, closing=[tokenizer.im_start_id])
-    return [document, without_text(document, tokenizer), nothing][:branches]
+    return [document, drop_text(document, tokenizer), nothing][:branches]
 
 
-def to_images(patches: np.ndarray, canvas: Canvas) -> np.ndarray:
-    p = canvas.model.patch_size
-    return unpatchify(patches, canvas.height * p, canvas.width * p, p)
+def to_images(patches: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    p = spec.model.patch_size
+    return unpatchify(patches, spec.height * p, spec.width * p, p)
 
 
-def paint_steps(
+def denoise_images(
     params: dict,
-    rows: Rows,
+    state: DecodeState,
     keys: jax.Array,
-    canvas: Canvas,
+    count: int,
+    spec: ImageSpec,
     sampling: SamplingConfig,
+    *,
+    preview: Preview | None = None,
     every: int = 0,
-) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-    """Paints, stopping after every so many steps (0: only at the end).
+) -> np.ndarray:
+    """Images float32 [count, height, width, C], from noise.
 
     Args:
-      rows: prefixes [B * branches] that end in <|im_start|>, the branches of an image together.
+      state: prefixes [B * branches] that end in <|im_start|>, the branches of an image together.
       keys: of the images, [B].
-
-    Yields:
-      Steps done, patches [B, n, P] as they are, and as the clean image is estimated.
+      count: images that are wanted; those after them only fill up the batch.
+      preview, every: called after every so many steps (0: only after the last one) with the clean
+        images as estimated by then.
     """
-    grid = make_grid(sampling.solver, sampling.steps, sampling.shift)
+    grid = make_time_grid(sampling.solver, sampling.steps, sampling.shift)
     guidance = make_guidance(sampling)
-    # Where what comes back will lie, or the second call would be compiled anew.
-    x = jax.device_put(noise(keys, canvas.patches, canvas.model.patch_dim), rows.lengths.sharding)
+    x = draw_noise(keys, spec.patches, spec.model.patch_dim)
+    # Placed as `denoise` returns it, or the second call would be compiled anew.
+    x = jax.device_put(x, state.lengths.sharding)
     done = 0
     while done < sampling.steps:
         stop = min(done + every, sampling.steps) if every else sampling.steps
-        x, clean = paint(
-            params, rows, x, keys, grid, guidance, np.int32(done), np.int32(stop), canvas
-        )
+        ends = np.int32(done), np.int32(stop)
+        x, clean = denoise(params, state, x, keys, grid, guidance, *ends, spec)
         done = stop
-        yield done, x, clean
+        images = to_images(np.asarray(x if done == sampling.steps else clean)[:count], spec)
+        if preview is not None:
+            preview(done, images)
+    return images
 
 
 def make_guidance(sampling: SamplingConfig) -> Guidance:
@@ -194,34 +202,32 @@ def make_guidance(sampling: SamplingConfig) -> Guidance:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def noise(keys: jax.Array, patches: int, patch_dim: int) -> jax.Array:
+def draw_noise(keys: jax.Array, patches: int, patch_dim: int) -> jax.Array:
     """Normal [B, n, P], of every image's own key."""
     return jax.vmap(lambda key: jax.random.normal(key, (patches, patch_dim)))(keys)
 
 
-@functools.partial(jax.jit, static_argnames="canvas")
-def paint(
+@functools.partial(jax.jit, static_argnames="spec")
+def denoise(
     params: dict,
-    rows: Rows,
+    state: DecodeState,
     x: jax.Array,
     keys: jax.Array,
-    grid: Grid,
+    grid: TimeGrid,
     guidance: Guidance,
     start: jax.Array,
     stop: jax.Array,
-    canvas: Canvas,
+    spec: ImageSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """Steps start … stop of the grid: patches [B, n, P], and the clean ones that the model sees."""
-    model = monoformer.bind(canvas.model, params)
+    model = monoformer.bind(spec.model, params)
 
     def draw(i):
         keys_now = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-        return noise(keys_now, canvas.patches, canvas.model.patch_dim)
+        return draw_noise(keys_now, spec.patches, spec.model.patch_dim)
 
-    predict = predictor(model, rows, canvas, guidance)
-    return solve(
-        canvas.solver, predict, x, grid, draw=draw, clip=canvas.clip, start=start, stop=stop
-    )
+    predict = make_denoiser(model, state, spec, guidance)
+    return solve(spec.solver, predict, x, grid, draw=draw, clip=spec.clip, start=start, stop=stop)
 
 
 def lower_paint(
@@ -238,10 +244,10 @@ def lower_paint(
       prompt_tokens: of the longest prompt.
     """
     sampling = config.sampling if sampling is None else sampling
-    c, n = config.model, branch_count(sampling, shown=False)
-    canvas = make_canvas(config, sampling, (config.data.image_size,) * 2, n)
+    c, n = config.model, guidance_branches(sampling, shown=False)
+    spec = make_image_spec(config, sampling, (config.data.image_size,) * 2, n)
     shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
-    placed = parameter_shardings(monoformer.parameter_axes(c), shapes, mesh)
+    placed = parameter_shardings(monoformer.logical_axes(c), shapes, mesh)
     params = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
     )
@@ -250,61 +256,62 @@ def lower_paint(
         where = NamedSharding(mesh, PartitionSpec(*[None] * axis, *BATCH))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    rows, slots = jax.eval_shape(lambda: no_rows(c, images * n)), bucket(prompt_tokens)
+    state, slots = jax.eval_shape(lambda: init_decode_state(c, images * n)), bucket(prompt_tokens)
     cache = jax.eval_shape(lambda: KVCache.create(c, images * n, slots))
     cache = KVCache(like(cache.k, 1), like(cache.v, 1), cache.index)
-    rows = rows.replace(cache=cache, lengths=like(rows.lengths), hidden=like(rows.hidden))
-    x = like(jax.ShapeDtypeStruct((images, canvas.patches, c.patch_dim), np.float32))
+    state = state.replace(cache=cache, lengths=like(state.lengths), hidden=like(state.hidden))
+    x = like(jax.ShapeDtypeStruct((images, spec.patches, c.patch_dim), np.float32))
     keys = like(jax.eval_shape(lambda: row_keys(0, images)))
-    grid = make_grid(sampling.solver, sampling.steps, sampling.shift)
+    grid = make_time_grid(sampling.solver, sampling.steps, sampling.shift)
     ends = (np.int32(0), np.int32(sampling.steps))
     with jax.set_mesh(mesh):
-        return paint.lower(params, rows, x, keys, grid, make_guidance(sampling), *ends, canvas)
+        return denoise.lower(params, state, x, keys, grid, make_guidance(sampling), *ends, spec)
 
 
-def predictor(
-    model: monoformer.MonoFormer, rows: Rows, canvas: Canvas, guidance: Guidance
+def make_denoiser(
+    model: monoformer.MonoFormer, state: DecodeState, spec: ImageSpec, guidance: Guidance
 ) -> ddpm.Predictor:
     """The model as a function of patches [B, n, P] and t, after prefixes that have run already.
 
     Returns:
       (x, t) -> what the image head predicts, guided, and the variance numbers of the first branch.
     """
-    inputs, mask = _image_block(rows, canvas)
-    first, c = canvas.model.time_tokens, canvas.model
-    cache = with_room(rows.cache, first + canvas.patches)
+    inputs, mask = _image_block(state, spec)
+    first, c = spec.model.time_tokens, spec.model
+    cache = grow_cache(state.cache, first + spec.patches)
 
     def branches_of(x):
-        return x.reshape(-1, canvas.branches, *x.shape[1:])
+        return x.reshape(-1, spec.branches, *x.shape[1:])
 
     def predict(x, t):
         # The cache is read and never kept: every evaluation writes the same slots anew.
-        x = jnp.repeat(jnp.pad(x, ((0, 0), (first, 0), (0, 0))), canvas.branches, axis=0)
+        x = jnp.repeat(jnp.pad(x, ((0, 0), (first, 0), (0, 0))), spec.branches, axis=0)
         times = jnp.full((x.shape[0], 1), t)
         hidden, _ = model(inputs | {"patches": x}, times, mask, cache)
         output = model.image_output(hidden, inputs["image_ids"], times)[:, first:]
         predicted, variance = monoformer.split_output(output, c)
-        predicted = guide(branches_of(predicted), t, guidance, canvas.guided)
+        predicted = classifier_free_guidance(branches_of(predicted), t, guidance, spec.guided)
         return predicted, None if variance is None else branches_of(variance)[:, 0]
 
     return predict
 
 
-def _image_block(rows: Rows, canvas: Canvas) -> tuple[dict[str, jax.Array], IntervalMask]:
+def _image_block(state: DecodeState, spec: ImageSpec) -> tuple[dict[str, jax.Array], IntervalMask]:
     """Inputs and mask of the TIME and PATCH tokens that follow the rows."""
-    c, batch, end = canvas.model, len(rows.lengths), rows.slots
-    first, n = c.time_tokens, c.time_tokens + canvas.patches
-    index = jnp.arange(n)
-    sees_all = (index >= first) & c.bidirectional_images
-    stop = jnp.broadcast_to(end + jnp.where(sees_all, n, index + 1), (batch, n))
-    grid = jnp.stack(jnp.divmod(jnp.arange(canvas.patches), canvas.width), -1)
+    c, batch = spec.model, len(state.lengths)
+    first, n = c.time_tokens, c.time_tokens + spec.patches
+    index, ones = jnp.arange(n), jnp.ones((batch, n), jnp.int32)
+    positions = jnp.stack(jnp.divmod(jnp.arange(spec.patches), spec.width), -1)
+    positions = jnp.pad(positions, ((first, 0), (0, 0)))
     inputs = {
         "tokens": jnp.zeros((batch, n), jnp.int32),  # not looked at where there is an image
-        "kinds": jnp.broadcast_to(jnp.where(index < first, TIME, PATCH), (batch, n)),
-        "positions": rows.lengths[:, None] + index,
-        "image_ids": jnp.ones((batch, n), jnp.int32),
-        "denoise": jnp.ones((batch, n), bool),
-        "grid": jnp.broadcast_to(jnp.pad(grid, ((first, 0), (0, 0))), (batch, n, 2)),
+        "token_types": jnp.broadcast_to(jnp.where(index < first, TIME, PATCH), (batch, n)),
+        "segment_ids": ones,
+        "positions": state.lengths[:, None] + index,
+        "image_ids": ones,
+        "denoise": ones > 0,
+        "patch_positions": jnp.broadcast_to(positions, (batch, n, 2)),
         "features": jnp.zeros((batch, n, c.feature_dim)),
     }
-    return inputs, IntervalMask(jnp.broadcast_to(rows.starts[:, None], (batch, n)), stop)
+    start = jnp.broadcast_to(state.starts[:, None], (batch, n))
+    return inputs, IntervalMask(start, state.slots + monoformer.attention_mask(c, inputs).stop)

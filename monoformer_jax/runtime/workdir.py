@@ -13,10 +13,12 @@ import json
 import jax
 from etils import epath
 
-from monoformer_jax.config import Config, require
+from monoformer_jax.config import Config
+from monoformer_jax.errors import require
+from monoformer_jax.files import atomic_write
 
 # Keys of the config that a run may change when it goes on; all others make it another run.
-_MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "checkpoints_kept", "checkpoint_keep_every",
+_MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
                "watchdog_seconds", "mesh", "sampling")  # fmt: skip
 
 
@@ -45,7 +47,8 @@ def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
             f"{workdir} has checkpoints but no config.json to say what they are; nothing was touched",
         )
         workdir.mkdir(parents=True, exist_ok=True)
-    _replace(path, config.to_json())
+    with atomic_write(path) as file:
+        file.write_text(config.to_json())
     done = workdir / "done.json"
     if done.exists() and json.loads(done.read_text())["step"] < config.steps:
         done.unlink()
@@ -66,14 +69,8 @@ def mark_done(workdir: epath.PathLike, config: Config, step: int, seconds: float
     """Writes done.json, for whoever waits for the run; `claim_workdir` takes it away for more steps."""
     values = {"step": step, "name": config.name, "train_seconds": seconds}
     if jax.process_index() == 0:
-        _replace(epath.Path(workdir) / "done.json", json.dumps(values) + "\n")
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file that is seen whole or not at all."""
-    written = path.with_suffix(".json.new")
-    written.write_text(text)
-    written.replace(path)
+        with atomic_write(epath.Path(workdir) / "done.json") as file:
+            file.write_text(json.dumps(values) + "\n")
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -4,8 +4,13 @@ import json
 
 import pytest
 
-from monoformer_jax.config import InputError
-from monoformer_jax.data.prompts import chat, class_prompts, distinct, read_labels
+from monoformer_jax.data.templates import (
+    apply_chat_template,
+    class_prompts,
+    disambiguate,
+    read_labels,
+)
+from monoformer_jax.errors import InputError
 
 
 def labels():
@@ -19,7 +24,7 @@ def test_the_words_of_training():
     assert class_prompts("tench") == [
         "Please generate an image of tench.", "tench", "an image of tench.", "an photo of tench.",
     ]  # fmt: skip
-    assert chat(" hello ") == "### Human: hello### Assistant: "
+    assert apply_chat_template(" hello ") == "### Human: hello### Assistant: "
 
 
 @pytest.mark.parametrize("form", [list, lambda names: {str(i): n for i, n in enumerate(names)}])
@@ -35,7 +40,7 @@ def test_ambiguous_labels_are_told_apart(tmp_path, form):
 
 def test_names_that_are_distinct_already_stay():
     names = [f"class {i}" for i in range(1000)]
-    assert distinct(names) == names
+    assert disambiguate(names) == names
 
 
 def test_bad_labels(tmp_path):
@@ -49,4 +54,4 @@ def test_bad_labels(tmp_path):
     names = labels()
     names[3] = names[4]
     with pytest.raises(InputError, match="two classes share the name class 4"):
-        distinct(names)
+        disambiguate(names)

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from monoformer_jax.batch import TEXT, number_images
-from monoformer_jax.config import Config, ModelConfig, require
-from monoformer_jax.data.documents import Asked, Document, Image, Part, build
+from monoformer_jax.config import Config, ModelConfig
+from monoformer_jax.data.documents import Document, Image, Part, UntrainedText, build
 from monoformer_jax.data.tokenizer import Tokenizer
+from monoformer_jax.errors import require
 
 Parts = Sequence[Part]
-_STREAMS = ("tokens", "kinds", "denoise", "patches", "grid", "features")
+_STREAMS = ("tokens", "token_types", "denoise", "patches", "patch_positions", "features")
 
 
 def bucket(length: int, least: int = 64) -> int:
@@ -22,7 +23,7 @@ def bucket(length: int, least: int = 64) -> int:
     return max(least, 1 << max(int(length) - 1, 0).bit_length())
 
 
-def prompt(
+def encode_prompt(
     parts: Parts,
     tokenizer: Tokenizer,
     config: Config,
@@ -44,18 +45,18 @@ def prompt(
     """
     check_parts(parts, config, name)
     document = build(parts, tokenizer, config.model, closing=closing)
-    length, context = len(document["tokens"]), config.data.row_length
+    length, context = len(document["tokens"]), config.data.max_seq_len
     require(
         length + room <= context,
         f"{name} has {length} tokens and {room} are to follow, but the model's context is {context} "
-        "(data.row_length): shorten it",
+        "(data.max_seq_len): shorten it",
     )
     return document
 
 
 def check_parts(parts: Parts, config: Config, name: str) -> None:
     """Raises InputError for an empty text, or an image larger than those of training."""
-    texts = [getattr(part, "text", part) for part in parts if isinstance(part, str | Asked)]
+    texts = [getattr(part, "text", part) for part in parts if isinstance(part, str | UntrainedText)]
     require(all(texts), f"{name} is empty: write something to continue")
     for part in parts:
         if isinstance(part, Image):
@@ -76,14 +77,14 @@ def check_size(size: tuple[int, int], config: Config, name: str) -> None:
     )
 
 
-def without_text(document: Document, tokenizer: Tokenizer) -> Document:
+def drop_text(document: Document, tokenizer: Tokenizer) -> Document:
     """What is left of a prompt without its words: <s>, its images, and the opened one."""
     kept = (tokenizer.bos_id, tokenizer.im_start_id, tokenizer.im_end_id)
-    keep = (document["kinds"] != TEXT) | np.isin(document["tokens"], kept)
+    keep = (document["token_types"] != TEXT) | np.isin(document["tokens"], kept)
     return {name: stream[keep] for name, stream in document.items()}
 
 
-def stack(documents: Sequence[Document], slots: int, pad_id: int) -> dict[str, np.ndarray]:
+def pad_batch(documents: Sequence[Document], slots: int, pad_id: int) -> dict[str, np.ndarray]:
     """Streams [B, slots] of documents or of pieces of them, PAD on the right.
 
     All their images are at the same noise level, 0, so they share the number 1.
@@ -97,7 +98,7 @@ def stack(documents: Sequence[Document], slots: int, pad_id: int) -> dict[str, n
             fill = pad_id if name == "tokens" else 0
             row[name] = np.pad(document[name], widths, constant_values=fill)
         row["segment_ids"] = np.pad(np.ones(n, np.int32), (0, slots - n))
-        row["image_ids"] = np.minimum(number_images(row["kinds"]), 1)
+        row["image_ids"] = np.minimum(number_images(row["token_types"]), 1)
         rows.append(row)
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -107,11 +108,11 @@ def text_inputs(tokens: jax.Array, positions: jax.Array, c: ModelConfig) -> dict
     shape = tokens.shape
     return {
         "tokens": tokens,
-        "kinds": jnp.full(shape, TEXT, jnp.int32),
+        "token_types": jnp.full(shape, TEXT, jnp.int32),
         "positions": positions,
         "image_ids": jnp.zeros(shape, jnp.int32),
         "denoise": jnp.zeros(shape, bool),
         "patches": jnp.zeros((*shape, c.patch_dim)),
         "features": jnp.zeros((*shape, c.feature_dim)),
-        "grid": jnp.zeros((*shape, 2), jnp.int32),
+        "patch_positions": jnp.zeros((*shape, 2), jnp.int32),
     }

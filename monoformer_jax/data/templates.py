@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from monoformer_jax.config import require
+from monoformer_jax.errors import require
 
 CHAT_TEMPLATE = ("### Human: {}### Assistant: ", "{}")  # what is asked, what is answered
 
@@ -25,7 +25,7 @@ _AMBIGUOUS = {134: "crane (bird)", 517: "crane (machine)",
               638: "maillot (one-piece suit)", 639: "maillot (tank suit)"}  # fmt: skip
 
 
-def chat(message: str) -> str:
+def apply_chat_template(message: str) -> str:
     """A message as the original's chat template has it, ready to be answered."""
     return CHAT_TEMPLATE[0].format(message.strip())
 
@@ -50,10 +50,10 @@ def read_labels(path: Path) -> list[str]:
         values = [values.get(str(i)) for i in range(len(values))]
     fits = isinstance(values, list) and all(isinstance(v, str) for v in values)
     require(fits and len(values) == 1000, f"{path} is no JSON list of the 1000 names of ImageNet")
-    return distinct(values)
+    return disambiguate(values)
 
 
-def distinct(labels: Sequence[str]) -> list[str]:
+def disambiguate(labels: Sequence[str]) -> list[str]:
     """The names with crane and maillot told apart, wherever a name stands for two classes.
 
     Raises:

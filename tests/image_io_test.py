@@ -8,10 +8,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from monoformer_jax.config import InputError
-from monoformer_jax.generation import many, pictures
-from monoformer_jax.generation.many import paint_many
-from monoformer_jax.generation.pictures import open_picture, to_grid, to_picture, to_pixels
+from monoformer_jax.data import image_io
+from monoformer_jax.data.image_io import image_grid, open_image, to_pil, to_pixels
+from monoformer_jax.errors import InputError
+from monoformer_jax.sampling import shards
+from monoformer_jax.sampling.shards import generate_shards
 
 RAMP = np.linspace(0, 255, 8 * 8).reshape(8, 8).astype(np.uint8)
 
@@ -31,31 +32,31 @@ def test_any_mode_and_size_becomes_pixels(mode, size, channels):
         picture = PIL.Image.fromarray(np.full(size[::-1], 128 * 257, np.uint16))
     else:
         picture = picture.convert(mode)
-    pixels = to_pixels(open_picture(picture), 8, channels)
+    pixels = to_pixels(open_image(picture), 8, channels)
     assert pixels.shape == (8, 8, channels) and pixels.dtype == np.float32
     wanted = 1.0 if mode == "1" else 1 / 255
     assert np.abs(np.abs(pixels) - wanted).max() < (1.01 if mode == "1" else 0.02)
 
 
 def test_pixels_are_those_of_the_picture_however_it_comes(tmp_path):
-    plain = to_pixels(open_picture(RAMP), 8, 1)
+    plain = to_pixels(open_image(RAMP), 8, 1)
     np.testing.assert_allclose(plain[..., 0], RAMP / 127.5 - 1, atol=1e-6)
     picture = PIL.Image.fromarray(RAMP)
     picture.save(tmp_path / "a.png")
     enlarged = PIL.Image.fromarray(RAMP.repeat(16, 0).repeat(16, 1))
     for source in (picture, str(tmp_path / "a.png"), tmp_path / "a.png", png(picture),
                    io.BytesIO(png(picture)), RAMP[..., None], plain, enlarged):  # fmt: skip
-        np.testing.assert_allclose(to_pixels(open_picture(source), 8, 1), plain, atol=1e-6)
-    np.testing.assert_array_equal(to_picture(plain), RAMP)
+        np.testing.assert_allclose(to_pixels(open_image(source), 8, 1), plain, atol=1e-6)
+    np.testing.assert_array_equal(to_pil(plain), RAMP)
 
 
 def test_transparency_is_white_and_the_camera_is_turned_upright():
     clear = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert (to_pixels(open_picture(clear), 4, 3) == 1).all()
+    assert (to_pixels(open_image(clear), 4, 3) == 1).all()
     wide = PIL.Image.new("L", (8, 4))
     exif = wide.getexif()
     exif[0x0112] = 6  # turned by a quarter
-    assert open_picture(png(wide, exif=exif)).size == (4, 8)
+    assert open_image(png(wide, exif=exif)).size == (4, 8)
 
 
 def bomb(side):
@@ -90,15 +91,15 @@ def bomb(side):
 )
 def test_what_is_no_picture_is_one_sentence(source, message):
     with pytest.raises(InputError, match=f"my image.*{message}"):
-        open_picture(source, "my image")
+        open_image(source, "my image")
 
 
 def test_a_grid_has_every_image_at_its_place():
     images = [np.full((8, 8, 1), value, np.float32) for value in (-1, 0, 1)]
-    grid = np.asarray(to_grid(images, columns=2))
+    grid = np.asarray(image_grid(images, columns=2))
     assert grid.shape == (256, 256)
     assert [grid[y, x] for y, x in ((0, 0), (0, 200), (200, 0), (200, 200))] == [0, 128, 255, 0]
-    assert pictures.to_uint8(np.array([-7.0, 7.0])).tolist() == [0, 255]
+    assert image_io.to_uint8(np.array([-7.0, 7.0])).tolist() == [0, 255]
 
 
 def paint(first, count):
@@ -122,34 +123,36 @@ def test_shards_go_on_where_they_were_stopped_and_are_shared(tmp_path):
 
         return run
 
-    facts, quiet = {"seed": 1}, {"say": lambda line: None}
+    facts, quiet = {"seed": 1}, {"log": lambda line: None}
     with pytest.raises(Stopped):
-        paint_many(tmp_path, 23, 4, facts, until(2), process=0, processes=2, **quiet)
+        generate_shards(tmp_path, 23, 4, facts, until(2), process=0, processes=2, **quiet)
     assert painted == [0, 8] and not (tmp_path / "samples.npz").exists()
     (tmp_path / ".00000016.npz.1.new").write_bytes(b"cut short by a kill")
-    assert paint_many(tmp_path, 23, 4, facts, until(9), process=0, processes=2, **quiet) is None
+    assert (
+        generate_shards(tmp_path, 23, 4, facts, until(9), process=0, processes=2, **quiet) is None
+    )
     assert painted == [0, 8, 16]
-    samples = paint_many(tmp_path, 23, 4, facts, until(9), process=1, processes=2, **quiet)
+    samples = generate_shards(tmp_path, 23, 4, facts, until(9), process=1, processes=2, **quiet)
     assert painted == [0, 8, 16, 4, 12, 20]
     with np.load(samples) as arrays:
         assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(arrays["arr_0"], paint(0, 23))
-    assert paint_many(tmp_path, 23, 4, facts, until(0), **quiet) == samples
+    assert generate_shards(tmp_path, 23, 4, facts, until(0), **quiet) == samples
     for changed in ({"seed": 2}, {"seed": 1, "step": 3}):
         with pytest.raises(InputError, match=f"another {list(changed)[-1]}"):
-            paint_many(tmp_path, 23, 4, changed, paint, **quiet)
+            generate_shards(tmp_path, 23, 4, changed, paint, **quiet)
     with pytest.raises(InputError, match="another total"):
-        paint_many(tmp_path, 24, 4, facts, paint, **quiet)
+        generate_shards(tmp_path, 24, 4, facts, paint, **quiet)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine.npz").write_bytes(b"")
     with pytest.raises(InputError, match=r"holds mine\.npz but no sampling.json"):
-        paint_many(tmp_path, 4, 2, {}, paint)
+        generate_shards(tmp_path, 4, 2, {}, paint)
     (tmp_path / "mine.npz").unlink()
     (tmp_path / "sampling.json").write_text("{")
     with pytest.raises(InputError, match=r"sampling\.json is damaged"):
-        paint_many(tmp_path, 4, 2, {}, paint)
+        generate_shards(tmp_path, 4, 2, {}, paint)
     with pytest.raises(InputError, match="--total=0 must be above 0"):
-        paint_many(tmp_path, 0, 2, {}, paint)
-    assert many._file(tmp_path, 128).name == "00000128.npz"
+        generate_shards(tmp_path, 0, 2, {}, paint)
+    assert shards._file(tmp_path, 128).name == "00000128.npz"

@@ -13,17 +13,25 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax import batch as contract
-from monoformer_jax.bench import flops
-from monoformer_jax.bench.collectives import Collective, collectives
-from monoformer_jax.bench.topology import CHIPS, Chip, all_chips, chip_of
-from monoformer_jax.config import Config, require
-from monoformer_jax.diffusion.solvers import make_grid
-from monoformer_jax.generation import image
-from monoformer_jax.generation.rows import no_rows
+from monoformer_jax.config import Config
+from monoformer_jax.diffusion.solvers import make_time_grid
+from monoformer_jax.errors import require
 from monoformer_jax.models import monoformer
 from monoformer_jax.nn.decoder import KVCache
-from monoformer_jax.parallel import BATCH, check_batch_size, make_mesh, parameter_shardings
-from monoformer_jax.training.state import abstract_state, make_train_step
+from monoformer_jax.parallel import (
+    BATCH,
+    TENSOR_AXIS,
+    batch_shards,
+    check_batch_size,
+    make_mesh,
+    parameter_shardings,
+)
+from monoformer_jax.planning import flops
+from monoformer_jax.planning.collectives import Collective, collectives
+from monoformer_jax.planning.hardware import CHIPS, Chip, all_chips, chip_of
+from monoformer_jax.sampling import image
+from monoformer_jax.sampling.state import init_decode_state
+from monoformer_jax.training.state import abstract_train_state, make_train_step
 
 GIB = 2**30
 IMAGES = 8  # painted at once on a device (that shares them along tensor), when sampling
@@ -98,9 +106,9 @@ def slice_mesh(config: Config, topology: str) -> Mesh:
       InputError: no such topology, or the mesh or the batch does not suit it.
     """
     mesh = make_mesh(config.mesh, all_chips(topology, config.mesh.slices))
-    check_batch_size(config.batch_size, config.optimizer.accumulation, mesh)
+    check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
     try:
-        abstract_state(config, mesh)
+        abstract_train_state(config, mesh)
     except ValueError as error:
         require(False, str(error))
     return mesh
@@ -167,13 +175,13 @@ def _wanted(message: str) -> int:
 def _train_program(config: Config, mesh: Mesh):
     fields = contract.spec(config)
     batch = _placed(fields, NamedSharding(mesh, BATCH))
-    return make_train_step(config, mesh), (abstract_state(config, mesh), batch)
+    return make_train_step(config, mesh), (abstract_train_state(config, mesh), batch)
 
 
 def _train_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Of a step as it is usually counted: every token, its next token predicted, in rows of one
     causal document. And what the blocks alone cost with what remat repeats."""
-    c, length = config.model, config.data.row_length
+    c, length = config.model, config.data.max_seq_len
     tokens = config.batch_size * length
     token = flops.layers(c) + flops.text_head(c) + flops.patch(c)
     pairs = config.batch_size * length * (length + 1) // 2
@@ -188,30 +196,32 @@ def _placed(tree, sharding: NamedSharding):
 def _sample_program(config: Config, mesh: Mesh):
     """All steps of many images at once, after prompts that have run."""
     c, images = config.model, _images(mesh)
-    branches = image.branch_count(config.sampling, shown=False)
-    canvas = image.make_canvas(config, config.sampling, (config.data.image_size,) * 2, branches)
+    branches = image.guidance_branches(config.sampling, shown=False)
+    spec = image.make_image_spec(config, config.sampling, (config.data.image_size,) * 2, branches)
     params = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
     params = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        params, parameter_shardings(monoformer.parameter_axes(c), params, mesh),
+        params, parameter_shardings(monoformer.logical_axes(c), params, mesh),
     )  # fmt: skip
     by_rows = NamedSharding(mesh, BATCH)
     cache_of_prompts = functools.partial(KVCache.create, c, images * branches, PROMPT)
-    rows = jax.eval_shape(lambda: no_rows(c, images * branches).replace(cache=cache_of_prompts()))
-    heads = NamedSharding(mesh, PartitionSpec(None, *BATCH, None, "tensor"))
+    rows = jax.eval_shape(
+        lambda: init_decode_state(c, images * branches).replace(cache=cache_of_prompts())
+    )
+    heads = NamedSharding(mesh, PartitionSpec(None, *BATCH, None, TENSOR_AXIS))
     cache = KVCache(
         *_placed((rows.cache.k, rows.cache.v), heads),
         _placed(rows.cache.index, NamedSharding(mesh, PartitionSpec())),
     )
     rows = _placed(rows.replace(cache=None), by_rows).replace(cache=cache)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    x = jax.ShapeDtypeStruct((images, canvas.patches, c.patch_dim), "float32")
+    x = jax.ShapeDtypeStruct((images, spec.patches, c.patch_dim), "float32")
 
     def sample(params, rows, x, keys):
-        grid = make_grid(config.sampling.solver, config.sampling.steps, config.sampling.shift)
+        grid = make_time_grid(config.sampling.solver, config.sampling.steps, config.sampling.shift)
         guidance = image.make_guidance(config.sampling)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return image.paint(params, rows, x, keys, grid, guidance, 0, grid.steps, canvas)
+            return image.denoise(params, rows, x, keys, grid, guidance, 0, grid.steps, spec)
 
     return jax.jit(sample), (params, rows, *_placed((x, keys), by_rows))
 
@@ -219,15 +229,15 @@ def _sample_program(config: Config, mesh: Mesh):
 def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Of the images of one call, and of the blocks alone."""
     c, s, n = config.model, config.sampling, config.image_tokens
-    steps = int(make_grid(s.solver, s.steps, s.shift).steps)
-    passes = steps * (2 if s.solver == "heun" else 1) * image.branch_count(s, shown=False)
+    steps = int(make_time_grid(s.solver, s.steps, s.shift).steps)
+    passes = steps * (2 if s.solver == "heun" else 1) * image.guidance_branches(s, shown=False)
     blocks = _images(mesh) * passes * n * flops.layers(c)
     rest = n * (n + PROMPT) * flops.attention(c) + n * flops.patch(c)
     return blocks + _images(mesh) * passes * rest, blocks
 
 
 def _images(mesh: Mesh) -> int:
-    return IMAGES * mesh.shape["data"] * mesh.shape["fsdp"]
+    return IMAGES * batch_shards(mesh)
 
 
 _PROGRAMS = {"train": _train_program, "sample": _sample_program}

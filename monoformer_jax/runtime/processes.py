@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from monoformer_jax.cli import BAD_INPUT
-from monoformer_jax.config import InputError, require
+from monoformer_jax.errors import BAD_INPUT, InputError, require
 
 _BUFFER = 1024  # bytes; sizes are rounded up to it, so that the exchange compiles rarely
 _GRACE = 5.0  # seconds
@@ -55,7 +54,7 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
     jax.distributed.initialize(coordinator, count, index)
 
 
-def gather(value: Any) -> list:
+def allgather_json(value: Any) -> list:
     """The JSON value of every process, in their order; all of them call it at the same point."""
     if jax.process_count() == 1:
         return [value]
@@ -67,7 +66,7 @@ def gather(value: Any) -> list:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
 
 
-def on_first(action: Callable[[], Any]) -> Any:
+def run_on_first(action: Callable[[], Any]) -> Any:
     """Does `action` on process 0 alone and gives its JSON result, or its InputError, to all."""
     answer, refusal = None, None
     if jax.process_index() == 0:
@@ -75,13 +74,13 @@ def on_first(action: Callable[[], Any]) -> Any:
             answer = action()
         except InputError as error:
             refusal = str(error)
-    answer, refusal = gather([answer, refusal])[0]
+    answer, refusal = allgather_json([answer, refusal])[0]
     if refusal is not None:
         raise InputError(refusal)
     return answer
 
 
-def leave_others(error: BaseException) -> None:
+def exit_without_barrier(error: BaseException) -> None:
     """Ends this process of several at once: in an orderly exit each would wait for all the others.
 
     The only process of a run returns.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monoformer_jax.config import require
+from monoformer_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)

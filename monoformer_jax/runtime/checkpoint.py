@@ -12,25 +12,21 @@ A checkpoint is read back on any number of devices and processes and on any mesh
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from monoformer_jax.config import Config, InputError, LoraConfig, MeshConfig, ModelConfig, require
 from monoformer_jax.data.pipeline import RowIterator
-from monoformer_jax.nn import lora
-from monoformer_jax.parallel import make_mesh
-from monoformer_jax.training.processes import gather
-from monoformer_jax.training.state import TrainState, abstract_state
-from monoformer_jax.training.workdir import read_config
+from monoformer_jax.errors import InputError
+from monoformer_jax.runtime.processes import allgather_json
 
+# A `training.state.TrainState`: params, ema, opt_state and step are saved.
+State = Any
 # What errors of storage and devices say. None of it means that the checkpoint is bad.
 _NOT_DAMAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
                "RESOURCE_EXHAUSTED")  # fmt: skip
@@ -62,10 +58,12 @@ class Checkpoints:
         """Step of the newest complete checkpoint; one cut short by a kill does not count."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: RowIterator, seconds: float) -> None:
+    def save(self, state: State, data: RowIterator, seconds: float) -> None:
         """Starts to write the state; every process calls it after the same step."""
         step = int(state.step)
-        streams = {number: s for states in gather(data.get_state()) for number, s in states.items()}
+        streams = {
+            number: s for states in allgather_json(data.get_state()) for number, s in states.items()
+        }
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -81,9 +79,7 @@ class Checkpoints:
         """Returns when what was saved is complete; raises what went wrong in the background."""
         self._manager.wait_until_finished()
 
-    def restore(
-        self, target: TrainState, data: RowIterator
-    ) -> tuple[TrainState, float, dict[int, str]]:
+    def restore(self, target: State, data: RowIterator) -> tuple[State, float, dict[int, str]]:
         """The newest state that every process can read, placed as `target` says; moves `data` there.
 
         Returns:
@@ -97,7 +93,9 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in steps:
             restored, problem = self._try(step, target, data)
-            problems = [p for p in gather(problem) if p]  # one process may see what others do not
+            problems = [
+                p for p in allgather_json(problem) if p
+            ]  # one process may see what others do not
             if restored and not problems:
                 self._move_away(list(damaged))
                 return *restored, damaged
@@ -107,20 +105,21 @@ class Checkpoints:
             + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
         )
 
-    def _try(self, step: int, target: TrainState, data: RowIterator):
+    def _try(self, step: int, target: State, data: RowIterator):
         """((state, seconds), "") or (None, why not), by this process alone."""
         # Not through the manager: it waits for the other processes, of which one may have failed.
         folder, read = self.folder / str(step), _read_arrays
         try:
             meta = _read_json(folder / "meta")
             data.set_state(_read_json(folder / "data")["streams"])
-            state = TrainState(
-                jax.make_array_from_callback(
-                    (), target.step.sharding, lambda _: np.int32(meta["step"])
-                ),
-                read(folder / "params", target.params),
-                read(folder / "ema", target.ema),
-                read(folder / "optimizer", target.opt_state),
+            step = jax.make_array_from_callback(
+                (), target.step.sharding, lambda _: np.int32(meta["step"])
+            )
+            state = target.replace(
+                step=step,
+                params=read(folder / "params", target.params),
+                ema=read(folder / "ema", target.ema),
+                opt_state=read(folder / "optimizer", target.opt_state),
             )
             return (jax.block_until_ready(state), meta["train_seconds"]), ""
         except Exception as error:  # whatever the broken part raised
@@ -138,7 +137,7 @@ class Checkpoints:
                 while to.exists():
                     to, again = to.with_name(f"{step}.{again}"), again + 1
                 (self.folder / str(step)).rename(to)
-        gather(None)  # the others look only now
+        allgather_json(None)  # the others look only now
         self._manager.reload()
 
     def restore_ema(self, target: dict) -> tuple[dict, dict]:
@@ -224,66 +223,6 @@ def _is_damage(error: Exception) -> bool:
     """Whether an error of reading says something of the checkpoint, and not of machine or network."""
     elsewhere = MemoryError | PermissionError | ConnectionError | TimeoutError
     return not isinstance(error, elsewhere) and not any(w in str(error) for w in _NOT_DAMAGE)
-
-
-def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Config, dict, dict]:
-    """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
-
-    The weights come to one device, whatever mesh and however many processes they were trained on.
-    Adapters are merged into the model that they adapt, which is read from its own workdir.
-
-    Args:
-      workdir: folder of the run.
-      dtype: of the weights; "bfloat16" halves what they take, and no optimizer is read. None is
-        float32, as they were trained.
-
-    Raises:
-      InputError: no trained model there, or a checkpoint that cannot be read.
-    """
-    config = read_config(workdir)
-    one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    with Checkpoints(workdir) as checkpoints:
-        if not config.lora.rank:
-            target = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(
-                    a.shape, a.dtype if dtype is None else jnp.dtype(dtype), sharding=a.sharding
-                ),
-                abstract_state(config, one_device).ema,
-            )
-            params, meta = checkpoints.restore_ema(target)
-            return config, params, meta
-        trained, meta = checkpoints.restore_ema(abstract_state(config, one_device).ema)
-    whole = dataclasses.replace(config, lora=LoraConfig(), init_from="")
-    params = load_weights(config.init_from, abstract_state(whole, one_device).ema, config.model)
-    adapters = trained.pop("lora")
-    params["decoder"]["layers"] = lora.merge(params["decoder"]["layers"], adapters, config.lora)
-    params |= trained
-    return whole, params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params), meta
-
-
-def load_weights(workdir: epath.PathLike, target: dict, model: ModelConfig) -> dict:
-    """Averaged weights of another run, placed as `target` says, for a run of this model.
-
-    Raises:
-      InputError: there is no model, or one with other parameters.
-    """
-    config = read_config(workdir)
-    there = config.model
-    require(
-        not config.lora.rank,
-        f"init_from={workdir} holds adapters; merge them first: python -m monoformer_jax.convert "
-        f"--from={workdir} --to=DIR --format=orbax",
-    )
-    # How it is computed may differ; what its parameters are may not.
-    changed = [
-        f"{field.name} ({getattr(there, field.name)!r} there, {getattr(model, field.name)!r} now)"
-        for field in dataclasses.fields(there)
-        if field.name not in ("dtype", "remat", "attention")
-        and getattr(there, field.name) != getattr(model, field.name)
-    ]
-    require(not changed, f"init_from={workdir} holds another model: {', '.join(changed)}")
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(target)[0]
 
 
 def _first_line(error: Exception) -> str:

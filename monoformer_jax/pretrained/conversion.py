@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from monoformer_jax.config import Config, InputError, require
+from monoformer_jax.config import Config
 from monoformer_jax.data.tokenizer import extend_tokenizer, open_tokenizer
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.files import atomic_folder
 from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained import monoformer as original
-from monoformer_jax.pretrained.folder import new_folder, open_weights, write_safetensors
+from monoformer_jax.pretrained.folder import open_weights, write_safetensors
 from monoformer_jax.pretrained.model import OURS, open_pretrained
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
-from monoformer_jax.training.checkpoint import Checkpoints, load_trained
-from monoformer_jax.training.workdir import read_config
+from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.runtime.workdir import read_config
 
 Progress = Callable[[Sequence], Any]
 _TOKENIZER = "tokenizer.json"
@@ -127,7 +130,7 @@ def _open_workdir(source: Source) -> Weights:
 
 def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None:
     """A workdir that `sample` reads and `init_from` starts from."""
-    with new_folder(to) as folder:
+    with atomic_folder(to) as folder:
         (folder / "config.json").write_text(weights.config.to_json())
         _write_tokenizer(folder, weights)
         with Checkpoints(folder, kept=1) as checkpoints:
@@ -150,9 +153,9 @@ def write_safetensors_folder(
 ) -> None:
     """The original's config.json, model.safetensors, ema/model.safetensors and the tokenizer."""
     c = weights.config
-    values = original.write_config(c.model, c.data.image_size, c.data.row_length)
+    values = original.write_config(c.model, c.data.image_size, c.data.max_seq_len)
     values[OURS] = c.to_dict()  # what their config.json cannot say
-    with new_folder(to) as folder:
+    with atomic_folder(to) as folder:
         tokenizer = _write_tokenizer(folder, weights)
         if tokenizer is not None:
             names = ("pad", "image", "im_start", "im_end")

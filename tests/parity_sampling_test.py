@@ -6,17 +6,17 @@ import jax
 import numpy as np
 import pytest
 from fixtures import cases, channels_last, close, label, sections_of
-from parity_model import IdTokenizer, inputs_of, load, run_config
+from parity_model import IdTokenizer, inputs_of, load, run_config, vary
 
 from monoformer_jax.batch import number_images, patchify, unpatchify
 from monoformer_jax.data.documents import Features, build
 from monoformer_jax.diffusion import ddpm
-from monoformer_jax.diffusion.solvers import make_grid, solve
-from monoformer_jax.generation.image import make_canvas, make_guidance, predictor
-from monoformer_jax.generation.rows import prefill
-from monoformer_jax.generation.streams import bucket, stack
-from monoformer_jax.generation.text import generate_text
+from monoformer_jax.diffusion.solvers import make_time_grid, solve
 from monoformer_jax.models import monoformer
+from monoformer_jax.sampling.image import make_denoiser, make_guidance, make_image_spec
+from monoformer_jax.sampling.prompts import bucket, pad_batch
+from monoformer_jax.sampling.state import prefill
+from monoformer_jax.sampling.text import generate_text
 
 
 class Sampler:
@@ -25,7 +25,7 @@ class Sampler:
     def __init__(self, folder, case):
         self.recorded, changes = inputs_of(folder, case)
         model, params = load(folder)
-        self.model = dataclasses.replace(model, **changes)
+        self.model = vary(model, changes)
         self.side = self.recorded["z"].shape[-1]
         self.n = len(self.recorded["z"]) // 2
         self.bound = monoformer.bind(self.model, params)
@@ -44,15 +44,15 @@ class Sampler:
         ]
         self.sections = sections_of(self.recorded["timestep_map"])
 
-    def predictor(self, branches):
+    def make_denoiser(self, branches):
         """With two, the second half of the recorded prompts is what the first is guided against."""
         scale = float(self.recorded["cfg_scale"])
         sampling = dataclasses.replace(self.config.sampling, guidance=scale)
         pairs = zip(self.prompts[: self.n], self.prompts[self.n :])
         prompts = self.prompts if branches == 1 else [prompt for pair in pairs for prompt in pair]
         rows = prefill(self.params, prompts, self.pad_id, self.model, None)
-        canvas = make_canvas(self.config, sampling, (self.side, self.side), branches)
-        return predictor(self.bound, rows, canvas, make_guidance(sampling))
+        canvas = make_image_spec(self.config, sampling, (self.side, self.side), branches)
+        return make_denoiser(self.bound, rows, canvas, make_guidance(sampling))
 
     def patches(self, x):
         """[n, C, h, w] -> [n, patches, P]."""
@@ -87,12 +87,12 @@ def sampler():
 def test_one_guided_evaluation(sampler, folder, case):
     s = sampler(folder, case)
     recorded = s.recorded
-    t = ddpm.clock(recorded["fw_t"][0])
+    t = ddpm.step_to_t(recorded["fw_t"][0])
     assert (recorded["fw_t"] == recorded["fw_t"][0]).all()
-    guided = jax.jit(lambda x: s.predictor(2)(x, t))(s.patches(recorded["z"][: s.n]))
+    guided = jax.jit(lambda x: s.make_denoiser(2)(x, t))(s.patches(recorded["z"][: s.n]))
     close(s.output(*guided), recorded["fw_x_out"][: s.n])
     if "fw_x_out_nocfg" in recorded:
-        plain = jax.jit(lambda x: s.predictor(1)(x, t))(s.patches(recorded["z"]))
+        plain = jax.jit(lambda x: s.make_denoiser(1)(x, t))(s.patches(recorded["z"]))
         close(s.output(*plain), recorded["fw_x_out_nocfg"])
 
 
@@ -106,11 +106,11 @@ def test_sampling_loops(sampler, folder, case):
         "final_clip": ("ddpm", True),
         "ddim_final": ("ddim", False),
     }
-    grid = make_grid("ddpm", s.sections)
+    grid = make_time_grid("ddpm", s.sections)
 
     def run(x, solver, clip):
         draw = lambda i: jax.numpy.asarray(s.noise())[i]  # noqa: E731
-        return solve(solver, s.predictor(2), x, grid, draw=draw, clip=clip)[0]
+        return solve(solver, s.make_denoiser(2), x, grid, draw=draw, clip=clip)[0]
 
     for name, (solver, clip) in chains.items():
         if name not in recorded:
@@ -126,11 +126,11 @@ def test_first_step(sampler, folder, case):
     schedule = ddpm.make_schedule(s.sections)
     k = len(schedule) - 1
     start, draw = s.patches(s.recorded["z"][: s.n]), s.noise()[0]
-    t = ddpm.clock(schedule.timestep_map[k])
-    predicted, variance = jax.jit(lambda x: s.predictor(2)(x, t))(start)
+    t = ddpm.step_to_t(schedule.timestep_map[k])
+    predicted, variance = jax.jit(lambda x: s.make_denoiser(2)(x, t))(start)
     for clip, names in ((False, ("sample_step0", "pred_xstart_step0")),
                         (True, ("sample_clip_step0",))):  # fmt: skip
-        p = ddpm.reverse(start, predicted, variance, np.array(k), schedule, clip)
+        p = ddpm.p_mean_variance(start, predicted, variance, np.array(k), schedule, clip)
         drawn = p.mean + np.exp(0.5 * p.log_variance) * draw
         for name, value in zip(names, (drawn, p.clean)):
             if name in s.recorded:
@@ -194,7 +194,7 @@ def test_text_token_for_token(folder, case):
     read = [[*parts, " ".join(map(str, ids[:-1]))] for parts, ids in zip(prompts, generated)]
     documents = [build(parts, tokenizer, model, closing=[]) for parts in read]
     slots = bucket(max(len(document["tokens"]) for document in documents))
-    streams = stack(documents, slots, tokenizer.pad_id)
+    streams = pad_batch(documents, slots, tokenizer.pad_id)
     streams["positions"] = np.broadcast_to(np.arange(slots), streams["tokens"].shape)
     logits = uncached(model, params, streams)[streams["segment_ids"] > 0]
     logits = logits.reshape(len(prompts), -1, model.vocab_size)
@@ -216,13 +216,13 @@ def test_llama_layer_by_layer(folder, case):
     B, L = ids.shape
     streams = {
         "tokens": ids,
-        "kinds": mask.astype(np.int32),
+        "token_types": mask.astype(np.int32),
         "segment_ids": mask.astype(np.int32),
         "positions": np.broadcast_to(np.arange(L), (B, L)),
         "image_ids": np.stack([number_images(row) for row in mask]),
         "denoise": np.zeros((B, L), bool),
         "patches": np.zeros((B, L, model.patch_dim), np.float32),
-        "grid": np.zeros((B, L, 2), np.int32),
+        "patch_positions": np.zeros((B, L, 2), np.int32),
     }
     # The four tokens that ours has more change none of the others' logits.
     V = folder.config["vocab_size"]

@@ -1,0 +1,89 @@
+"""Variants of the original's code that only its weights need: `Config.model.original` selects them.
+
+    time_conditioning="modulation"   patches are scaled and shifted by the noise level; no TIME token
+    image_head="add"                 the noise level is added before the last layer; nothing is normed
+    position_embedding               "every_layer" adds it before every block, "none" not at all
+    context_images="causal"          images to look at are read as text is, without 2-D positions
+    bidirectional_images=False       every image is causal, also those that are generated
+
+Source: `monoformer.py` of the reference code. The released weights use "causal" and no other.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from monoformer_jax.batch import PATCH, TEXT
+from monoformer_jax.models.monoformer import MonoFormer
+from monoformer_jax.nn.conditioning import broadcast_to_tokens, modulate
+from monoformer_jax.nn.layers import Linear
+
+
+class AddHead(nnx.Module):
+    """[B, L, D] -> float32 [B, L, P]: the time embedding, through one layer, is added; then linear."""
+
+    def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs):
+        self.modulation = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
+        self.out = Linear(dim, outputs, ("embed", None), rngs=rngs)
+
+    def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
+        x = x + broadcast_to_tokens(self.modulation(jax.nn.silu(embedding)), image_of)
+        return self.out(x).astype(jnp.float32)
+
+
+class OriginalMonoFormer(MonoFormer):
+    """MonoFormer with any of the variants."""
+
+    def init_time(self, rngs):
+        c = self.config
+        if c.time_tokens:
+            return super().init_time(rngs)
+        axes = ("embed", "embed_out")
+        self.input_modulation = Linear(c.embed_dim, 2 * c.embed_dim, axes, rngs=rngs)
+
+    def make_image_head(self, rngs):
+        c = self.config
+        if c.original.image_head == "adaln":
+            return super().make_image_head(rngs)
+        return AddHead(c.embed_dim, c.output_dim, rngs)
+
+    def embed_patches(self, inputs, embedding, image_of):
+        c, dtype = self.config, embedding.dtype
+        patch = self.patch_embedding(inputs["patches"].astype(dtype))
+        if c.original.position_embedding != "none":
+            patch = patch + self.position(inputs, dtype)
+        if c.time_tokens:
+            return patch
+        if c.original.context_images == "causal":
+            image_of = image_of * inputs["denoise"][..., None]
+        return modulate(patch, self.input_modulation, embedding, image_of)
+
+    def add_time(self, hidden, token_types, embedding, image_of):
+        if not self.config.time_tokens:
+            return hidden
+        return super().add_time(hidden, token_types, embedding, image_of)
+
+    def position(self, inputs, dtype):
+        c, position = self.config.original, super().position(inputs, dtype)
+        has_one = True
+        if c.context_images == "causal":
+            has_one = inputs["denoise"]
+        if c.position_embedding == "every_layer":
+            has_one = has_one & (inputs["token_types"] == PATCH)
+        return position if has_one is True else jnp.where(has_one[..., None], position, 0)
+
+    def input_bias(self, inputs):
+        if self.config.original.position_embedding != "every_layer":
+            return None
+        return self.position(inputs, jnp.dtype(self.config.dtype))
+
+    @staticmethod
+    def mask_token_types(c, inputs):
+        causal = inputs["token_types"] == PATCH
+        if c.original.bidirectional_images:
+            if c.original.context_images != "causal":
+                return inputs["token_types"]
+            causal = causal & ~inputs["denoise"]
+        return jnp.where(causal, TEXT, inputs["token_types"])
