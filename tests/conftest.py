@@ -25,6 +25,11 @@ import pytest
 from monoformer_jax.cli import load_config
 
 jax.config.update("jax_num_cpu_devices", 4)
+# The CPU's newer emitters of fusions take twice as long to compile. The flag is read once, when the
+# backend starts; libtpu, which would refuse it, and the programs that tests start do not see it.
+os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+jax.devices()
+del os.environ["XLA_FLAGS"]
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "data" / "reference"  # recorded outputs of the original
