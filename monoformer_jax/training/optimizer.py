@@ -9,14 +9,16 @@ from monoformer_jax.config import Config
 
 
 def learning_rate(config: Config) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine to `final_fraction` of the rate, or a constant one."""
     c = config.optimizer
-    warmup = optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)
-    if c.schedule == "constant":
-        after = optax.constant_schedule(c.learning_rate)
-    else:
-        decay_steps = max(config.steps - c.warmup_steps, 1)
-        after = optax.cosine_decay_schedule(c.learning_rate, decay_steps, c.final_fraction)
-    return optax.join_schedules([warmup, after], [c.warmup_steps])
+    final_fraction = 1.0 if c.schedule == "constant" else c.final_fraction
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=c.learning_rate,
+        warmup_steps=c.warmup_steps,
+        decay_steps=max(config.steps, c.warmup_steps + 1),
+        end_value=final_fraction * c.learning_rate,
+    )
 
 
 def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
