@@ -111,7 +111,7 @@ def apply_step(
     decay = c.ema_decay
     if c.ema_ramp:
         decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = TrainMetrics.single_from_model_output(
         loss=loss,
         **parts,
