@@ -1,4 +1,4 @@
-"""Shared by the tests: CPU only, four virtual devices, and the tiny digits config."""
+"""Shared test setup: CPU only, four virtual devices, and the tiny digits config."""
 
 import atexit
 import os
@@ -6,8 +6,8 @@ import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Many tests, in several processes, compile the same programs: once is enough. The first process
-# makes the folder, and those that it starts inherit it.
+# Many tests, in several processes, compile the same programs, so they share a compilation cache. The
+# first process creates the folder, and subprocesses inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.mkdtemp(prefix="jax_cache_")
     atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
@@ -24,9 +24,10 @@ import pytest
 
 from monoformer_jax.cli import load_config
 
-jax.config.update("jax_num_cpu_devices", 4)
-# The CPU's newer emitters of fusions take twice as long to compile. The flag is read once, when the
-# backend starts; libtpu, which would refuse it, and the programs that tests start do not see it.
+if "JAX_NUM_CPU_DEVICES" not in os.environ:  # not inherited by subprocesses
+    jax.config.update("jax_num_cpu_devices", 4)
+# The newer CPU fusion emitters take twice as long to compile. The flag is read once, when the backend
+# starts; it is then removed, since libtpu rejects it and subprocesses should not inherit it.
 os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 jax.devices()
 del os.environ["XLA_FLAGS"]
@@ -43,7 +44,7 @@ def config():
 
 @pytest.fixture
 def change(config):
-    """config with some keys changed: change(steps=3, optimizer={"accumulation": 2})."""
+    """config with some keys changed: change(steps=3, optimizer={"grad_accum_steps": 2})."""
 
     def changed(**groups):
         made = {}
