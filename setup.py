@@ -13,7 +13,7 @@ PAGE = ["gradio>=6,<7"]
 setup(
     name="monoformer_jax",
     version="0.1.0",
-    description="One transformer that writes text and paints images, in JAX/Flax, TPU first",
+    description="One transformer that generates text and images, in JAX/Flax, TPU first",
     long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,19 +1,20 @@
-"""What the runs of the paper share: model, data and the original's recipe."""
+"""Shared config of the paper's runs: model, data and the original's training recipe."""
 
-from monoformer_jax.config import base_config, named_size, require
+from monoformer_jax.errors import require
+from monoformer_jax.models import base_config, named_size
 
 
 def paper_config(name: str, target: str, batch: dict[str, int], paper_batch: int, mixture: dict):
     """The config of a run of the paper on a TPU slice.
 
-    Learning rate, moving average, clipping, mixture and the weights of the losses are the original's.
+    Learning rate, EMA, clipping, mixture and loss weights are the original's.
 
     Args:
-      name: of the run.
+      name: name of the run.
       target: a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test.
-      batch: packed rows a step of each target.
-      paper_batch: the original's. With more rows a step the learning rate grows with the square
-        root, and the steps shrink.
+      batch: packed rows per step for each target.
+      paper_batch: batch size of the original. With a larger batch, the learning rate is scaled by
+        the square root of the ratio, and the number of steps is divided by the ratio.
       mixture: weight of each source; its records are in records/SOURCE.
     """
     require(target in batch, f"there is no target {target!r}; there are {', '.join(batch)}")

@@ -1,4 +1,4 @@
-"""Your own pictures on one 16 GB chip: adapters on a frozen TinyLlama-size model that paints already.
+"""LoRA fine-tuning on your own images on one 16 GB chip, from a TinyLlama-size image model.
 
 python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
 python -m monoformer_jax.encode_latents --from=pictures/captions.jsonl --vae=sd-vae-ft-mse \\
@@ -10,22 +10,23 @@ python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=
 import json
 from pathlib import Path
 
-from monoformer_jax.config import base_config, named_size
 from monoformer_jax.errors import require
+from monoformer_jax.models import base_config, named_size
 
 
 def get_config(base: str = ""):
-    """`base` is the workdir to start from; without one the config is that of the released weights."""
+    """`base` is the workdir to start from; default: the config of the released weights."""
     c = base_config()
     if base:
-        there = (Path(base) / "config.json").is_file()
+        exists = (Path(base) / "config.json").is_file()
         require(
-            there, f"{base} is no workdir to start from: `convert` makes one of released weights"
+            exists,
+            f"{base} is not a workdir to start from: `convert` makes one from released weights",
         )
         c.update(json.loads((Path(base) / "config.json").read_text()))
     else:
         c.model.update(named_size("tinyllama_1b"))
-        c.model.learn_sigma = True
+        c.objective.learn_sigma = True
         c.model.original.context_images = "causal"
         c.objective.kind = "ddpm"
         c.sampling.solver = "ddpm"

@@ -1,12 +1,12 @@
-"""ImageNet at 256 pixels, class by name, on latents: the model of the paper's first table.
+"""Class-conditional ImageNet at 256 pixels, on latents: the model of the paper's first table.
 
     python -m monoformer_jax.train --config=configs/imagenet256.py:v5e-64 --workdir=gs://… \\
         --config.init_from=runs/tinyllama
 
-TinyLlama's size and weights (`convert` makes the start), 32×32×4 latents of Stable Diffusion's
-autoencoder in 256 patches, one picture and its prompt a row. Learning rate, average, clipping and the
-weights of the losses are the original's; it trained DDPM, which is --config.objective.kind=ddpm
---config.model.learn_sigma=True --config.sampling.solver=ddpm. It has not been run at this size.
+TinyLlama's size and weights (`convert` makes the workdir for init_from), 32×32×4 latents of Stable
+Diffusion's autoencoder in 256 patches, rows of 512 tokens. Learning rate, EMA, clipping and loss
+weights are the original's; it trained DDPM, which is --config.objective.kind=ddpm
+--config.objective.learn_sigma=True --config.sampling.solver=ddpm. It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8` (nothing was timed):
 
@@ -35,8 +35,8 @@ The 7 B model, `--config=configs/imagenet256.py:7b --topology=v5e:16x16`: peak 4
 
 from common import paper_config
 
-# Rows a step. The paper's 256 are too few for 256 chips: sending the weights would take longer than
-# the products. The learning rate grows with the square root, the steps shrink.
+# Rows per step. The paper's 256 are too few for 256 chips: the collectives of the weights would take
+# longer than the matrix products. See `paper_config` for the learning rate and the steps.
 BATCH = {"v5e-64": 256, "v6e-64": 512, "v5e-256": 1024, "7b": 256, "tiny": 8}
 
 
@@ -44,5 +44,5 @@ def get_config(target: str = "v5e-64"):
     """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
     c = paper_config("imagenet256", target, BATCH, paper_batch=256, mixture={"imagenet": 1.0})
     if target not in ("7b", "tiny"):
-        c.data.max_seq_len = 512  # a picture and its prompt
+        c.data.max_seq_len = 512  # fits an image (256 patches) and its prompt
     return c

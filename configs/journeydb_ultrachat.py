@@ -1,11 +1,11 @@
-"""Pictures from captions and chat in one model: JourneyDB and UltraChat, nine documents to one.
+"""Text-to-image and chat in one model: JourneyDB and UltraChat, nine documents to one.
 
     python -m monoformer_jax.train --config=configs/journeydb_ultrachat.py:v5e-64 --workdir=gs://… \\
         --config.init_from=runs/tinyllama
 
-TinyLlama's size and weights (`convert` makes the start), 32×32×4 latents of Stable Diffusion's
-autoencoder, rows of 2048 tokens packed with whole documents. Learning rate, average, clipping, mixture
-and the weights of the losses are the original's. It has not been run at this size.
+TinyLlama's size and weights (`convert` makes the workdir for init_from), 32×32×4 latents of Stable
+Diffusion's autoencoder, rows of 2048 tokens packed with complete documents. Learning rate, EMA,
+clipping, mixture and loss weights are the original's. It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/journeydb_ultrachat.py --topology=v5e:4x4` (nothing was
 timed):
@@ -34,7 +34,7 @@ timed):
 
 from common import paper_config
 
-# Packed rows of 2048 tokens a step. The learning rate grows with the square root.
+# Packed rows of 2048 tokens per step. See `paper_config` for the learning rate.
 BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 

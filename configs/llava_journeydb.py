@@ -1,11 +1,11 @@
-"""Pictures to answer about and pictures to paint: LLaVA's instructions and JourneyDB, one to one.
+"""Visual question answering and text-to-image: LLaVA's instructions and JourneyDB, one to one.
 
     python -m monoformer_jax.train --config=configs/llava_journeydb.py:v5e-64 --workdir=gs://… \\
         --config.init_from=runs/tinyllama
 
-TinyLlama's size and weights (`convert` makes the start); pictures to look at and to paint are the same
-32×32×4 latents of Stable Diffusion's autoencoder, clean or noised. Rows of 2048 tokens packed with
-whole documents. Learning rate, average, clipping, mixture and the weights of the losses are the
+TinyLlama's size and weights (`convert` makes the workdir for init_from); conditioning and generated
+images are the same 32×32×4 latents of Stable Diffusion's autoencoder, clean or noised. Rows of 2048
+tokens packed with complete documents. Learning rate, EMA, clipping, mixture and loss weights are the
 original's. It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/llava_journeydb.py --topology=v5e:8x8` (nothing was
@@ -33,7 +33,7 @@ timed):
 
 from common import paper_config
 
-# Packed rows of 2048 tokens a step. The learning rate grows with the square root.
+# Packed rows of 2048 tokens per step. See `paper_config` for the learning rate.
 BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 

@@ -1,4 +1,4 @@
-"""One transformer that writes text and paints images: MonoFormer (arXiv 2409.16280) in JAX/Flax.
+"""MonoFormer (arXiv 2409.16280) in JAX/Flax: one transformer that generates text and images.
 
 model = monoformer_jax.load("runs/digits")
 model.generate_images(["draw a seven"])
@@ -9,7 +9,7 @@ __all__ = ["InputError", "Model", "load"]
 
 
 def __getattr__(name: str):
-    # Loading jax takes seconds, so it waits until something is asked for.
+    # Importing jax takes seconds, so the public API is imported on first use.
     if name == "InputError":
         from monoformer_jax.errors import InputError
 

@@ -6,13 +6,13 @@ import sys
 from monoformer_jax.cli import run_command
 
 COMMANDS = {
-    "train": "train a model, or go on with one",
-    "sample": "continue prompts with text or pictures",
-    "demo": "a page to talk with a model, in texts and pictures",
-    "evaluate": "measure a trained model",
-    "encode_latents": "a dataset as records that training reads",
-    "plan": "does a run fit a TPU slice, and how fast can it be",
-    "convert": "weights of the original to a workdir of ours, and back",
+    "train": "train a model, or resume a run",
+    "sample": "generate text or images from prompts",
+    "demo": "serve a web page to chat with a model in text and images",
+    "evaluate": "compute the metrics of a trained model",
+    "encode_latents": "precompute a dataset as latents in records for training",
+    "plan": "estimate whether a run fits a TPU slice, and its speed",
+    "convert": "convert weights between Hugging Face folders and workdirs",
 }
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         run_command(name, command.__doc__, command.add_arguments, command.main)
     lines = [f"  {command:<15} {what}" for command, what in COMMANDS.items()]
     asked = name in ("-h", "--help")
-    print("usage: monoformer COMMAND …; COMMAND --help tells more\n", *lines, sep="\n",
+    print("usage: monoformer COMMAND …; COMMAND --help lists its options\n", *lines, sep="\n",
           file=sys.stdout if asked else sys.stderr)  # fmt: skip
     sys.exit(0 if asked else 2)
 

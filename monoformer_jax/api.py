@@ -1,4 +1,4 @@
-"""A trained model as a person uses it: texts and pictures in, texts and pictures out."""
+"""Public API: load a trained model and generate text and images."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import PIL.Image
 from etils import epath
+from jax.sharding import Mesh
 
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.config import Config, SamplingConfig
-from monoformer_jax.data.documents import EndOfTurn, Part
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.data.documents import Part
 from monoformer_jax.data.image_io import to_pil
-from monoformer_jax.data.templates import CHAT_TEMPLATE
-from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
+from monoformer_jax.data.templates import ROLES, chat_parts, complete_prompt
+from monoformer_jax.data.tokenizer import open_tokenizer
 from monoformer_jax.errors import require
 from monoformer_jax.runtime.weights import load_trained
+from monoformer_jax.runtime.workdir import read_config
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.sampler import Sampler, sampling_mesh
 from monoformer_jax.sampling.session import Session
 from monoformer_jax.sampling.text import SamplingParams, generate_text
 
-# A text, a picture (see `pictures.open_image`), or a list of both.
+# A text, an image (see `image_io.open_image`), or a list of both.
 Content = Any
 
 
@@ -33,37 +37,40 @@ def load(
     vae: str | Path | None = None,
     vision: str | Path | None = None,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
 ) -> Model:
-    """The averaged weights of a run's newest checkpoint.
+    """Loads the EMA weights of the newest checkpoint of a run.
 
     Args:
       workdir: folder of the run, or storage such as gs://bucket/run.
-      vae: folder of the autoencoder, for a model of latents.
-      vision: folder of the CLIP tower, for a model that looks through one.
-      dtype: of the weights; "bfloat16" halves their memory.
+      vae: folder of the autoencoder, for a latent model.
+      vision: folder of the CLIP vision tower, for a model with a vision encoder.
+      dtype: dtype of the weights; "bfloat16" halves their memory.
+      mesh: devices to sample on; default: all local devices, with the smallest `tensor` axis on which
+        the weights fit.
 
     Raises:
-      InputError: no trained model there, or an autoencoder or tower that is of another model.
+      InputError: `workdir` has no trained model, or the autoencoder or vision tower does not fit it.
     """
     require(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} is not float32 or bfloat16")
     workdir = epath.Path(workdir)
-    config, params, meta = load_trained(workdir, dtype)
-    tokenizer = open_tokenizer(config.data, workdir, config.model.vocab_size)
-    return Model(config, params, tokenizer, ImageProcessor(config, vae, vision), **meta)
+    mesh = mesh or sampling_mesh(read_config(workdir), jax.local_devices(), dtype)
+    config, params, meta = load_trained(workdir, dtype, mesh)
+    tokenizer = open_tokenizer(config.data, workdir, config.layout.vocab_size)
+    processor = ImageProcessor(config.layout, config.data.image_size, vae, vision)
+    mesh = None if mesh.size == 1 else mesh  # a single device needs no mesh
+    return Model(config, params, tokenizer, mesh, image_processor=processor, **meta)
 
 
-@dataclasses.dataclass
-class Model:
-    """A trained model. Everything that it refuses is an `InputError` of one sentence.
+@dataclasses.dataclass(kw_only=True)
+class Model(Sampler):
+    """A trained model. Invalid input raises `InputError` with a message of one sentence.
 
-    A prompt is a text, a picture, or a list of both; a picture is a path, bytes, a PIL image or an
-    array. Pictures are cut to their centre and resized to the size that the model was trained with.
-    Images come back as PIL images, or with output="numpy" as uint8 [height, width, channels].
+    A prompt is a text, an image, or a list of both; an image is a path, bytes, a PIL image or an
+    array. Input images are center-cropped and resized to the trained size. Generated images are PIL
+    images, or with output="numpy" uint8 arrays [height, width, channels].
     """
 
-    config: Config
-    params: dict = dataclasses.field(repr=False)
-    tokenizer: Tokenizer = dataclasses.field(repr=False)
     image_processor: ImageProcessor = dataclasses.field(repr=False)
     step: int = 0
     train_seconds: float = 0.0
@@ -80,21 +87,21 @@ class Model:
         stop: str | Sequence[str] = (),
         seed: int | Sequence[int] = 0,
     ) -> list[str]:
-        """One text a prompt, up to its end; the model cannot answer with an image here.
+        """Generates one text per prompt; images are disabled.
 
         Args:
-          max_tokens: most tokens of an answer.
-          temperature, top_k, top_p, repetition_penalty: see `SamplingParams`; one for all, or a list.
-          stop: an answer ends before any of these.
-          seed: for all, or one for each prompt, which then answers the same in any batch.
+          max_tokens: maximum tokens per text.
+          temperature, top_k, top_p, repetition_penalty: see `SamplingParams`; one value, or a list.
+          stop: stop strings; a text ends before the first one.
+          seed: one for all prompts, or a list of one per prompt, which makes each text batch-invariant.
         """
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, stop)
-        written = generate_text(
-            self.config, self.params, self.tokenizer, self._prompts(prompts),
-            max_tokens=max_tokens, sampling=sampling, seed=seed, paints=False,
+        completions = generate_text(
+            self, self._prompts(prompts), max_tokens=max_tokens, sampling=sampling, seed=seed,
+            allow_images=False,
         )  # fmt: skip
-        return [w.text for w in written]
+        return [completion.text for completion in completions]
 
     def generate_images(
         self,
@@ -108,23 +115,24 @@ class Model:
         every: int = 0,
         **sampling,
     ) -> list:
-        """`count` images of each prompt, those of a prompt together.
+        """Generates `count` images per prompt; the images of a prompt are adjacent.
 
         Args:
-          size: height and width, the trained size unless given.
-          seed: for all, or one for each image.
-          preview, every: called with (steps done, images) after every so many steps.
+          size: height and width in pixels; default: the trained size.
+          seed: one for all images, or a list of one per image.
+          output: "pil" or "numpy".
+          preview, every: `preview(steps done, images)` is called every `every` steps.
           sampling: steps, guidance, solver or any other key of the config's `sampling`.
         """
         require(count > 0, f"count={count} must be above 0")
-        self.image_processor.check_decodable()
+        self.image_processor.codec.check()
         self._check_output(output)
 
         def show(images):
             return [_as(image, output) for image in self.image_processor.decode(images)]
 
         if size is not None:
-            factor = self.image_processor.factor
+            factor = self.image_processor.codec.factor
             require(
                 all(side % factor == 0 for side in size),
                 f"size={size}: both must be multiples of {factor}",
@@ -132,8 +140,7 @@ class Model:
             size = (size[0] // factor, size[1] // factor)
         parts = [parts for parts in self._prompts(prompts) for _ in range(count)]
         return show(generate_images(
-            self.config, self.params, self.tokenizer, parts, sampling=self._sampling(sampling),
-            size=size, seed=seed, every=every,
+            self, parts, sampling=self._sampling(sampling), size=size, seed=seed, every=every,
             preview=None if preview is None else lambda step, images: preview(step, show(images)),
         ))  # fmt: skip
 
@@ -147,13 +154,13 @@ class Model:
         output: str = "pil",
         **sampling,
     ):
-        """The picture changed as the instruction says: one image.
+        """Edits an image according to an instruction; returns one image.
 
         Args:
-          image_guidance: how closely to keep to the picture; `guidance` (see `generate_images`) is
-            how closely to follow the instruction.
+          image_guidance: guidance scale of the input image; `guidance` (see `generate_images`) is that
+            of the instruction.
         """
-        require(isinstance(instruction, str), "the instruction is a text")
+        require(isinstance(instruction, str), "the instruction must be a text")
         return self.generate_images(
             [[image, instruction]],
             seed=seed,
@@ -177,37 +184,39 @@ class Model:
         top_p: float = 1.0,
         **sampling,
     ) -> list:
-        """The answer to the last message: texts and images, as the model decides.
+        """Answers the last message with texts and images; the model chooses the modality.
 
         Args:
-          messages: {"role": "user" or "assistant", "content": a text, a picture or a list of both};
-            an answer of this function is the content of an assistant's message.
-          template: put what the user says into the original's chat template; unless told, where
-            the model was trained on records, which do.
-          preview, every: called with (steps done, the answer by now) after every so many steps of an
-            image in it.
-          sampling: of images, see `generate_images`.
+          messages: {"role": "user" or "assistant", "content": a text, an image or a list of both};
+            the return value can be the content of an assistant message. "system" is also a role.
+          template: apply the original's chat template; default: True if the model was trained on
+            records, which use it.
+          preview, every: `preview(steps done, answer so far)` is called every `every` denoising steps.
+          sampling: image sampling settings, see `generate_images`.
         """
         self._check_output(output)
         template = bool(self.config.data.records) if template is None else template
-        parts: list[Part] = []
+        turns = []
         for number, message in enumerate(messages, 1):
-            role = message.get("role")
+            good = isinstance(message, Mapping) and message.get("role") in ROLES
             require(
-                role in ("user", "assistant") and "content" in message,
-                f"message {number} is not {{'role': 'user' or 'assistant', 'content': …}}",
+                good and "content" in message,
+                f"message {number} is not {{'role': {' or '.join(ROLES)}, 'content': …}}",
             )
-            new = self._parts(message["content"], f"message {number}")
-            if template and role == "user":
-                before, after = CHAT_TEMPLATE[0].split("{}")
-                new = [before, *new, after]
-            parts += [*new, EndOfTurn()] if role == "assistant" else new
-        last = messages[-1]["role"] if messages else None
-        require(last == "user", "the last message must be the user's")
+            content = self._parts(message["content"], f"message {number}")
+            turns.append({"role": message["role"], "content": content})
+        last = turns[-1]["role"] if turns else None
+        require(last == "user", "the last message must have the role user")
+        parts: list[Part] = []
+        if template:
+            parts = chat_parts(turns)
+        else:
+            for turn in turns:
+                ends = turn["role"] == "assistant" or self.config.data.end_of_prompt
+                parts += complete_prompt(turn["content"], ends)
         session = Session(
-            self.config, self.params, self.tokenizer, 1, seed=seed,
-            sampling=self._sampling(sampling), text=SamplingParams(temperature, top_k, top_p),
-            look=self.image_processor.reencode,
+            self, 1, seed=seed, sampling=self._sampling(sampling),
+            text=SamplingParams(temperature, top_k, top_p), reencode=self.image_processor.reencode,
         )  # fmt: skip
         session.append([parts])
 
@@ -217,14 +226,14 @@ class Model:
                 for x in answer
             ]
 
-        look_on = None if preview is None else lambda step, rows: preview(step, show(rows[0]))
-        return show(session.generate(max_tokens, preview=look_on, every=every)[0])
+        on_step = None if preview is None else lambda step, rows: preview(step, show(rows[0]))
+        return show(session.generate(max_tokens, preview=on_step, every=every)[0])
 
     def _sampling(self, changes: Mapping[str, Any]) -> SamplingConfig:
         names = [field.name for field in dataclasses.fields(SamplingConfig)]
         unknown = sorted(changes.keys() - set(names))
         require(
-            not unknown, f"there is no setting {', '.join(unknown)}; there are {', '.join(names)}"
+            not unknown, f"unknown setting {', '.join(unknown)}: choose from {', '.join(names)}"
         )
         given = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(self.config.sampling, **given)
@@ -232,7 +241,10 @@ class Model:
     def _prompts(self, prompts) -> list[list[Part]]:
         prompts = prompts if isinstance(prompts, list | tuple) else [prompts]
         require(len(prompts) > 0, "there is no prompt: give at least one")
-        return [self._parts(p, f"prompt {number}") for number, p in enumerate(prompts, 1)]
+        return [
+            complete_prompt(self._parts(p, f"prompt {number}"), self.config.data.end_of_prompt)
+            for number, p in enumerate(prompts, 1)
+        ]
 
     def _parts(self, content: Content, name: str) -> list[Part]:
         content = content if isinstance(content, list | tuple) else [content]
@@ -244,7 +256,7 @@ class Model:
         ]
 
     def _check_output(self, output: str) -> None:
-        require(output in ("pil", "numpy"), f"output={output!r} is neither 'pil' nor 'numpy'")
+        require(output in ("pil", "numpy"), f"output={output!r} is not 'pil' or 'numpy'")
 
 
 def _as(image: np.ndarray, output: str) -> PIL.Image.Image | np.ndarray:

@@ -1,69 +1,183 @@
-"""The data contract: what `data/` makes and `models/` eats.
+"""The batch contract: one table of the fields that `data/` produces and `models/` consumes.
 
-A row is a stream of L tokens of four kinds, several documents long. Every field is aligned with the
-stream, so shapes are static, nothing is ragged and nothing loops over rows.
+A row is a packed sequence of L tokens of four types, from several documents. Every field has one
+entry per token, so shapes are static, and there are no ragged arrays and no loops over rows. A document
+has the same fields for its n tokens, [n, …] instead of [B, L, …]; packing concatenates documents and
+adds an offset to a field according to its `shift`. `FIELDS` is the only definition: code that creates,
+pads, packs, stacks or slices fields is derived from it.
 
-    field           dtype, shape      meaning
-    tokens          int32 [B, L]      token id at TEXT, <image> at TIME and PATCH, pad id at PAD
-    kinds           int32 [B, L]      PAD 0, TEXT 1, TIME 2, PATCH 3
-    segment_ids     int32 [B, L]      number of the document in the row from 1; 0 at PAD
-    positions       int32 [B, L]      RoPE position inside the document
-    image_ids       int32 [B, L]      number of the image in the row from 1 on its TIME and PATCH
-    denoise         bool [B, L]       TIME and PATCH of an image that is noised and has the loss
-    patches         float32 [B, L, P] clean values at PATCH, in the order (C, ph, pw); 0 elsewhere
-    patch_logvar    float32 [B, L, P] of latents kept as mean and log-variance, drawn at each step;
-                                      [B, L, 0] where data.sample_latents is not set
-    grid            int32 [B, L, 2]   row and column of the patch in its image
-    features        float32 [B, L, F] a vision encoder's, at PATCH of context images; F may be 0
-    targets         int32 [B, L]      the token that this position must predict
-    target_weights  float32 [B, L]    its weight in the text loss; 0 where nothing is predicted
-
-Axis legend of the whole library: B batch, L tokens, S keys, D embed, N query heads, K key/value
-heads, H head dim, F mlp (or features of a vision encoder),
-V vocabulary, P patch values, C channels, I images in a row.
+Axis legend of the library: B batch, L tokens, S keys, D embed, N query heads, K key/value heads,
+H head dim, F mlp (or features of a vision encoder), V vocabulary, P patch values, C channels,
+I images in a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from monoformer_jax.config import Config
+from monoformer_jax.config import TokenLayout
 from monoformer_jax.errors import require
 
 PAD, TEXT, TIME, PATCH = range(4)
 
 Batch = Mapping[str, "np.ndarray | jax.Array"]
+Document = dict[str, np.ndarray]  # the fields of one document, [n, …]
 
 
-def spec(config: Config, rows: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every field of a batch of `rows`, config.batch_size unless given."""
-    model = config.model
-    row = (rows or config.batch_size, config.data.max_seq_len)
-    shapes = {
-        "tokens": (row, np.int32),
-        "token_types": (row, np.int32),
-        "segment_ids": (row, np.int32),
-        "positions": (row, np.int32),
-        "image_ids": (row, np.int32),
-        "denoise": (row, np.bool_),
-        "patches": ((*row, model.patch_dim), np.float32),
-        "patch_logvar": ((*row, model.patch_dim if config.data.sample_latents else 0), np.float32),
-        "patch_positions": ((*row, 2), np.int32),
-        "features": ((*row, model.feature_dim), np.float32),
-        "targets": (row, np.int32),
-        "target_weights": (row, np.float32),
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a batch.
+
+    Attributes:
+      meaning: description in one line.
+      dtype: dtype of the values.
+      width: size of the last axis, from the layout; None if the shape is [B, L].
+      shift: offset that packing adds to the values of a document: none (""), or the number of documents
+        ("documents"), images ("images") or tokens ("tokens") before it in the row. With "images", 0
+        means no image and stays 0.
+      pad: value at PAD; None: the tokenizer's pad id.
+    """
+
+    meaning: str
+    dtype: type
+    width: Callable[[TokenLayout], int] | None = None
+    shift: str = ""
+    pad: int | None = 0
+
+
+FIELDS: dict[str, Field] = {
+    "tokens": Field("token id at TEXT, <image> at TIME and PATCH", np.int32, pad=None),
+    "token_types": Field("PAD 0, TEXT 1, TIME 2, PATCH 3", np.int32),
+    "segment_ids": Field("index of the document in the row, from 1", np.int32, shift="documents"),
+    "positions": Field("RoPE position inside the document", np.int32),
+    "image_ids": Field(
+        "index of the image in the row, from 1, at its TIME and PATCH; else 0", np.int32,
+        shift="images",
+    ),
+    "denoise": Field("TIME and PATCH of an image that is noised and has the image loss", np.bool_),
+    "patches": Field(
+        "clean values at PATCH, in the order (C, ph, pw)", np.float32, lambda c: c.patch_dim
+    ),
+    "patch_logvar": Field(
+        "log-variance of latents, sampled at every step if data.sample_latents is set",
+        np.float32, lambda c: c.patch_dim if c.latent_variance else 0,
+    ),
+    "patch_positions": Field("row and column of the patch in its image", np.int32, lambda c: 2),
+    "features": Field(
+        "vision encoder features, at PATCH of conditioning images", np.float32, lambda c: c.feature_dim
+    ),
+    "targets": Field("the token that this position must predict", np.int32, pad=None),
+    "target_weights": Field("weight of the target in the text loss; 0: no target", np.float32),
+}  # fmt: skip
+
+
+def spec(layout: TokenLayout, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every field of a batch [rows, length, …]."""
+    return {
+        name: jax.ShapeDtypeStruct(_shape(field, layout, (rows, length)), field.dtype)
+        for name, field in FIELDS.items()
     }
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _shape(field: Field, layout: TokenLayout, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if field.width is None else (*shape, field.width(layout))
+
+
+def empty(layout: TokenLayout, *shape: int, pad_id: int = 0, xp=np, **values) -> dict:
+    """All fields of this shape with their pad values, except the given ones, which are broadcast.
+
+    Args:
+      xp: numpy, or jax.numpy inside jit.
+    """
+    if unknown := values.keys() - FIELDS.keys():
+        raise ValueError(f"unknown batch fields: {', '.join(sorted(unknown))}")
+    made = {}
+    for name, field in FIELDS.items():
+        value = values.get(name, pad_id if field.pad is None else field.pad)
+        value = xp.asarray(value, field.dtype)
+        made[name] = xp.broadcast_to(value, _shape(field, layout, shape))
+    return made
+
+
+def concatenate(documents: Sequence[Document]) -> Document:
+    """Concatenates pieces of one document."""
+    return {name: np.concatenate([d[name] for d in documents]) for name in FIELDS}
+
+
+def select(document: Document, where) -> Document:
+    """Selects tokens by an index, a slice or a mask."""
+    return {name: values[where] for name, values in document.items()}
+
+
+def pad(document: Document, length: int, pad_id: int) -> Document:
+    """Pads a document on the right to `length` tokens."""
+    padded = {}
+    for name, values in document.items():
+        widths = [(0, length - len(values))] + [(0, 0)] * (values.ndim - 1)
+        fill = pad_id if FIELDS[name].pad is None else FIELDS[name].pad
+        padded[name] = np.pad(values, widths, constant_values=fill)
+    return padded
+
+
+def stack(documents: Sequence[Document], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Stacks documents to a batch [B, length, …], padded on the right."""
+    rows = [pad(document, length, pad_id) for document in documents]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def shift(row: Document, segments: np.ndarray) -> Document:
+    """Offsets the values of each field in a row of concatenated documents.
+
+    Args:
+      row: the fields with per-document values, PAD after the last document.
+      segments: int [L], index of the document from 1; 0 at PAD.
+    """
+    starts = np.searchsorted(segments, np.arange(segments.max() + 1))
+    before = {"documents": np.arange(segments.max() + 1) - 1, "tokens": starts}
+    images = np.zeros(segments.max() + 1, np.int64)
+    np.maximum.at(images, segments, row["image_ids"])
+    before["images"] = np.cumsum(images) - images
+    moved = dict(row)
+    for name, field in FIELDS.items():
+        if field.shift:
+            counts = (segments > 0) & ((row[name] > 0) if field.shift == "images" else True)
+            moved[name] = row[name] + np.where(counts, before[field.shift][segments], 0)
+            moved[name] = moved[name].astype(field.dtype)
+    return moved
+
+
+def text_block(layout: TokenLayout, tokens: jax.Array, positions: jax.Array) -> dict:
+    """Builds a block of text tokens inside jit; tokens and positions are int32 [B, L]."""
+    return empty(layout, *tokens.shape, xp=jnp, tokens=tokens, token_types=TEXT, segment_ids=1,
+                 positions=positions)  # fmt: skip
+
+
+def image_block(layout: TokenLayout, grid: tuple[int, int], rows: int) -> dict:
+    """Builds a block of one image to denoise per row inside jit; positions start at 0.
+
+    Args:
+      grid: height and width in patches.
+    """
+    first, patches = layout.time_tokens, grid[0] * grid[1]
+    index = jnp.arange(first + patches)
+    places = jnp.stack(jnp.divmod(jnp.arange(patches), grid[1]), -1)
+    return empty(
+        layout, rows, first + patches, xp=jnp, token_types=jnp.where(index < first, TIME, PATCH),
+        segment_ids=1, positions=index, image_ids=1, denoise=True,
+        patch_positions=jnp.pad(places, ((first, 0), (0, 0))),
+    )  # fmt: skip
 
 
 def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images: int) -> None:
-    """Raises ValueError, naming the field, where a host batch breaks the contract.
+    """Raises ValueError, naming the field, if a host batch violates the contract.
 
-    It is for the host and for the first batch of a run: no later step pays for it.
+    Training checks only the first batch of a run.
     """
     if missing := sorted(expected.keys() ^ batch.keys()):
         raise ValueError(f"batch fields missing or unknown: {', '.join(missing)}")
@@ -74,12 +188,14 @@ def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images
                 f"batch field {name} is {got.dtype}{list(got.shape)}, "
                 f"expected {want.dtype}{list(want.shape)}"
             )
-    token_types, segments, images = (batch[k] for k in ("token_types", "segment_ids", "image_ids"))
+    token_types, segments, images = (
+        batch[name] for name in ("token_types", "segment_ids", "image_ids")
+    )
     in_image = (token_types == TIME) | (token_types == PATCH)
     rules = {
-        "kinds: a value outside 0..3": (token_types < PAD) | (token_types > PATCH),
-        "segment_ids: 0 is for PAD and PAD alone": (segments == 0) != (token_types == PAD),
-        "image_ids: they stand on TIME and PATCH and nowhere else": (images > 0) != in_image,
+        "token_types: a value outside 0..3": (token_types < PAD) | (token_types > PATCH),
+        "segment_ids: must be 0 exactly at PAD": (segments == 0) != (token_types == PAD),
+        "image_ids: must be above 0 exactly at TIME and PATCH": (images > 0) != in_image,
         f"image_ids: more than {max_images} images in a row": images > max_images,
         "denoise: set outside an image": batch["denoise"] & ~in_image,
         "patches: values outside PATCH": (batch["patches"] != 0).any(-1) & (token_types != PATCH),
@@ -91,22 +207,15 @@ def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images
             raise ValueError(f"batch row {row}, token {token}: {rule}")
 
 
-def number_images(token_types: np.ndarray) -> np.ndarray:
-    """image_ids int32 [L] of one row; between two images there is always text."""
-    in_image = (token_types == TIME) | (token_types == PATCH)
-    begins = in_image & ~np.append(False, in_image[:-1])
-    return (np.cumsum(begins) * in_image).astype(np.int32)
-
-
 def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts an image into patches in raster order.
+    """Splits an image into patches in raster order.
 
     Args:
       image: float [height, width, C].
-      patch: side of a patch.
+      patch: patch size.
 
     Returns:
-      patches float32 [n, P] with values in the order (C, ph, pw), and grid int32 [n, 2].
+      patches float32 [n, P] with values in the order (C, ph, pw), and patch_positions int32 [n, 2].
 
     Raises:
       InputError: a side is not divisible by `patch`.
@@ -114,11 +223,11 @@ def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
     height, width, _ = image.shape
     require(
         height % patch == width % patch == 0,
-        f"image of {height}×{width} cannot be cut into patches of side {patch}",
+        f"an image of {height}×{width} cannot be split into patches of size {patch}",
     )
     patches = rearrange(image, "(h p) (w q) c -> (h w) (c p q)", p=patch, q=patch)
-    patch_positions = np.stack(np.indices((height // patch, width // patch)), -1).reshape(-1, 2)
-    return patches.astype(np.float32), patch_positions.astype(np.int32)
+    positions = np.stack(np.indices((height // patch, width // patch)), -1).reshape(-1, 2)
+    return patches.astype(np.float32), positions.astype(np.int32)
 
 
 def unpatchify(patches: np.ndarray, height: int, width: int, patch: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the commands share: reading --config, and turning bad input into one sentence."""
+"""Shared code of the commands: reading --config, and reporting bad input in one line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run_command(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     main: Callable[[argparse.Namespace], int | None],
 ) -> None:
-    """Parses the command line, runs `main` and exits; bad input ends with one line and code 2."""
+    """Parses the command line, runs `main` and exits; an InputError prints one line, exit code 2."""
     parser = argparse.ArgumentParser(
         prog=f"python -m monoformer_jax.{name}",
         description=doc,
@@ -41,17 +41,17 @@ def run_command(
 
 
 def load_config(file: str, overrides: Sequence[str]) -> Config:
-    """The config of `--config=FILE[:ARG] --config.group.key=value …`.
+    """Builds the config of `--config=FILE[:ARG] --config.group.key=value …`.
 
     Args:
-      file: path of a Python file with get_config(); what follows a colon is passed to it.
-      overrides: "--config.group.key=value", the value a Python literal or else a plain string.
+      file: path of a Python file with get_config(); the text after a colon is passed to it.
+      overrides: "--config.group.key=value", where value is a Python literal or else a plain string.
 
     Raises:
-      InputError: no such file or key, or a value of the wrong type or out of range.
+      InputError: the file or a key does not exist, or a value has the wrong type or range.
     """
     path, _, argument = file.partition(":")
-    require(Path(path).is_file(), f"--config={path}: there is no such file")
+    require(Path(path).is_file(), f"--config={path}: no such file")
     get_config = _run_file(Path(path)).get("get_config")
     require(callable(get_config), f"--config={path} has no get_config()")
     values = get_config(*([argument] if argument else [])).to_dict()
@@ -67,18 +67,20 @@ def load_config(file: str, overrides: Sequence[str]) -> Config:
             group[last] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             group[last] = text
-    return Config.from_dict(values)
+    from monoformer_jax.models import make_config  # which loads jax: --help does without
+
+    return make_config(values)
 
 
 def _run_file(path: Path) -> dict:
-    """The names that a Python file defines; it can import files beside it, as a script can."""
+    """Runs a Python file and returns its globals; like a script, it can import files beside it."""
     folder, loaded = str(path.resolve().parent), set(sys.modules)
     sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))
     finally:
         sys.path.remove(folder)
-        # A config of another folder has a common.py of its own.
+        # A config in another folder may import a different module of the same name.
         for name in set(sys.modules) - loaded:
             if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
                 del sys.modules[name]

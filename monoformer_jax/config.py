@@ -1,8 +1,9 @@
 """Every setting of a run, as frozen dataclasses: defaults here, experiments in `configs/`.
 
-`configs/NAME.py` returns an `ml_collections.ConfigDict` that starts from `base_config()` and changes
-what the experiment changes; `Config.from_dict` turns it back into these classes, where an unknown key
-or a value out of range raises `InputError` before anything is compiled.
+`configs/NAME.py` returns an `ml_collections.ConfigDict`: `models.base_config()` with the overrides of
+the experiment. `models.make_config` converts it to these classes; an unknown key or an invalid value
+raises `InputError` before anything is compiled. The group `model` is the dataclass of the chosen model
+(`model.kind`).
 """
 
 from __future__ import annotations
@@ -13,217 +14,132 @@ import json
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-import ml_collections
-
 from monoformer_jax.errors import InputError, require
 
 
-def _positive(config, group: str, name: str) -> None:
-    value = getattr(config, name)
-    require(value > 0, f"{group}{'.' if group else ''}{name}={value} must be above 0")
+def positive(config, group: str, *names: str) -> None:
+    """Raises InputError if one of these fields is not above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{_key(group, name)}={value} must be above 0")
 
 
-def _at_least(config, group: str, name: str, least: float) -> None:
-    value = getattr(config, name)
-    dot = "." if group else ""
-    require(value >= least, f"{group}{dot}{name}={value} must be {least} or more")
+def at_least(config, group: str, least: float, *names: str) -> None:
+    """Raises InputError if one of these fields is below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{_key(group, name)}={value} must be {least} or more")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, choices) -> None:
+    """Raises InputError unless the value is one of the choices."""
     require(value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
 
 
-@dataclasses.dataclass(frozen=True)
-class OriginalConfig:
-    """Variants that only the original's weights need; models/original.py describes them."""
-
-    time_conditioning: str = "token"  # or "modulation"
-    image_head: str = "adaln"  # or "add"
-    position_embedding: str = "input"  # or "every_layer", or "none"
-    context_images: str = "bidirectional"  # or "causal"
-    bidirectional_images: bool = True
-
-    def __post_init__(self):
-        for name, choices in (
-            ("time_conditioning", ("token", "modulation")),
-            ("image_head", ("adaln", "add")),
-            ("position_embedding", ("input", "every_layer", "none")),
-            ("context_images", ("bidirectional", "causal")),
-        ):
-            _one_of(f"model.original.{name}", getattr(self, name), choices)
+def _key(group: str, name: str) -> str:
+    return f"{group}.{name}" if group else name
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The transformer; `SIZES` holds the named ones."""
+class TokenLayout:
+    """Token layout: the only properties of a model that data, batches and packing depend on."""
 
-    vocab_size: int = 262  # of the tokenizer; the tables are padded to a multiple of 128
-    num_layers: int = 6
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    mlp_dim: int = 344
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-    channels: int = 1  # of the image or latent
-    patch_size: int = 2
-    learn_sigma: bool = False  # the image head gives P more values a patch (DDPM weights need them)
-    feature_dim: int = 0  # of the vision encoder that images to look at come through; 0: none
-    dtype: str = "bfloat16"  # of the matrix products; parameters, norms and losses are float32
-    # What the backward pass finds saved of a block: a name in jax.checkpoint_policies, "none" (all,
-    # without a policy), or "save_names:a,b" with names of `SAVED_NAMES`; the rest it computes again.
-    remat: str = "nothing_saveable"
-    attention: str = "auto"  # see attention.interval_attention
-    original: OriginalConfig = OriginalConfig()
-
-    def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "mlp_dim",
-                     "head_dim", "channels", "patch_size"):  # fmt: skip
-            _positive(self, "model", name)
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} is not a multiple of "
-            f"model.num_kv_heads={self.num_kv_heads}",
-        )
-        require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for RoPE")
-        require(
-            self.embed_dim % 4 == 0,
-            f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
-        )
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        _at_least(self, "model", "feature_dim", 0)
-        _one_of("model.attention", self.attention, ("auto", "dense", "tpu", "gpu"))
-        policy, colon, names = self.remat.partition(":")
-        if colon and policy == "save_names":
-            for name in names.split(","):
-                _one_of("a name in model.remat", name, SAVED_NAMES)
-        else:
-            _one_of("model.remat", self.remat, (*REMAT_POLICIES, "save_names:NAME,…"))
-
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the token tables, so that they can be sharded; padding never has probability."""
-        return -(-self.vocab_size // 128) * 128
+    vocab_size: int  # size of the tokenizer's vocabulary
+    channels: int  # channels of the image or latent
+    patch_size: int
+    time_tokens: int = 1  # TIME tokens before the patches of an image
+    feature_dim: int = (
+        0  # F, feature size of the vision encoder for conditioning images; 0: no encoder
+    )
+    latent_variance: bool = False  # batches also hold the log-variance of latents
 
     @property
     def patch_dim(self) -> int:
         """P, the number of values in a patch."""
         return self.patch_size**2 * self.channels
 
-    @property
-    def time_tokens(self) -> int:
-        """Tokens that stand before the patches of an image."""
-        return 1 if self.original.time_conditioning == "token" else 0
-
-    @property
-    def output_dim(self) -> int:
-        """Values that the image head gives for a patch: P, and P of its variance where it has one."""
-        return self.patch_dim * (2 if self.learn_sigma else 1)
-
-
-REMAT_POLICIES = (
-    "none",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "everything_saveable",
-)
-# What "save_names:" can keep of each block: q, k and v after RoPE; what attention gives, with its
-# statistics, so that it is not run again; the two products before the gate of the feed-forward.
-SAVED_NAMES = ("qkv", "attention_out", "mlp_hidden")
-
-# Named sizes; `ModelConfig(**named_size("tinyllama_1b"))`. tinyllama_1b is the backbone of the paper.
-_LATENT = {"vocab_size": 32_004, "channels": 4, "patch_size": 2}
-# Keeping the scores of attention takes a CPU longer than computing them again (1.4x for digits).
-_ON_CPU = "save_names:attention_out,mlp_hidden"
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 2, "embed_dim": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-             "mlp_dim": 64, "dtype": "float32", "remat": _ON_CPU},
-    "small": {"num_layers": 6, "embed_dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32,
-              "mlp_dim": 344, "dtype": "float32", "remat": _ON_CPU},
-    "tinyllama_1b": _LATENT | {"num_layers": 22, "embed_dim": 2048, "num_heads": 32,
-                               "num_kv_heads": 4, "head_dim": 64, "mlp_dim": 5632},
-    "7b": _LATENT | {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 32,
-                     "head_dim": 128, "mlp_dim": 11_008},
-}  # fmt: skip
-
-
-def named_size(name: str) -> dict[str, Any]:
-    """Keys of `ModelConfig` for a named size; InputError when there is none of that name."""
-    require(name in SIZES, f"there is no size {name!r}; there are {', '.join(SIZES)}")
-    return SIZES[name]
-
-
-# Which solvers walk from noise to image, for each objective.
-SOLVERS_OF = {"rectified_flow": ("euler", "heun"), "ddpm": ("ddpm", "ddim")}
+    def image_tokens(self, height: int, width: int) -> int:
+        """Number of tokens of an image of this size: patches and time tokens."""
+        return self.time_tokens + height * width // self.patch_size**2
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the image head learns, and how the noise level t in [0, 1] is drawn (t = 1 is noise).
+    """The diffusion objective, and the distribution of the noise level t in [0, 1] (t = 1 is noise).
 
-    "ddpm" draws one of its 1000 steps evenly; the other keys are of "rectified_flow".
+    "ddpm" samples its 1000 steps uniformly; t_sampler, logit_* and shift apply to "rectified_flow".
     """
 
     t_sampler: str = "logit_normal"  # or "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    shift: float = 1.0  # > 1 moves t towards noise, for images of many patches
-    kind: str = "rectified_flow"  # velocity; or "ddpm": noise, and its variance with learn_sigma
+    shift: float = 1.0  # > 1 shifts t towards noise, for images of many patches
+    kind: str = (
+        "rectified_flow"  # predicts velocity; or "ddpm": predicts noise; see `diffusion.objectives`
+    )
+    learn_sigma: bool = False  # the image head also predicts the variance, as in improved DDPM
 
     def __post_init__(self):
-        _one_of("objective.kind", self.kind, tuple(SOLVERS_OF))
-        _one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
-        _positive(self, "objective", "logit_std")
-        _positive(self, "objective", "shift")
+        one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
+        positive(self, "objective", "logit_std", "shift")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
+    """Weights of the text and image losses."""
+
     text_weight: float = 1.0
     image_weight: float = 1.0
-    # False is the original's rule: no text loss in a document with a denoised image, so captions and
-    # <|im_start|> are never learned.
+    # False as in the original: no text loss in a document with a denoised image, so captions and
+    # <|im_start|> are not learned.
     text_beside_images: bool = True
 
     def __post_init__(self):
-        for name in ("text_weight", "image_weight"):
-            _at_least(self, "loss", name, 0)
+        at_least(self, "loss", 0, "text_weight", "image_weight")
         require(
             self.text_weight + self.image_weight > 0,
-            "loss.text_weight and loss.image_weight are both 0: nothing to train",
+            "loss.text_weight and loss.image_weight are both 0: there is nothing to train",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Data sources, and how documents are packed into rows."""
+
     mixture: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
-    )  # weight of each source, a share of documents: draw, read and say are the digits
-    # Folder of each other source, as `encode_latents` writes them: {"imagenet": "gs://…/imagenet"}.
+    )  # source -> weight, by documents; draw, read and say are the digits tasks
+    # Folder of each other source, written by `encode_latents`: {"imagenet": "gs://…/imagenet"}.
     records: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sample_latents: bool = False  # latents are drawn anew at each step; False trains on their mean
-    tokenizer: str = "bytes"  # or a tokenizer.json, in the workdir or elsewhere
-    max_seq_len: int = 128  # L, and the longest prompt plus answer when generating
-    packing_bins: int = 64  # rows that are filled at the same time, by each stream
-    # The batch is packed by this many independent streams, whatever the number of processes. Each
-    # process runs those that its rows come from: a multiple of the processes spares double work.
+    sample_latents: bool = (
+        False  # sample latents from mean and log-variance at every step; False: mean
+    )
+    tokenizer: str = "bytes"  # or path of a tokenizer.json, relative to the workdir or not
+    max_seq_len: int = (
+        128  # L, packed row length; in sampling, the context of prompt plus completion
+    )
+    packing_bins: int = 64  # rows that each stream packs concurrently
+    # The batch is packed by this many independent streams, for any number of processes. Each process
+    # runs the streams of its rows: a multiple of the process count avoids packing a row twice.
     streams: int = 1
-    image_size: int = 8  # side in pixels (or latent values)
-    prompt_dropout: float = 0.1  # share of prompts left out, for classifier-free guidance
-    shift_pixels: int = 1  # images to read move by up to this much; images to draw never do
-    truncate_text: bool = False  # cut a text that is longer than the row instead of dropping it
+    image_size: int = 8  # image side in pixels (or latent values)
+    prompt_dropout: float = 0.1  # probability of dropping a prompt, for classifier-free guidance
+    # End a prompt with </s> in training and sampling, which marks it as complete. The released weights
+    # and the digits were trained without it.
+    end_of_prompt: bool = True
+    shift_pixels: int = 1  # maximum random shift of digits in the read task
+    truncate_text: bool = (
+        False  # truncate text documents longer than a row instead of dropping them
+    )
 
     def __post_init__(self):
-        for name in ("max_seq_len", "packing_bins", "streams", "image_size"):
-            _positive(self, "data", name)
+        positive(self, "data", "max_seq_len", "packing_bins", "streams", "image_size")
         require(
             0 <= self.prompt_dropout <= 1,
-            f"data.prompt_dropout={self.prompt_dropout} is not a share between 0 and 1",
+            f"data.prompt_dropout={self.prompt_dropout} is not between 0 and 1",
         )
-        _at_least(self, "data", "shift_pixels", 0)
-        require(bool(self.mixture), "data.mixture names no source")
+        at_least(self, "data", 0, "shift_pixels")
+        require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
             require(
                 isinstance(weight, float | int), f"data.mixture.{name}={weight!r} is not a number"
@@ -239,24 +155,26 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # or "constant"
     warmup_steps: int = 100
-    final_fraction: float = 0.0  # of the learning rate, at the end of the cosine
+    final_fraction: float = 0.0  # final learning rate of the cosine, as a fraction of learning_rate
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.05
-    decay_everything: bool = False  # the original's way; False spares norms and biases
+    decay_everything: bool = (
+        False  # True as in the original; False excludes norms and biases from decay
+    )
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    ema_ramp: bool = True  # a shorter memory at first, so that the random start is forgotten
-    grad_accum_steps: int = 1  # micro-batches a step
-    first_moment_dtype: str = "float32"  # "bfloat16" saves 2 bytes a parameter
+    ema_ramp: bool = (
+        True  # lower decay in the first steps, to reduce the weight of the initialization
+    )
+    grad_accum_steps: int = 1  # micro-batches per step
+    first_moment_dtype: str = "float32"  # "bfloat16" saves 2 bytes per parameter
 
     def __post_init__(self):
-        _one_of("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
-        for name in ("learning_rate", "clip_norm", "grad_accum_steps"):
-            _positive(self, "optimizer", name)
-        for name in ("warmup_steps", "weight_decay"):
-            _at_least(self, "optimizer", name, 0)
+        one_of("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
+        one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
+        positive(self, "optimizer", "learning_rate", "clip_norm", "grad_accum_steps")
+        at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
         for name in ("b1", "b2", "ema_decay", "final_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}={value} is not between 0 and 1")
@@ -264,26 +182,27 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Fine-tuning of a frozen decoder (`init_from`) through low-rank adapters; rank 0 trains it all.
+    """Fine-tuning of a frozen model (`init_from`) with low-rank adapters; rank 0 trains all parameters.
 
-    Adapters and the image parts are trained and checkpointed; decoder and vocabulary stay as they
-    were, in the compute dtype.
+    Adapters and image modules are trained and checkpointed; the other parameters are frozen, in the
+    compute dtype.
     """
 
     rank: int = 0
     alpha: float = 16.0  # adapters are scaled by alpha / rank
 
     def __post_init__(self):
-        _at_least(self, "lora", "rank", 0)
-        _positive(self, "lora", "alpha")
+        at_least(self, "lora", 0, "rank")
+        positive(self, "lora", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1, which takes what is left.
+    """Mesh axis sizes; one axis may be -1, which takes the remaining devices.
 
-    `data` copies the state, `fsdp` cuts it as ZeRO does, `tensor` cuts what a block computes; any mix
-    works. With several `slices` the data axis alone runs between them, over the slow network.
+    `data` replicates the train state, `fsdp` shards it as in ZeRO-3, `tensor` is tensor parallelism;
+    any combination works. With several `slices` only the data axis spans slices, over the data-center
+    network.
     """
 
     data: int = -1
@@ -294,27 +213,29 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Defaults of `sample` and `evaluate`; their flags override them."""
+    """Image sampling defaults of `sample` and `evaluate`; their flags override them."""
 
     solver: str = "heun"  # or "euler"; with objective.kind="ddpm": "ddpm" (ancestral) or "ddim"
     steps: int = 20  # 1 to 1000
-    guidance: float = 2.0  # by the prompt; 1 is no guidance
-    # By the images of a prompt that has some, as in editing; 1 leaves it to `guidance`, which then
-    # compares with the images alone. Other values cost a third evaluation.
+    guidance: float = 2.0  # guidance scale of the prompt; 1 is no guidance
+    # Guidance scale of conditioning images, as in editing; with 1, `guidance` guides against the
+    # images alone. Other values need a third evaluation.
     image_guidance: float = 1.0
-    guidance_rescale: float = 0.0  # 1 keeps the size of the unguided prediction, 0 does not
-    # "first_three" leaves the other channels unguided, as the original does with its four.
+    guidance_rescale: float = (
+        0.0  # 1: rescale to the standard deviation of the conditional prediction, 0: off
+    )
+    # "first_three" guides the first three channels only, as the original does for its four.
     guidance_channels: str = "all"
-    guidance_low: float = 0.0  # guidance acts where low <= t <= high
+    guidance_low: float = 0.0  # guidance is applied where low <= t <= high
     guidance_high: float = 1.0
-    shift: float = 1.0  # of the time grid, as objective.shift
-    clip: bool = False  # keep the image that DDPM sees within [-1, 1]; for pixels, not for latents
+    shift: float = 1.0  # shift of the time grid, as objective.shift
+    clip: bool = (
+        False  # clip the clean image that DDPM predicts to [-1, 1]; for pixels, not latents
+    )
 
     def __post_init__(self):
-        _one_of("sampling.solver", self.solver, sum(SOLVERS_OF.values(), ()))
-        _one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
-        for name in ("steps", "shift", "guidance", "image_guidance"):
-            _positive(self, "sampling", name)
+        one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
+        positive(self, "sampling", "steps", "shift", "guidance", "image_guidance")
         require(self.steps <= 1000, f"sampling.steps={self.steps} must be 1000 or less")
         require(
             0 <= self.guidance_rescale <= 1,
@@ -323,25 +244,27 @@ class SamplingConfig:
         require(
             0 <= self.guidance_low <= self.guidance_high <= 1,
             f"sampling.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must "
-            "be in order between 0 and 1",
+            "be ordered and between 0 and 1",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """Config of a run. `model` is the dataclass of the chosen model, see `models.MODELS`."""
+
+    model: Any
     name: str = "unnamed"
     seed: int = 0
     steps: int = 1000
-    batch_size: int = 16  # packed rows a step, over all devices
+    batch_size: int = 16  # packed rows per step, over all devices
     log_every: int = 50
     checkpoint_every: int = 500
-    max_to_keep: int = 2
-    keep_period: int = 0  # checkpoints at multiples of it are never deleted; 0: none is
-    # A step that takes longer ends the process with code 5; the first may take an hour longer, as it
-    # compiles. Must be longer than writing a checkpoint. 0 waits for ever.
+    max_to_keep: int = 2  # number of newest checkpoints to keep
+    keep_period: int = 0  # checkpoints at multiples of this step are never deleted; 0: off
+    # A step that takes longer ends the process with exit code 5; the first may take an hour longer, to
+    # compile. It must exceed the time of writing a checkpoint. 0: no limit.
     watchdog_seconds: float = 1800.0
-    init_from: str = ""  # a workdir whose averaged weights a new run starts from; "" starts fresh
-    model: ModelConfig = ModelConfig()
+    init_from: str = ""  # workdir whose EMA weights initialize a new run; "": random initialization
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
@@ -351,10 +274,8 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "max_to_keep"):
-            _positive(self, "", name)
-        for name in ("keep_period", "watchdog_seconds"):
-            _at_least(self, "", name, 0)
+        positive(self, "", "steps", "batch_size", "log_every", "checkpoint_every", "max_to_keep")
+        at_least(self, "", 0, "keep_period", "watchdog_seconds")
         require(
             self.keep_period % self.checkpoint_every == 0,
             f"keep_period={self.keep_period} is not a multiple of "
@@ -371,72 +292,74 @@ class Config:
         )
         require(
             not self.lora.rank or bool(self.init_from),
-            f"lora.rank={self.lora.rank} adapts a trained model: name its workdir in init_from",
+            f"lora.rank={self.lora.rank} adapts a trained model: set init_from to its workdir",
         )
+        patch_size = self.layout.patch_size
         require(
-            self.sampling.solver in SOLVERS_OF[self.objective.kind],
-            f"sampling.solver={self.sampling.solver!r} does not sample objective.kind="
-            f"{self.objective.kind!r}; {' and '.join(SOLVERS_OF[self.objective.kind])} do",
-        )
-        require(
-            self.data.image_size % self.model.patch_size == 0,
-            f"data.image_size={self.data.image_size} is not divisible by "
-            f"model.patch_size={self.model.patch_size}",
+            self.data.image_size % patch_size == 0,
+            f"data.image_size={self.data.image_size} is not divisible by model.patch_size={patch_size}",
         )
         require(
             self.image_tokens + 4 <= self.data.max_seq_len,
-            f"data.max_seq_len={self.data.max_seq_len} cannot hold one image: it takes "
+            f"data.max_seq_len={self.data.max_seq_len} cannot hold one image: it needs "
             f"{self.image_tokens} tokens with its time token, and <s>, <|im_start|>, <|im_end|>, "
             "</s> around it",
         )
+        # The output size of the image head depends on objective.learn_sigma.
+        model = dataclasses.replace(self.model, predict_variance=self.objective.learn_sigma)
+        object.__setattr__(self, "model", model)
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Token layout of the model, for data, batches and packing."""
+        return dataclasses.replace(self.model.layout, latent_variance=self.data.sample_latents)
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of an image: its patches, and its time token where it has one."""
-        return self.model.time_tokens + (self.data.image_size // self.model.patch_size) ** 2
+        """Number of tokens of an image of data.image_size."""
+        return self.layout.image_tokens(self.data.image_size, self.data.image_size)
 
     @property
     def max_images(self) -> int:
-        """I, the most images that a row can hold."""
+        """I, the maximum number of images in a row."""
         return self.data.max_seq_len // self.image_tokens
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """From nested mappings, such as a ConfigDict or config.json.
-
-        Raises:
-          InputError: an unknown key, a value of another type, or one that is out of range.
-        """
-        if isinstance(values, ml_collections.ConfigDict):
-            values = values.to_dict()
-        return _build(cls, values, "")
-
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Returns nested values, the inverse of `models.make_config`."""
+        values = dataclasses.asdict(self)
+        del values["model"]["predict_variance"]  # objective.learn_sigma
+        return values
 
     def to_json(self) -> str:
+        """Returns the text of config.json."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-def base_config() -> ml_collections.ConfigDict:
-    """Every key with its default, for `configs/NAME.py` to change."""
-    return ml_collections.ConfigDict(Config().to_dict())
-
-
-# Keys of earlier versions -> their names today.
+# Renamed keys: old name -> new name.
 RENAMED = {
     "checkpoints_kept": "max_to_keep",
     "checkpoint_keep_every": "keep_period",
     "data.row_length": "data.max_seq_len",
     "data.moments": "data.sample_latents",
     "optimizer.accumulation": "optimizer.grad_accum_steps",
-} | {
-    f"model.{field.name}": f"model.original.{field.name}"
-    for field in dataclasses.fields(OriginalConfig)
+    "model.learn_sigma": "objective.learn_sigma",
+    "model.time_conditioning": "model.original.time_conditioning",
+    "model.image_head": "model.original.image_head",
+    "model.position_embedding": "model.original.position_embedding",
+    "model.context_images": "model.original.context_images",
+    "model.bidirectional_images": "model.original.bidirectional_images",
 }
 
 
-def _build(cls, values: Mapping[str, Any], prefix: str):
+def build(cls, values: Mapping[str, Any], prefix: str = ""):
+    """Builds a dataclass, and nested ones, from nested mappings.
+
+    Args:
+      prefix: prefix of the keys in messages, such as "model.".
+
+    Raises:
+      InputError: an unknown key, a value of another type, or a value out of range.
+    """
     hints = get_type_hints(cls)
     made = {}
     for key, value in values.items():
@@ -448,11 +371,11 @@ def _build(cls, values: Mapping[str, Any], prefix: str):
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             require(isinstance(value, Mapping), f"config key {prefix}{key} is a group of keys")
-            value = _build(kind, value, f"{prefix}{key}.")
-        elif isinstance(kind, type):
+            value = build(kind, value, f"{prefix}{key}.")
+        elif isinstance(kind, type) and kind is not Any:  # the model's config is built already
             is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
             value = float(value) if is_number else value
-            # bool is an int to Python, but True is no number of layers.
+            # bool is a subclass of int, but True is not a valid integer setting.
             fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
             require(fits, f"config key {prefix}{key}={value!r} is not of type {kind.__name__}")
         made[key] = value

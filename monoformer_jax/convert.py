@@ -1,16 +1,16 @@
-"""Converts weights: a Hugging Face folder to a workdir of ours, or back to the original's format.
+"""Converts weights from a Hugging Face folder to a workdir, or back to the original format.
 
   python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
   python -m monoformer_jax.convert --from=TinyLlama-1.1B --to=runs/tinyllama
   python -m monoformer_jax.convert --from=runs/imagenet --to=export --format=safetensors --dtype=bf16
 
 --from is a folder with a LLaMA or a MonoFormer (config.json and safetensors or pytorch_model.bin), a
-workdir of ours, or the name of such a folder on the Hugging Face hub (extra `hub`). A LLaMA gets the
-image parts and four tokens that it lacks, fresh. A workdir becomes `model.safetensors`, with the
-averaged weights in `ema/`, under the original's names. The adapters of a workdir (config.lora) are
-merged; --format=orbax makes a workdir of the whole model.
-The target appears when it is whole, or not at all. Parameters are read and written one at a time;
-a workdir holds one copy of the model in memory while it is saved.
+workdir, or the name of a model on the Hugging Face hub (extra `hub`). The image layers and the four
+special tokens that a LLaMA lacks are newly initialised. A workdir is converted to
+`model.safetensors`, with the EMA weights in `ema/`, under the original's parameter names. LoRA
+adapters (config.lora) are merged; --format=orbax writes the merged model as a workdir.
+--to is only created once it is complete. Parameters are read and written one at a time, except that
+writing a workdir takes memory for one copy of the model.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ _DTYPES = {"float32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", required=True, help="folder, or name on the hub")
-    parser.add_argument("--to", type=Path, required=True, help="folder to make")
+    parser.add_argument("--from", dest="source", required=True, help="folder, or hub model name")
+    parser.add_argument("--to", type=Path, required=True, help="folder to create")
     parser.add_argument(
         "--format", choices=("orbax", "safetensors"),
-        help="a workdir of ours or the original's; default: the one that --from is not",
+        help="orbax: a workdir; safetensors: the original format; default: the one --from is not",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", choices=tuple(_DTYPES), default="float32",
-        help="of safetensors (default float32, which changes no bit); a workdir is float32",
+        help="dtype of the safetensors (default float32, lossless); a workdir is always float32",
     )  # fmt: skip
     parser.add_argument(
-        "--check", action="store_true", help="read it again and compare every value"
+        "--check", action="store_true", help="read the result back and compare every value"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the parts that a LLaMA lacks")
+    parser.add_argument("--seed", type=int, default=0, help="seed of newly initialised parameters")
 
 
 def main(args: argparse.Namespace) -> None:
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # work of the host: no accelerator is claimed
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to other processes
 
     from monoformer_jax.errors import require
     from monoformer_jax.pretrained.conversion import (
@@ -59,9 +59,9 @@ def main(args: argparse.Namespace) -> None:
     form = args.format or ("safetensors" if source.ours else "orbax")
     require(
         form == "safetensors" or args.dtype == "float32",
-        f"--dtype={args.dtype} is for --format=safetensors: the parameters of a workdir are float32",
+        f"--dtype={args.dtype} needs --format=safetensors: the parameters of a workdir are float32",
     )
-    require(not args.to.exists(), f"--to={args.to} exists already; nothing was touched")
+    require(not args.to.exists(), f"--to={args.to} already exists; nothing was changed")
     weights = open_source(source, args.seed)
     print(_summary(weights))
     if form == "orbax":
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
         if args.check:
             check_safetensors(args.to, weights, _DTYPES[args.dtype])
         if not (args.to / "tokenizer.json").is_file():
-            print("no tokenizer.json: config.json gives special tokens the original's usual ids")
+            print("no tokenizer.json: config.json has the original's default ids of special tokens")
     checked = ", read again and equal" if args.check else ""
     print(f"{args.to}: {form}{checked}")
 
@@ -85,23 +85,23 @@ def _bar(what: str):
 
 
 def _summary(weights) -> str:
-    """One line a parameter: ours, its shape, theirs."""
+    """One line per parameter: its path, its shape and the original's tensor name."""
     import math
 
-    from monoformer_jax.pretrained import monoformer as original
+    from monoformer_jax.pretrained.model import key_table
     from monoformer_jax.pretrained.table import by_path
 
     shapes = {path: leaf.shape for path, leaf in by_path(weights.ema).items()}
     mapped = set(weights.mapped)
     lines = []
-    for entry in original.table(weights.config.model):
-        theirs = entry.name.replace("{}", "*") if entry.path in mapped else "(fresh)"
+    for entry in key_table(weights.config.model):
+        theirs = entry.name.replace("{}", "*") if entry.path in mapped else "(new)"
         lines.append(f"{entry.path:<38} {shapes[entry.path]!s:<24} {theirs}")
     total = sum(math.prod(shape) for shape in shapes.values())
     if weights.left_out:
         lines.append(
-            f"left out: {len(weights.left_out)} tensors of a frozen vision encoder, which has its own "
-            f"folder: {weights.left_out[0]} …"
+            f"skipped: {len(weights.left_out)} tensors of the frozen vision encoder, which is loaded "
+            f"from its own folder: {weights.left_out[0]} …"
         )
     lines.append(f"{total:,} parameters, the padding of the vocabulary included")
     return "\n".join(lines)

@@ -1,11 +1,11 @@
-"""A page to talk with a trained model, in texts and pictures; the model decides when to paint.
+"""Gradio chat with a trained model, in text and images; the model chooses when to generate an image.
 
   python -m monoformer_jax.demo --workdir=runs/digits
   python -m monoformer_jax.demo --workdir=runs/imagenet --vae=sd-vae-ft-mse --port=8000
 
-The page is served to this machine alone, asks nothing of any other, and answers one message at a time.
---share=true lends it a public address for a week, through gradio's servers: for Colab, where nothing
-else reaches it.
+The page is served on localhost only, makes no external requests, and answers one message at a time.
+--share=true creates a public URL for a week, through gradio's servers: for Colab, where the page is not
+reachable otherwise.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from monoformer_jax.cli import run_command
 from monoformer_jax.data.image_io import open_image
 from monoformer_jax.errors import InputError, require
 
-MOST_CONVERSATIONS = 1000  # that are kept; the one that was silent for longest goes
-_PREVIEWS = 8  # of an image
-_SIDE = 128  # pixels that a picture on the page has at least, or 8×8 digits would be specks
-# Gradio's button posts what it shows on a public site.
+MOST_CONVERSATIONS = 1000  # kept in memory; the least recently used is dropped
+_PREVIEWS = 8  # per image, about
+_SIDE = 128  # pixels up to which small images, such as 8×8 digits, are enlarged
+# Hides gradio's share button, which publishes the chat on a public site.
 _STYLE = "#chat button:is([title='Share'], [aria-label='Share']) { display: none }"
-# The browser refuses whatever the page might ask of another machine.
+# Content security policy: the browser blocks requests to other hosts.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
@@ -41,28 +41,26 @@ Message = dict[str, Any]  # {"role": "user" or "assistant", "content": [texts an
 @dataclasses.dataclass
 class _Conversation:
     messages: list[Message] = dataclasses.field(default_factory=list)
-    now: list[Message] | None = (
-        None  # with the answer as far as it is there; None: nothing is asked
-    )
-    error: InputError | None = None  # of the last message, which is not among the others then
-    dropped: bool = False
+    pending: list[Message] | None = None  # messages with the partial answer; None: not answering
+    error: InputError | None = None  # raised by the last message, which is then not in `messages`
+    cancelled: bool = False
     changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
-    def show(self, now: list[Message] | None) -> None:
+    def update(self, pending: list[Message] | None) -> None:
         with self.changed:
-            self.now = now
+            self.pending = pending
             self.changed.notify_all()
 
 
-class _Dropped(Exception):
-    """Nobody wants this answer any more."""
+class _Cancelled(Exception):
+    """The conversation was cleared while its answer was generated."""
 
 
 class Conversations:
-    """What was said, by the number of the conversation; the page is only a view of it.
+    """Message history of every conversation, by conversation id; the page only displays it.
 
-    Answers are made one at a time, in a thread of their own, so that they come to their end when the
-    page is closed or loaded again.
+    Answers are generated one at a time, each in a background thread, so that generation continues
+    when the page is closed or reloaded.
     """
 
     def __init__(self, model):
@@ -70,11 +68,11 @@ class Conversations:
         model: see `monoformer_jax.Model`.
         """
         self.model = model
-        self._model_is_free = threading.Lock()
+        self._model_lock = threading.Lock()
         self._all: collections.OrderedDict[str, _Conversation] = collections.OrderedDict()
 
     def open(self, number: str | None) -> str:
-        """The conversation of that number, or a new one where there is none."""
+        """Returns the id `number` if such a conversation exists, else the id of a new one."""
         if number not in self._all:
             number = secrets.token_urlsafe(16)
             self._all[number] = _Conversation()
@@ -84,73 +82,74 @@ class Conversations:
         return number
 
     def forget(self, number: str) -> None:
-        """Empties it; an answer that is under way is given up."""
-        self._all[number].dropped = True
+        """Clears the conversation and cancels an answer in progress."""
+        self._all[number].cancelled = True
         self._all[number] = _Conversation()
 
     def watch(self, number: str) -> Iterator[tuple[list[Message], bool]]:
-        """All messages, again whenever the answer has grown, and whether it is still under way."""
+        """Yields (all messages, whether the answer is in progress) whenever the answer grows."""
         talk = self._all[number]
-        while (now := talk.now) is not None:
-            yield now, True
+        while (pending := talk.pending) is not None:
+            yield pending, True
             with talk.changed:
-                talk.changed.wait_for(lambda now=now: talk.now is not now)
+                talk.changed.wait_for(lambda pending=pending: talk.pending is not pending)
         yield talk.messages, False
 
     def say(
         self, number: str, content: list, *, remember: bool, max_tokens: int, seed: int, **sampling
     ) -> Iterator[tuple[list[Message], bool]]:
-        """Asks, and watches the answer.
+        """Sends a user message and yields the growing answer, as `watch` does.
 
         Args:
-          content: texts, and pictures or their files.
-          remember: whether the model sees what was said before.
-          sampling: see `Model.chat`.
+          content: texts, and images or their files.
+          remember: whether the model also receives the earlier messages.
+          max_tokens, seed, sampling: see `Model.chat`.
 
         Raises:
-          InputError: see `Model.chat`; or it is still answering. The conversation stays as it was.
+          InputError: see `Model.chat`, or the previous answer is not complete. The conversation is
+            unchanged then.
         """
         talk = self._all[number]
-        require(talk.now is None, "the answer before is not there yet: wait for it")
+        require(talk.pending is None, "the previous answer is not complete: wait for it")
         content = [part for part in content if part]
-        require(bool(content), "there is nothing to answer: write something, or show a picture")
-        content = [x if isinstance(x, str) else open_image(x, "the picture") for x in content]
-        said = {"role": "user", "content": content}
-        seen = [*(talk.messages if remember else ()), said]
-        talk.show([*talk.messages, said])
+        require(bool(content), "the message is empty: write text or attach an image")
+        content = [x if isinstance(x, str) else open_image(x, "the image") for x in content]
+        message = {"role": "user", "content": content}
+        context = [*(talk.messages if remember else ()), message]
+        talk.update([*talk.messages, message])
         arguments = {"max_tokens": max_tokens, "seed": seed, **sampling}
-        threading.Thread(target=self._answer, args=(talk, seen, arguments), daemon=True).start()
+        threading.Thread(target=self._answer, args=(talk, context, arguments), daemon=True).start()
         yield from self.watch(number)
         if talk.error is not None:
             raise talk.error
 
-    def _answer(self, talk: _Conversation, seen: list[Message], arguments: dict) -> None:
-        asked = talk.now
+    def _answer(self, talk: _Conversation, context: list[Message], arguments: dict) -> None:
+        messages = talk.pending
 
-        def grown(parts):
-            return [*asked, {"role": "assistant", "content": parts}]
+        def with_answer(parts):
+            return [*messages, {"role": "assistant", "content": parts}]
 
         def preview(step, parts):
-            if talk.dropped:
-                raise _Dropped
-            talk.show(grown(parts))
+            if talk.cancelled:
+                raise _Cancelled
+            talk.update(with_answer(parts))
 
         talk.error = None
         try:
-            with self._model_is_free:
+            with self._model_lock:
                 every = max(1, arguments["steps"] // _PREVIEWS)
-                parts = self.model.chat(seen, preview=preview, every=every, **arguments)
-            talk.messages = grown(parts)
+                parts = self.model.chat(context, preview=preview, every=every, **arguments)
+            talk.messages = with_answer(parts)
         except InputError as error:
             talk.error = error
-        except _Dropped:
+        except _Cancelled:
             pass
         finally:
-            talk.show(None)
+            talk.update(None)
 
 
 def _view(messages: list[Message]) -> list[dict]:
-    """Messages as gradio's chatbot shows them: one a part, small pictures enlarged."""
+    """Converts messages for gradio's chatbot: one message per part, small images enlarged."""
     import gradio as gr
 
     shown = []
@@ -165,23 +164,23 @@ def _view(messages: list[Message]) -> list[dict]:
     return shown
 
 
-def _enlarged(picture):
+def _enlarged(image):
     import PIL.Image
 
-    scale = max(1, _SIDE // max(picture.size))
-    size = (picture.width * scale, picture.height * scale)
-    return picture.resize(size, PIL.Image.Resampling.NEAREST)
+    scale = max(1, _SIDE // max(image.size))
+    size = (image.width * scale, image.height * scale)
+    return image.resize(size, PIL.Image.Resampling.NEAREST)
 
 
 def make_page(model, title: str):
-    """The page of a model, a `gradio.Blocks`."""
+    """Builds the page as a `gradio.Blocks`."""
     import gradio as gr
 
     talks, sampling = Conversations(model), model.config.sampling
 
     def view(number, watched, *more):
-        for messages, under_way in watched:
-            yield number, _view(messages), "answering …" if under_way else "", *more
+        for messages, in_progress in watched:
+            yield number, _view(messages), "answering …" if in_progress else "", *more
 
     def show(number):
         number = talks.open(number)
@@ -201,13 +200,13 @@ def make_page(model, title: str):
                 steps=int(steps), guidance=float(guidance),
             ), None)  # fmt: skip
         except InputError as error:
-            # The message goes back to where it was written.
+            # Put the message back into the input box.
             for shown in view(number, talks.watch(number), message):
                 yield *shown[:2], f"**{_sentence(error)}**", message
 
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
         number = gr.BrowserState(None, storage_key="monoformer_conversation")
-        gr.Markdown(f"## {title}\nWrite, or show a picture. The model answers with text or paints.")
+        gr.Markdown(f"## {title}\nSend text or images; the model answers with text or images.")
         chat = gr.Chatbot(
             show_label=False, render_markdown=False, height="65vh", layout="bubble", buttons=[],
             feedback_options=None, elem_id="chat",
@@ -221,7 +220,7 @@ def make_page(model, title: str):
             steps = gr.Slider(1, 100, sampling.steps, step=1, label="Steps")
             guidance = gr.Slider(1, 10, sampling.guidance, step=0.1, label="Guidance")
             seed = gr.Number(0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed")
-            most = gr.Number(64, precision=0, minimum=1, label="Most tokens of text")
+            most = gr.Number(64, precision=0, minimum=1, label="Max text tokens")
         with gr.Row():
             remember = gr.Checkbox(False, label="The model sees earlier messages too")
             anew = gr.Button("New conversation", size="sm", elem_id="anew")
@@ -243,7 +242,7 @@ def _sentence(error: Exception) -> str:
 
 
 class _Policy:
-    """Adds `_POLICY` to every answer."""
+    """ASGI middleware that adds `_POLICY` to every response."""
 
     def __init__(self, app):
         self.app = app
@@ -259,10 +258,10 @@ class _Policy:
 
 
 def serve(page, port: int, share: bool = False, wait: bool = True) -> str:
-    """Serves the page, until it is interrupted if `wait`; returns its address.
+    """Serves the page and returns its URL; with `wait`, blocks until interrupted.
 
     Raises:
-      InputError: the port is taken.
+      InputError: the port cannot be served.
     """
     import gradio as gr
     from starlette.middleware import Middleware
@@ -285,27 +284,29 @@ def serve(page, port: int, share: bool = False, wait: bool = True) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the trained run")
-    parser.add_argument("--vae", type=Path, help="folder of the autoencoder, of a model of latents")
-    parser.add_argument("--vision", type=Path, help="folder of the CLIP tower, where one is needed")
+    parser.add_argument("--vae", type=Path, help="folder of the VAE, for a latent model")
+    parser.add_argument(
+        "--vision", type=Path, help="folder of the CLIP vision tower, if the model needs one"
+    )
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
     parser.add_argument(
-        "--share", choices=("true", "false"), default="false", help="lend it a public address"
+        "--share", choices=("true", "false"), default="false", help="create a public URL"
     )
 
 
 def main(args: argparse.Namespace) -> None:
     import os
 
-    # Gradio asks its makers for the newest version, and tells them of use, unless told not to.
+    # Otherwise gradio sends telemetry and checks for new versions.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio  # noqa: F401
     except ModuleNotFoundError as error:
-        raise InputError("the page needs gradio: pip install -e '.[demo]'") from error
+        raise InputError("the demo needs gradio: pip install -e '.[demo]'") from error
     import monoformer_jax
 
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision)
-    model.image_processor.check_decodable()
+    model.image_processor.codec.check()
     title = f"{model.config.name}, step {model.step}"
     serve(make_page(model, title), args.port, args.share == "true")
 

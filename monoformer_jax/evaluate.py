@@ -1,10 +1,10 @@
-"""Measures a trained model and draws its pictures.
+"""Evaluates a model trained on the digits and plots samples and losses.
 
   python -m monoformer_jax.evaluate --workdir=runs/digits --json=runs/digits/scores.json
 
-For a model of the digits: 500 drawn digits named by a support vector machine, the Fréchet distance of
-500 unguided ones, the 360 held-out digits read, every sentence ended, and whether a prompt to draw is
-answered with one image. It writes samples.png and loss.png into the workdir.
+Metrics: SVM accuracy on 500 generated digits, Fréchet distance of 500 unguided ones, accuracy in
+reading the 360 test digits and completing the training sentences, and the share of prompts to draw that
+are answered with exactly one image. Writes samples.png and loss.png into the workdir.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 from monoformer_jax.cli import run_command
 
 _TABLE = (
-    ("draw", "draw_accuracy", "drawn digits that an SVM names as asked", "{:.1%}"),
-    ("Fréchet", "frechet", "500 unguided drawings to the test digits", "{:.2f}"),
-    ("  of real", "frechet_real", "500 real training digits to the test digits", "{:.2f}"),
-    ("read", "read_accuracy", "test digits named exactly", "{:.1%}"),
-    ("say", "say_accuracy", "sentences ended exactly", "{:.1%}"),
-    ("opens", "opens_image", "prompts to draw answered with one image", "{:.1%}"),
+    ("draw", "draw_accuracy", "generated digits that an SVM classifies as requested", "{:.1%}"),
+    ("Fréchet", "frechet", "distance of 500 unguided digits to the test digits", "{:.2f}"),
+    ("  of real", "frechet_real", "distance of 500 training digits to the test digits", "{:.2f}"),
+    ("read", "read_accuracy", "test digits named correctly", "{:.1%}"),
+    ("say", "say_accuracy", "sentences completed exactly", "{:.1%}"),
+    ("opens", "opens_image", "prompts to draw answered with exactly one image", "{:.1%}"),
     ("steps", "steps", "optimizer steps", "{}"),
-    ("seconds", "train_seconds", "training, compiling included", "{:.0f}"),
+    ("seconds", "train_seconds", "training time, compilation included", "{:.0f}"),
 )
 
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(scores, indent=2) + "\n")
     for name, key, meaning, form in _TABLE:
         print(f"{name:<10} {form.format(scores[key]):>8}   {meaning}")
-    print(f"pictures: {samples}  {losses}")
+    print(f"figures: {samples}  {losses}")
 
 
 if __name__ == "__main__":

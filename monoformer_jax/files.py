@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from monoformer_jax.errors import InputError, require
 
 @contextmanager
 def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
-    """A path beside `path` to write to; it gets its name when the block ends without an error.
+    """Yields a temporary path beside `path`, renamed to `path` if the block ends without an error.
 
-    Works on local disks and on storage such as gs://. Writers of the same file are kept apart by their
-    process ids.
+    Works on local disks and on storage such as gs://. The temporary name contains the process id, so
+    that concurrent writers do not collide.
     """
     path = epath.Path(path)
     staging = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -32,21 +32,23 @@ def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to write into, which gets its name when the block ends without an error.
+    """Yields a temporary folder, renamed to `path` if the block ends without an error.
 
     Raises:
-      InputError: it exists already, or cannot be written: the disk is full, or no permission.
+      InputError: `path` already exists, or cannot be written: disk full or no permission.
     """
-    require(not path.exists(), f"{path} exists already; nothing was touched")
+    require(not path.exists(), f"{path} already exists; nothing was changed")
     staging = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        staging.chmod(0o755)  # mkdtemp's own is private
+        staging.chmod(0o755)  # mkdtemp creates it with 0o700
         yield staging
         staging.rename(path)
     except OSError as error:
-        raise InputError(f"{path} could not be written ({error}); nothing is left of it") from error
+        raise InputError(
+            f"{path} could not be written ({error}); no partial output is left"
+        ) from error
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)

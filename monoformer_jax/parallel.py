@@ -1,13 +1,15 @@
-"""Where every array lives: the device mesh, one rules table, and shardings made from both.
+"""Sharding: the device mesh, the logical axis rules, and the shardings derived from both.
 
-Parameters carry logical axis names; `RULES` maps them to the mesh axes data, fsdp and tensor. A name
-without a rule and a dimension that does not divide are errors, never silently replicated.
+Parameters have logical axis names; `RULES` maps them to the mesh axes data, fsdp and tensor. A name
+without a rule or a dimension that is not divisible is an error, and is never silently replicated.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,9 +23,10 @@ AXES = ("data", "fsdp", "tensor")
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES
 BATCH_AXES = (DATA_AXIS, FSDP_AXIS)
 
-# Logical axis of a parameter -> mesh axis. fsdp cuts the width of every matrix, tensor what a block
-# computes independently: heads, mlp columns, vocabulary.
-RULES: dict[str | None, str | None] = {
+# Logical axis of a parameter or of a decoding state -> mesh axis. fsdp shards the embed dimension of
+# every matrix; tensor shards heads, mlp columns and vocabulary.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    "batch": BATCH_AXES,
     "layers": None,
     "norm": None,
     "embed": "fsdp",
@@ -35,34 +38,34 @@ RULES: dict[str | None, str | None] = {
     "vocab": "tensor",
     None: None,
 }
-BATCH = PartitionSpec(BATCH_AXES)  # of arrays [B, …]
+BATCH = PartitionSpec(BATCH_AXES)  # for arrays [B, …]
 
 
 def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
-    """Mesh of all devices over (data, fsdp, tensor).
+    """Returns the mesh of all devices over (data, fsdp, tensor).
 
-    Neighbours along an axis are neighbours on the network; with several slices, runs of the data axis
-    are whole slices, so that fsdp and tensor stay inside them.
+    Devices are ordered so that neighbours along an axis are neighbours on the network; with several
+    slices, only the data axis spans slices.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or do not suit its slices.
+      InputError: the product of the sizes is not the number of devices, or they do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [c.data, c.fsdp, c.tensor]
     free = [i for i, size in enumerate(sizes) if size == -1]
     given = f"mesh data={c.data}, fsdp={c.fsdp}, tensor={c.tensor}"
     require(len(free) <= 1 and all(s > 0 or s == -1 for s in sizes),
-            f"{given}: sizes are above 0, and at most one is -1")  # fmt: skip
+            f"{given}: sizes must be above 0, and at most one may be -1")  # fmt: skip
     known = int(np.prod([size for size in sizes if size != -1]))
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     require(int(np.prod(sizes)) == len(devices), f"{given} does not fit {len(devices)} devices")
-    # Hosts of GPUs have the attribute too, but NVIDIA's libraries know the way between them.
-    of_tpu = [getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices]
-    slices = len(set(of_tpu))
-    require(c.slices == slices, f"mesh.slices={c.slices}, but the devices are in {slices}")
+    # GPU devices also have slice_index (the host), but NCCL handles the topology.
+    slice_ids = [getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices]
+    slices = len(set(slice_ids))
+    require(c.slices == slices, f"mesh.slices={c.slices}, but the devices are in {slices} slices")
     require(
-        sizes[0] % slices == 0, f"mesh.data={sizes[0]} is not a multiple of its {slices} slices"
+        sizes[0] % slices == 0, f"mesh.data={sizes[0]} is not a multiple of mesh.slices={slices}"
     )
     types = (AxisType.Auto,) * 3
     if slices == 1:
@@ -72,16 +75,16 @@ def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
-def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
-    """Sharding of every parameter.
+def logical_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Returns the sharding of every array of a tree.
 
     Args:
-      axes: tree of tuples of logical names, see `monoformer.logical_axes`.
+      axes: tree of tuples of logical names, see `RULES`.
       shapes: tree of arrays or ShapeDtypeStructs.
       mesh: see `make_mesh`.
 
     Raises:
-      ValueError: a name without a rule, or a dimension that its mesh axis does not divide.
+      ValueError: a name without a rule, or a dimension that is not divisible by its mesh axes.
     """
 
     def place(path, shape, names):
@@ -89,44 +92,73 @@ def parameter_shardings(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
         for name, size in zip(names, shape.shape, strict=True):
             if name not in RULES:
                 raise ValueError(f"parameter {where}: no rule for its axis {name!r}")
-            over = RULES[name]
-            if over and size % mesh.shape[over]:
+            over = RULES[name] or ()
+            over = (over,) if isinstance(over, str) else over
+            if size % math.prod(mesh.shape[axis] for axis in over):
+                sizes = " times ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
                 raise ValueError(
-                    f"parameter {where}: its axis {name} of {size} is not divisible by "
-                    f"mesh.{over}={mesh.shape[over]}"
+                    f"parameter {where}: its axis {name} of {size} is not divisible by {sizes}"
                 )
         return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
 
     return jax.tree_util.tree_map_with_path(place, shapes, axes)
 
 
-def abstract_params(axes: Mapping, shapes: Mapping, mesh: Mesh) -> dict:
-    """`shapes` as ShapeDtypeStructs with the shardings of `parameter_shardings`."""
+def abstract_arrays(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """`shapes` as ShapeDtypeStructs with the shardings of `logical_shardings`."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
         shapes,
-        parameter_shardings(axes, shapes, mesh),
+        logical_shardings(axes, shapes, mesh),
     )
 
 
+def bytes_on_device(tree: Any) -> int:
+    """Bytes per device of a tree of ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def constrain(tree: Any, axes: Any) -> Any:
+    """Adds sharding constraints by logical axes inside jit, if a mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def place(x, names):
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(RULES[name] for name in names)))
+
+    return jax.tree.map(place, tree, axes)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """Formats a mesh, such as "data=2, fsdp=1, tensor=4"."""
+    return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
 def use_mesh(mesh: Mesh | None):
-    """Context in which arrays are divided over the mesh; without one nothing changes."""
+    """Context manager that sets the mesh; a no-op if it is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are divided."""
+    """Number of shards of the batch axis."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def padded_rows(rows: int, mesh: Mesh | None) -> int:
+    """Rounds `rows` up to a multiple of the batch shards; without a mesh returns it unchanged."""
+    return rows if mesh is None else -(-rows // batch_shards(mesh)) * batch_shards(mesh)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> global arrays, cut over data and fsdp."""
+    """Converts this process's rows of a batch to global arrays, sharded over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def check_batch_size(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:
-    """Raises InputError where a micro-batch cannot be cut evenly over the devices."""
+    """Raises InputError if a micro-batch cannot be sharded evenly over the devices."""
     over = batch_shards(mesh)
     require(
         batch_size % (grad_accum_steps * over) == 0,

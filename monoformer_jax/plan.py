@@ -1,12 +1,13 @@
-"""Tells, on a machine without a TPU, whether a run fits a TPU slice, and how fast it can be at best.
+"""Predicts, without a TPU, whether a run fits a TPU slice, with a lower bound of its step time.
 
   python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8
   python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v6e:4x4 \\
       --mesh data=2,fsdp=8 --config.batch_size=64 --json plan.json
 
-The real training step (with --mode=sample the real sampler) is compiled ahead of time with libtpu,
-which `pip install 'monoformer_jax[plan]'` installs; memory is what the compiler says. Where it does not
-fit, the cheapest changes that make it fit are found by compiling them too, and the exit code is 2.
+The training step (the sampler with --mode=sample) is compiled ahead of time with libtpu, which
+`pip install 'monoformer_jax[plan]'` installs; memory is as reported by the compiler. If the run does
+not fit, config changes that may make it fit are compiled too, those that fit are suggested, and the
+exit code is 2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING
 from monoformer_jax.cli import load_config, run_command
 from monoformer_jax.config import Config
 from monoformer_jax.errors import BAD_INPUT, InputError, require
-from monoformer_jax.parallel import DATA_AXIS, FSDP_AXIS
+from monoformer_jax.models import make_config
+from monoformer_jax.parallel import DATA_AXIS, FSDP_AXIS, describe_mesh
 
 if TYPE_CHECKING:
     from monoformer_jax.planning.estimate import Estimate
@@ -33,58 +35,65 @@ SUGGESTIONS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="the experiment")
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config of the run")
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE",
         help="slice to compile for: v4, v5e, v5p, v6e or tpu7x and its shape in chips, as in v5e:8x8 "
-        "or v5p:2x2x4; with --config.mesh.slices=N, N of them",
+        "or v5p:2x2x4; with --config.mesh.slices=N, each of the N slices",
     )  # fmt: skip
     parser.add_argument(
-        "--mesh", metavar="AXIS=N,…", help="instead of the config's mesh: data=2,fsdp=8"
+        "--mesh", metavar="AXIS=N,…", help="overrides the mesh of the config: data=2,fsdp=8"
     )
     parser.add_argument("--mode", choices=("train", "sample"), default="train")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the weights that are sampled from, as in sample (default float32)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate to this file")
 
 
 def main(args: argparse.Namespace) -> int:
     axes = args.mesh.split(",") if args.mesh else []
-    if axes:  # one that is not named is 1, but data takes what is left
+    if axes:  # axes that are not named default to 1, but data to the remaining devices
         rest = 1 if "-1" in args.mesh else -1
         axes = [f"data={rest}", "fsdp=1", "tensor=1", *axes]
     overrides = [*args.overrides, *(f"--config.mesh.{axis}" for axis in axes)]
     config = load_config(args.config, overrides)
     if args.json:
         require(args.json.parent.is_dir(), f"--json: there is no folder {args.json.parent}")
-    from monoformer_jax.planning.estimate import argument_bytes, estimate
+    from monoformer_jax.planning.estimate import argument_bytes, default_mesh, estimate
 
-    found = estimate(config, args.topology, args.mode)
+    if args.mode == "sample" and not args.mesh:
+        mesh = default_mesh(config, args.topology, args.dtype)
+        config = dataclasses.replace(config, mesh=mesh)
+    found = estimate(config, args.topology, args.mode, args.dtype)
     print("\n".join(describe(found, args.topology, args.mode)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
     if found.fits:
         return 0
-    print("\nIt does not fit. What would, after trying:", flush=True)
+    print("\nThe run does not fit. Trying config changes:", flush=True)
     fitting = suggest(
         found,
-        lambda changed: estimate(changed, args.topology, args.mode),
-        lambda changed: argument_bytes(changed, args.topology, args.mode),
+        lambda changed: estimate(changed, args.topology, args.mode, args.dtype),
+        lambda changed: argument_bytes(changed, args.topology, args.mode, args.dtype),
         args.mode,
     )
     for text, one in fitting:
-        print(f"{one.peak / 2**30:.2f} GiB, {1e3 * one.floor:.4g} ms a step at least: {text}")
+        print(f"{one.peak / 2**30:.2f} GiB, {1e3 * one.floor:.4g} ms per step at least: {text}")
     if not fitting:
-        print("nothing does: take a larger slice, a smaller batch or shorter rows")
+        print("no change fits: use a larger slice, a smaller batch or a smaller max_seq_len")
     return BAD_INPUT
 
 
 def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
-    """The report, line by line."""
-    from monoformer_jax.planning.estimate import IMAGES
+    """Yields the lines of the report."""
+    from monoformer_jax.sampling.sampler import IMAGES
 
     config, chip, mesh = found.config, found.chip, found.mesh
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
     model = f"{found.parameters / 1e6:,.1f} M parameters"
-    yield f"{config.name} on {topology}: {model}, {mesh.size} devices, mesh {axes}, {mode}"
+    where = f"{mesh.size} devices, mesh {describe_mesh(mesh)}, {mode}"
+    yield f"{config.name} on {topology}: {model}, {where}"
     yield f"compiled in {found.compile_seconds:.0f} s"
     yield "memory of a device, GiB"
     for name, size in (
@@ -99,7 +108,7 @@ def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     )
     if not found.fits:
         return
-    unit = "step" if mode == "train" else f"call for {IMAGES} images a device"
+    unit = "step" if mode == "train" else f"call for {IMAGES} images per device"
     yield f"collectives of a {unit}: kind, mesh axes, runs, MB that a device sends"
     totals: collections.Counter = collections.Counter()
     calls: collections.Counter = collections.Counter()
@@ -135,7 +144,7 @@ def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
 
 
 def changes(config: Config, mode: str) -> list[dict[str, str]]:
-    """Config keys that save memory, one by one and together, those expected to cost least first."""
+    """Config overrides that may save memory: each alone, cheapest first, then cumulatively."""
     c, mesh, model = config.optimizer, config.mesh, config.model
     rows = mesh.data * mesh.fsdp
     found = []
@@ -161,12 +170,16 @@ def suggest(
     arguments_of: Callable[[Config], int],
     mode: str,
 ) -> list[tuple[str, Estimate]]:
-    """Up to three changes that fit, as command-line overrides, the least time of a step first.
+    """Returns up to three changes that fit, with their estimates, by increasing step time.
 
     Args:
-      found: of what does not fit.
-      try_: compiles a config.
-      arguments_of: bytes of its arguments on a device, without compiling it.
+      found: the estimate of the run that does not fit.
+      try_: compiles a config and returns its estimate.
+      arguments_of: returns the bytes of a config's arguments per device, without compiling.
+      mode: "train" or "sample".
+
+    Returns:
+      (command-line overrides, estimate) pairs.
     """
     sizes = dict(found.mesh.shape)
     config = dataclasses.replace(found.config, mesh=dataclasses.replace(found.config.mesh, **sizes))
@@ -180,9 +193,9 @@ def suggest(
             if arguments + _least(found, changed, arguments) <= found.chip.hbm_gib * 2**30:
                 one = try_(changed)
         except InputError as error:
-            print(f"  cannot be: {text}: {error}", flush=True)
+            print(f"  invalid: {text}: {error}", flush=True)
             continue
-        verdict = "is not enough" if one is None else "fits" if one.fits else "does not fit"
+        verdict = "too large" if one is None else "fits" if one.fits else "does not fit"
         print(f"  {verdict}: {text}", flush=True)
         if one is not None and one.fits:
             fitting.append((text, one))
@@ -192,11 +205,11 @@ def suggest(
 
 
 def _least(found: Estimate, changed: Config, arguments: int) -> float:
-    """Bytes of temporaries that a change cannot go below, so that hopeless ones are not compiled."""
+    """Lower bound of a changed config's temporaries in bytes, to skip compiling what cannot fit."""
     old = found.config
     if changed.model.remat != old.model.remat or changed.mesh.tensor != old.mesh.tensor:
         return 0
-    # Gradients shrink as the state does, activations as the micro-batch does.
+    # Gradients shrink with the state's shards, activations with the micro-batch.
     kept = found.temporaries - max(found.arguments - arguments, 0)
     return kept * old.optimizer.grad_accum_steps / changed.optimizer.grad_accum_steps
 
@@ -206,7 +219,7 @@ def _changed(config: Config, change: dict[str, str | int]) -> Config:
     for key, value in change.items():
         group, name = key.split(".")
         values[group][name] = value
-    return Config.from_dict(values)
+    return make_config(values)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Continues prompts with a trained model, which decides itself whether to write or to paint.
+"""Samples text and images from a trained model, which chooses the modality by emitting <|im_start|>.
 
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="two plus three is"
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="draw a seven" --count=8 --out=7.png
@@ -10,21 +10,21 @@
   python -m monoformer_jax.sample --workdir=runs/imagenet --vae=sd-vae-ft-mse --labels=labels.json \\
       --total=50000 --out=fid
 
-Text is printed, with a number where a picture stands in it. The pictures go to --out as one grid, and
-beside it to a JSON file: seed, settings, config, checkpoint and every answer. The original's weights
-never decide to paint: --paint does it for them.
+Text is printed, with [picture N] in place of image N. Images are saved to --out as one grid, with a
+JSON file beside it: seed, settings, config, checkpoint and every answer. The original's weights never
+emit <|im_start|>: --paint appends it to the prompts.
 
-With --total the prompts, evenly repeated, are painted into shards in the folder --out, and joined as
-samples.npz, arr_0 uint8 [N, height, width, 3]. The same command again goes on where it was stopped.
-Several processes share the work if all see --out; all devices of each paint. They find each other, or
-are told, as in `train`, here two on one machine; the first joins the shards when all are done:
+With --total the prompts, evenly repeated, are used to generate shards in the folder --out, which are
+merged to samples.npz, arr_0 uint8 [N, height, width, 3]. The same command resumes an interrupted run.
+Several processes share the work if all share --out; each uses all its devices. They are connected as in
+`train`, automatically or by flags, here two on one machine; process 0 merges the shards at the end:
 
   python -m monoformer_jax.sample --coordinator=localhost:12345 --processes=2 --process=0 ... &
   python -m monoformer_jax.sample --coordinator=localhost:12345 --processes=2 --process=1 ...
 
-Without --coordinator each --process paints its share whenever it runs, and the last joins the shards.
+Without --coordinator each --process generates its share independently, and the last merges the shards.
 
-A prompt that cannot be answered is reported, the others are, and the exit code is 1.
+A prompt that cannot be answered is reported, the others are answered, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -48,47 +48,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     defaults = "default: the config's sampling"
     add(
-        "--workdir", type=epath.Path, required=True, help="of the trained run, a folder or gs://..."
+        "--workdir",
+        type=epath.Path,
+        required=True,
+        help="workdir of the trained run, a folder or gs://...",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the weights; bfloat16 halves their memory")  # fmt: skip
-    add("--prompt", action="append", default=[], help="may be given many times")
-    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
-    add("--image", type=Path, help="a picture put after every prompt, its centre resized")
-    add("--count", type=int, default=1, help="samples of each prompt (default 1)")
-    add("--batch", type=int, default=64, help="rows at a time, images in a shard (default 64)")
+        help="dtype of the weights; bfloat16 halves their memory")  # fmt: skip
+    add("--prompt", action="append", default=[], help="text prompt; may be repeated")
+    add("--prompts", type=Path, metavar="FILE", help="file of prompts, one per line")
+    add("--image", type=Path, help="image appended to every prompt, center-cropped and resized")
+    add("--count", type=int, default=1, help="samples per prompt (default 1)")
+    add("--batch", type=int, default=64, help="batch size, and images per shard (default 64)")
     add(
         "--out",
         type=Path,
         default=Path("samples.png"),
-        help="grid of pictures; folder with --total",
+        help="image grid to write; with --total, a folder",
     )
-    add("--npz", type=Path, help="the pictures as arr_0 uint8 [N, height, width, 3] too")
-    add("--total", type=int, help="paint so many images into the folder --out")
-    add("--coordinator", metavar="HOST:PORT", help="of process 0, at a free port")
-    add("--processes", type=int, help="how many; 1 keeps to itself on any machine")
-    add("--process", type=int, help="which of them this is, from 0")
-    add("--labels", type=Path, help="JSON list of ImageNet's 1000 names; the prompts are its "
-        "numbers, or with --total all of them if there are no prompts")  # fmt: skip
-    add("--chat", action="store_true", help="put the prompts into the original's chat template")
-    add("--paint", action="store_true", help="paint right after the prompts")
-    add("--vae", type=Path, help="folder of the autoencoder, for a model of latents")
-    add("--vision", type=Path, help="folder of the CLIP tower, for a model that looks through one")
+    add("--npz", type=Path, help="also save the images as arr_0 uint8 [N, height, width, 3]")
+    add("--total", type=int, help="number of images to generate in the folder --out")
+    add("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
+    add("--processes", type=int, help="number of processes; 1 disables automatic detection")
+    add("--process", type=int, help="index of this process, from 0")
+    add("--labels", type=Path, help="JSON list of the 1000 ImageNet class names; prompts are "
+        "class numbers, or with --total all classes if there are no prompts")  # fmt: skip
+    add("--chat", action="store_true", help="apply the original's chat template to the prompts")
+    add(
+        "--paint",
+        action="store_true",
+        help="append <|im_start|>: generate an image for every prompt",
+    )
+    add("--vae", type=Path, help="folder of the autoencoder, for a latent model")
+    add("--vision", type=Path, help="folder of the CLIP vision tower, for a model with one")
     add("--seed", type=int, default=0)
-    add("--max_tokens", type=int, default=64, help="longest text (default 64)")
-    add("--temperature", type=float, default=0.0, help="of the text; 0 (default) is greedy")
-    add("--top_k", type=int, default=0, help="only the k likeliest tokens (default 0: all)")
+    add("--max_tokens", type=int, default=64, help="maximum tokens of text (default 64)")
     add(
-        "--top_p", type=float, default=1.0, help="only the likeliest of this share (default 1: all)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="text sampling temperature; 0 (default) is greedy",
     )
-    add("--repetition_penalty", type=float, default=1.0, help="above 1 repeats less (default 1)")
     add(
-        "--stop", action="append", default=[], help="text ends before this; may be given many times"
+        "--top_k", type=int, default=0, help="sample from the k most likely tokens (default 0: all)"
     )
+    add("--top_p", type=float, default=1.0, help="nucleus sampling probability (default 1: all)")
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="above 1 reduces repetition (default 1)",
+    )
+    add("--stop", action="append", default=[], help="stop string; may be repeated")
     add("--steps", type=int, help=f"solver steps, 1 to 1000 ({defaults})")
-    add("--guidance", type=float, help=f"by the prompt, 1 is none ({defaults})")
-    add("--image_guidance", type=float, help=f"by the picture of --image ({defaults})")
-    add("--solver", choices=("euler", "heun", "ddpm", "ddim"), help=defaults)
+    add("--guidance", type=float, help=f"guidance scale of the prompt, 1 is off ({defaults})")
+    add("--image_guidance", type=float, help=f"guidance scale of --image ({defaults})")
+    add(
+        "--solver",
+        choices=("euler", "heun", "ddpm", "ddim"),
+        help=f"ODE solver or sampler ({defaults})",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -99,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ("count", "max_tokens", "batch"):
         require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
     text = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
-                        tuple(args.stop))  # fmt: skip
+                          tuple(args.stop))  # fmt: skip
     words = _words(args)
     share = _start_processes(args)
     try:
@@ -110,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Which process this is, and of how many: those of jax, or the numbers that were given alone."""
+    """Returns process index and count, from jax.distributed or, without --coordinator, the flags."""
     import jax
 
     from monoformer_jax.errors import require
@@ -120,27 +139,37 @@ def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
     if args.coordinator is not None or index is None:
         start_processes(args.coordinator, count, index)
         return jax.process_index(), jax.process_count()
-    require(count is not None, "--processes and --process go together")
-    require(args.total is not None, "--process without --coordinator is a share of --total")
+    require(count is not None, "--process needs --processes")
+    require(args.total is not None, "--process without --coordinator needs --total")
     require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
     return index, count
 
 
 def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Namespace) -> int:
     import monoformer_jax
+    from monoformer_jax.data.templates import chat_parts, complete_prompt
+    from monoformer_jax.parallel import describe_mesh
     from monoformer_jax.runtime.processes import run_on_first
 
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
-    flags = {
-        name: getattr(args, name) for name in ("steps", "guidance", "image_guidance", "solver")
-    }
-    flags = {name: value for name, value in flags.items() if value is not None}
+    if model.mesh is not None:
+        print(f"mesh of {model.mesh.size} devices: {describe_mesh(model.mesh)}", file=sys.stderr)
+    names = ("steps", "guidance", "image_guidance", "solver")
+    flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = dataclasses.replace(model.config.sampling, **flags)
     model.config = dataclasses.replace(model.config, sampling=sampling)
     if args.paint or args.total:
-        model.image_processor.check_decodable()
+        model.image_processor.codec.check()
     shown = [model.image_processor.encode(args.image, "--image")] if args.image else []
-    prompts = [[prompt, *shown] for prompt in words]
+    prompts = [(word, [word, *shown]) for word in words]
+    if args.chat:
+        prompts = [
+            (word, chat_parts([{"role": "user", "content": [word.strip(), *shown]}]))
+            for word in words
+        ]
+    else:
+        ends = model.config.data.end_of_prompt
+        prompts = [(word, complete_prompt(parts, ends)) for word, parts in prompts]
     if args.total is not None:
         return _many(model, prompts, share, args)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
@@ -148,53 +177,53 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
 
 
 def _words(args: argparse.Namespace) -> list[str]:
-    """The prompts as the model was trained to be asked."""
-    from monoformer_jax.data import templates as said
+    """Returns the texts of the prompts."""
+    from monoformer_jax.data.templates import class_prompts, read_labels
     from monoformer_jax.errors import require
 
     words = list(args.prompt)
     if args.prompts is not None:
-        require(args.prompts.is_file(), f"--prompts={args.prompts}: there is no such file")
+        require(args.prompts.is_file(), f"--prompts={args.prompts}: no such file")
         try:
             words += args.prompts.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            require(False, f"--prompts={args.prompts} is no UTF-8 text")
+            require(False, f"--prompts={args.prompts} is not UTF-8 text")
     if args.labels is not None:
-        names = said.read_labels(args.labels)
+        names = read_labels(args.labels)
         words = words or [str(i) for i in range(len(names) if args.total else 0)]
         for word in words:
             require(
                 word.isdecimal() and int(word) < len(names),
-                f"prompt {word!r}: with --labels it is the number of a class, 0 to 999",
+                f"prompt {word!r}: with --labels it must be a class number, 0 to 999",
             )
-        words = [said.class_prompts(names[int(word)])[0] for word in words]
+        words = [class_prompts(names[int(word)])[0] for word in words]
     require(bool(words), "there is no prompt: give --prompt or --prompts")
-    return [said.chat(word) for word in words] if args.chat else words
+    return words
 
 
-def _answers(model, prompts: list[list], text, args: argparse.Namespace) -> int:
-    """Answers every prompt, a batch at a time; a prompt that cannot be is reported at its place."""
+def _answers(model, prompts: list[tuple[str, list]], text, args: argparse.Namespace) -> int:
+    """Answers the prompts in batches; reports prompts that cannot be answered."""
     from monoformer_jax.errors import InputError
     from monoformer_jax.sampling.prompts import encode_prompt
     from monoformer_jax.sampling.session import Session
 
-    room = model.config.image_tokens + 1 if args.paint else 1
+    reserve = model.config.image_tokens + 1 if args.paint else 1
+    closing = [model.tokenizer.im_start_id] if args.paint else []
     good, answers = [], {}
-    for number, parts in enumerate(prompts):
+    for number, (word, parts) in enumerate(prompts):
         try:
-            closing = [model.tokenizer.im_start_id] if args.paint else []
-            encode_prompt(parts, model.tokenizer, model.config, room=room, closing=closing)
+            encode_prompt(model, parts, reserve=reserve, closing=closing)
             good.append(number)
         except InputError as error:
-            print(f"prompt {number + 1}, {parts[0]!r}: {error}", file=sys.stderr)
+            print(f"prompt {number + 1}, {word!r}: {error}", file=sys.stderr)
     pictures = []
     for start in range(0, len(good), args.batch):
         numbers = good[start : start + args.batch]
         session = Session(
-            model.config, model.params, model.tokenizer, len(numbers), seed=args.seed, first=start,
-            text=text, look=model.image_processor.reencode,
+            model, len(numbers), seed=args.seed, first=start, text=text,
+            reencode=model.image_processor.reencode,
         )  # fmt: skip
-        session.append([prompts[number] for number in numbers])
+        session.append([prompts[number][1] for number in numbers])
         if args.paint:
             session.begin_image(range(len(numbers)))
             replies = [[image] for image in session.generate_images(range(len(numbers)))]
@@ -245,45 +274,40 @@ def _facts(model, args: argparse.Namespace) -> dict:
     }
 
 
-def _many(model, prompts: list[list], share: tuple[int, int], args: argparse.Namespace) -> int:
+def _many(
+    model, prompts: list[tuple[str, list]], share: tuple[int, int], args: argparse.Namespace
+) -> int:
     import jax
     import numpy as np
 
-    from monoformer_jax.config import MeshConfig
-    from monoformer_jax.parallel import make_mesh
     from monoformer_jax.sampling.image import generate_images
     from monoformer_jax.sampling.prompts import encode_prompt
     from monoformer_jax.sampling.shards import generate_shards
 
-    for number, parts in enumerate(prompts, 1):  # all of them before the first is painted
-        encode_prompt(parts, model.tokenizer, model.config, room=model.config.image_tokens,
-               closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.device_put(model.params, everywhere)
+    for number, (_, parts) in enumerate(prompts, 1):  # check all prompts before the first image
+        encode_prompt(model, parts, reserve=model.config.image_tokens,
+                      closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
 
     def generate(first: int, images: int) -> np.ndarray:
-        parts = [prompts[i % len(prompts)] for i in range(first, first + images)]
-        painted = generate_images(
-            model.config, params, model.tokenizer, parts, seed=args.seed, first=first, mesh=mesh
-        )
-        return _rgb(model.image_processor.decode(painted))
+        parts = [prompts[i % len(prompts)][1] for i in range(first, first + images)]
+        generated = generate_images(model, parts, seed=args.seed, first=first)
+        return _rgb(model.image_processor.decode(generated))
 
-    asked = "\n".join(parts[0] for parts in prompts)
+    asked = "\n".join(word for word, _ in prompts)
     image = args.image.read_bytes() if args.image else b""
     facts = _facts(model, args) | {
         "prompts": len(prompts),
         "prompts_sha256": hashlib.sha256(asked.encode() + b"\0" + image).hexdigest(),
     }
-    speaks = jax.process_index() == 0
+    is_first = jax.process_index() == 0
     index, count = share
     samples = generate_shards(
         args.out, args.total, args.batch, facts, generate, process=index, processes=count,
-        log=print if speaks else lambda line: None,
+        log=print if is_first else lambda line: None,
     )  # fmt: skip
-    if speaks:
+    if is_first:
         print(f"{args.total} images in {samples}" if samples else
-              f"this share is done; {args.out / 'samples.npz'} follows when all are")  # fmt: skip
+              f"this share is done; {args.out / 'samples.npz'} follows after the last one")  # fmt: skip
     return 0
 
 

@@ -1,27 +1,27 @@
-"""Trains a model, or goes on with one: the same command continues an interrupted run.
+"""Trains a model; the same command resumes an interrupted run.
 
   python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/digits
   python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/wide \\
       --config.model.mlp_dim=512 --config.optimizer.learning_rate=3e-4
 
-Every key of the config can be changed with --config.group.key=value; monoformer_jax/config.py lists
-them. The workdir, a folder or storage such as gs://bucket/run, gets config.json, metrics.jsonl
-(TensorBoard files too, where it is installed), checkpoints/, and done.json after the last step.
+Every config key can be overridden with --config.group.key=value; monoformer_jax/config.py lists
+them. The workdir, a folder or storage such as gs://bucket/run, receives config.json, metrics.jsonl,
+TensorBoard files if it is installed, checkpoints/, and done.json after the last step.
 
-Several processes train as one when each runs the same command. On TPU pods, Slurm, Open MPI and
-Kubernetes they find each other; elsewhere each is told, here two on one machine:
+For a multi-process run, start the same command in every process. On TPU pods, Slurm, Open MPI and
+Kubernetes jax detects the processes; elsewhere pass them, here for two on one machine:
 
   python -m monoformer_jax.train --coordinator=localhost:12345 --processes=2 --process=0 ... &
   python -m monoformer_jax.train --coordinator=localhost:12345 --processes=2 --process=1 ...
 
 Exit codes:
   0   done
-  1   an error that nobody foresaw; WORKDIR/errors/ keeps it
+  1   unexpected error; once training has started, WORKDIR/errors/ records it
   2   bad input
-  3   the loss is no longer a number; the checkpoints before it are good
-  4   three starts in a row made no checkpoint; says where to look and how to try again
-  5   a step took longer than watchdog_seconds; WORKDIR/errors/ says where every thread stood
-  75  told to leave (SIGTERM): saved at the step it was in, the same command goes on
+  3   the loss, the gradient or the parameters are not finite; earlier checkpoints are valid
+  4   three consecutive starts made no checkpoint; the message says how to retry
+  5   a step took longer than watchdog_seconds; WORKDIR/errors/ has the stack of every thread
+  75  preempted (SIGTERM): saved after the current step, the same command resumes
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from monoformer_jax.errors import CRASH_LOOP, HUNG, NON_FINITE, PREEMPTED
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]",
-        help="the experiment, a file in configs/; ARG goes to its get_config, as in digits.py:tiny",
+        help="config file, such as those in configs/; ARG is passed to its get_config (digits.py:tiny)",
     )  # fmt: skip
     parser.add_argument("--workdir", type=epath.Path, required=True, help="folder of the run")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, at a free port")
-    parser.add_argument("--processes", type=int, help="how many; 1 keeps to itself on any machine")
-    parser.add_argument("--process", type=int, help="which of them this is, from 0")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, with a free port")
+    parser.add_argument("--processes", type=int, help="their number; 1 alone skips jax's detection")
+    parser.add_argument("--process", type=int, help="index of this process, from 0")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""monoformer_jax.load and what it gives, the example of the README, and `sample` on top."""
+"""monoformer_jax.load and Model, the README example, and the `sample` command."""
 
 import dataclasses
 import json
@@ -18,11 +18,12 @@ import monoformer_jax
 from monoformer_jax import sample
 from monoformer_jax.api import Model
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.config import OriginalConfig
+from monoformer_jax.codecs.stable_diffusion import StableDiffusion
 from monoformer_jax.data.documents import Features
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
+from monoformer_jax.models.monoformer import OriginalConfig
 from monoformer_jax.nn import autoencoder, clip
 from monoformer_jax.pretrained import clip as clip_folder
 from monoformer_jax.runtime.checkpoint import Checkpoints
@@ -35,7 +36,7 @@ TOWER = Folder(REFERENCE / "clip_tiny", "clip")
 
 @pytest.fixture(scope="module")
 def workdir(config, tmp_path_factory):
-    """runs/digits with random weights that end an answer at once, or open an image before."""
+    """runs/digits with random weights that emit </s> at once, or <|im_start|> before it."""
     folder = tmp_path_factory.mktemp("somewhere") / "runs" / "digits"
     params = monoformer.init(config.model, jax.random.key(3))
     opens = jax.random.normal(jax.random.key(1), (config.model.embed_dim,))
@@ -60,7 +61,7 @@ def test_the_example_of_the_readme_runs(workdir, monkeypatch):
     exec(compile(readme_example(), "README.md", "exec"), said)
     assert [picture.size for picture in said["sevens"] + said["answer"]] == [(8, 8)] * 3
     assert said["texts"] == [""] and said["read"] == []
-    # The rest of the turn, and what the digits are not trained for.
+    # A further turn, and editing, for which the digits model is not trained.
     model, talk = said["model"], [*said["talk"], {"role": "user", "content": "draw a two"}]
     assert model.chat(talk) == []
     assert model.edit(GRAY, "darker", steps=1, output="numpy").shape == (8, 8, 1)
@@ -83,7 +84,7 @@ def test_sample_reports_a_bad_prompt_and_answers_the_others(workdir, tmp_path, m
     said = capsys.readouterr()
     assert code == 1
     assert "prompt 2, '': the prompt is empty" in said.err
-    assert "prompt 3" in said.err and "has 402 tokens and 18 are to follow" in said.err
+    assert "prompt 3" in said.err and "has 402 tokens and 18 must follow" in said.err
     assert "'draw' -> '[picture 1]'" in said.out and "'read' -> '[picture 2]'" in said.out
     sidecar = json.loads(out.with_suffix(".json").read_text())
     assert sidecar["seed"] == 5 and sidecar["step"] == 0
@@ -94,7 +95,7 @@ def test_sample_reports_a_bad_prompt_and_answers_the_others(workdir, tmp_path, m
         images = arrays["arr_0"]
     assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
 
-    # Many images, on four devices and in shards: the same pictures, whoever paints them.
+    # Shards on four devices: the same images for any number of processes.
     many = [f"--workdir={workdir}", "--prompt=draw", "--prompt=read", "--total=6", "--batch=4",
             "--steps=1", "--seed=5"]  # fmt: skip
     for process in (1, 0):
@@ -104,10 +105,10 @@ def test_sample_reports_a_bad_prompt_and_answers_the_others(workdir, tmp_path, m
         six = arrays["arr_0"].astype(int)
     assert six.shape == (6, 8, 8, 3) and np.abs(six[:2] - images).max() <= 1
     assert command(monkeypatch, *many[:-1], f"--out={tmp_path / 'many'}") == 2
-    assert "painted with another seed" in capsys.readouterr().err
+    assert "generated with another seed" in capsys.readouterr().err
 
 
-def test_the_import_is_quick_and_knows_its_names():
+def test_the_import_is_light_and_lists_its_names():
     code = (
         "import sys, monoformer_jax; "
         "print([m for m in ('jax', 'numpy', 'torch', 'tensorflow') if m in sys.modules]); "
@@ -124,11 +125,14 @@ def random_model(config, weights=False, **changes):
     config = dataclasses.replace(config, model=model)
     params = monoformer.init(model, jax.random.key(0)) if weights else {}
     return Model(
-        config, params, ByteTokenizer(), step=0, image_processor=ImageProcessor(config, None, None)
+        config,
+        params,
+        ByteTokenizer(),
+        image_processor=ImageProcessor(config.layout, config.data.image_size),
     )
 
 
-def test_bad_input_is_one_sentence(config, tmp_path):
+def test_invalid_input_raises_one_sentence(config, tmp_path):
     model = random_model(config)
     user = {"role": "user", "content": "a"}
     (tmp_path / "text.png").write_text("no picture")
@@ -142,13 +146,13 @@ def test_bad_input_is_one_sentence(config, tmp_path):
         (lambda: model.generate_images("a", size=(16, 8)), "is 16×8, but the model was trained up"),
         (lambda: model.generate_images("a", steps=0), "steps=0 must be above 0"),
         (lambda: model.generate_images("a", guidance=-1.0), "guidance=-1.0 must be above 0"),
-        (lambda: model.generate_images("a", solver="rk4"), "'rk4' is none of"),
-        (lambda: model.generate_images("a", step=3), "there is no setting step; there are solver"),
-        (lambda: model.generate_images("a", output="jpg"), "output='jpg' is neither"),
-        (lambda: model.edit(tmp_path / "text.png", "b"), "text.png\\) is no picture that can be"),
+        (lambda: model.generate_images("a", solver="rk4"), "'rk4' does not sample"),
+        (lambda: model.generate_images("a", step=3), "unknown setting step: choose from solver"),
+        (lambda: model.generate_images("a", output="jpg"), "output='jpg' is not"),
+        (lambda: model.edit(tmp_path / "text.png", "b"), "text.png\\) cannot be read as an image"),
         (lambda: model.edit(GRAY, ""), "prompt 1 is empty"),
-        (lambda: model.edit(GRAY, 3), "the instruction is a text"),
-        (lambda: model.chat([]), "the last message must be the user's"),
+        (lambda: model.edit(GRAY, 3), "the instruction must be a text"),
+        (lambda: model.chat([]), "the last message must have the role user"),
         (lambda: model.chat([user, {"role": "assistant", "content": "b"}]), "the last message"),
         (lambda: model.chat([{"content": "a"}]), "message 1 is not"),
     ):
@@ -156,7 +160,7 @@ def test_bad_input_is_one_sentence(config, tmp_path):
             call()
 
 
-def test_a_model_of_latents_or_with_an_encoder_asks_for_what_it_lacks(config):
+def test_a_missing_autoencoder_or_vision_encoder_is_reported(config):
     latents = random_model(config, channels=4)
     for call in (
         lambda: latents.generate_images("a"),
@@ -167,17 +171,17 @@ def test_a_model_of_latents_or_with_an_encoder_asks_for_what_it_lacks(config):
         ):
             call()
     seeing = random_model(config, channels=3, feature_dim=8)
-    with pytest.raises(InputError, match="through a vision encoder: give its folder with vision="):
+    with pytest.raises(InputError, match="with a vision encoder: give its folder with vision="):
         seeing.chat([{"role": "user", "content": [GRAY, "what is it?"]}])
 
 
 @pytest.mark.slow
-def test_a_picture_goes_through_the_autoencoder_both_ways(config):
-    """Shown as the mean of its latents, scaled; painted latents come back as pixels."""
+def test_images_are_encoded_and_decoded_by_the_autoencoder(config):
+    """Inputs become the normalized latent mean; generated latents are decoded to pixels."""
     c = autoencoder.AutoencoderConfig(widths=(8, 8), blocks=1, groups=4)
     params = autoencoder.init(c, jax.random.key(1))
     model = random_model(config, weights=True, channels=4)
-    model.image_processor._vae = c, params
+    model.image_processor.codec = StableDiffusion(c, params)
     part = model.image_processor.encode(GRAY)
     pixels = np.full((1, 16, 16, 3), 128 / 127.5 - 1, np.float32)
     want = autoencoder.bind(c, params).encode(pixels).mean[0] * c.scale
@@ -190,7 +194,7 @@ def test_a_picture_goes_through_the_autoencoder_both_ways(config):
 
 @pytest.fixture(scope="module")
 def seeing(config, tmp_path_factory):
-    """Workdir of a model with random weights that looks through the recorded tower and only writes."""
+    """Workdir of a text-only model with random weights and the recorded CLIP tower."""
     folder = tmp_path_factory.mktemp("seeing")
     model = dataclasses.replace(
         config.model,
@@ -209,7 +213,7 @@ def seeing(config, tmp_path_factory):
 
 
 def recorded_features():
-    """A recorded picture, and what the tower makes of its recorded pixels; see parity_vision_test."""
+    """A recorded image, and the features of its recorded pixels; see parity_vision_test."""
     recorded = TOWER.cases["preprocess"]
     c = clip_folder.read_config(TOWER.config)
     shapes = jax.eval_shape(lambda: clip.init(c, jax.random.key(0)))
@@ -219,8 +223,8 @@ def recorded_features():
 
 
 @pytest.mark.slow
-def test_a_picture_goes_through_the_vision_encoder(seeing, tmp_path, monkeypatch, capsys):
-    """By `look`, in a chat and by `sample --vision`: the answer is the one to its features."""
+def test_input_images_are_encoded_by_the_vision_encoder(seeing, tmp_path, monkeypatch, capsys):
+    """In `generate_text`, `chat` and `sample --vision`: the answer equals that to the features."""
     picture, features = recorded_features()
     model = monoformer_jax.load(seeing, vision=TOWER.path)
     close(model.image_processor.encode(picture).values, features, 1e-4)
@@ -228,9 +232,7 @@ def test_a_picture_goes_through_the_vision_encoder(seeing, tmp_path, monkeypatch
     def ask(*content):
         return model.chat([{"role": "user", "content": list(content)}], max_tokens=8)
 
-    session = Session(
-        model.config, model.params, model.tokenizer, 1, look=model.image_processor.reencode
-    )
+    session = Session(model, 1, reencode=model.image_processor.reencode)
     session.append([["what is it? ", Features(features)]])
     (want,) = session.generate(max_tokens=8)
     assert len(want[0]) == 8 and ask("what is it? ", picture) == want
@@ -245,17 +247,17 @@ def test_a_picture_goes_through_the_vision_encoder(seeing, tmp_path, monkeypatch
 
     file.write_bytes(file.read_bytes()[:99])
     assert command(monkeypatch, *run, f"--vision={TOWER.path}") == 2
-    assert "a.png) is no picture that can be read" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"the image of message 1 .*a\.png.* is no picture"):
+    assert "a.png) cannot be read as an image" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"the image of message 1 .*a\.png.* cannot be read"):
         ask("what is it? ", file)
 
 
-def test_a_tower_that_is_not_the_models_is_refused(config, tmp_path):
+def test_a_tower_of_another_model_is_refused(config, tmp_path):
     model = dataclasses.replace(config.model, feature_dim=8)
     for folder, message in (
-        (tmp_path / "none", "none is no folder"),
+        (tmp_path / "none", "none is not a folder"),
         (tmp_path, "has no config.json"),
         (TOWER.path, "clip_tiny has 48 features, the model takes 8"),
     ):
         with pytest.raises(InputError, match=message):
-            ImageProcessor(dataclasses.replace(config, model=model), None, folder)
+            ImageProcessor(model.layout, config.data.image_size, None, folder)

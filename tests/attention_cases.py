@@ -1,4 +1,4 @@
-"""The table that every attention implementation is held against the float32 dense oracle over."""
+"""Cases in which every attention implementation is compared with the float32 dense reference."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import numpy as np
 from monoformer_jax.attention import IntervalMask, dense_attention, interval_mask, merge
 from monoformer_jax.batch import PAD, PATCH, TEXT, TIME
 
-LENGTH = 300  # no multiple of any block
+LENGTH = 300  # not a multiple of any block size
 
 
 def row(*documents, length):
@@ -38,7 +38,7 @@ ROWS = {
 
 
 def all_rows() -> IntervalMask:
-    """Every row of `ROWS` as one batch, and one more whose ranges jump about: start <= stop."""
+    """All `ROWS` as one batch, and one more row of random ranges, which are not monotone."""
     masks = [interval_mask(*streams) for streams in ROWS.values()]
     ends = np.sort(np.random.default_rng(0).integers(0, LENGTH + 1, (2, 1, LENGTH)), axis=0)
     masks.append(IntervalMask(*jnp.asarray(ends, jnp.int32)))
@@ -51,7 +51,7 @@ def last_queries(mask: IntervalMask, count: int) -> IntervalMask:
 
 
 def split(mask: IntervalMask) -> tuple[IntervalMask, IntervalMask]:
-    """Each range as two that do not touch, one key apart; a range of one key leaves one empty."""
+    """Splits each range into two that are one key apart; short ranges leave one or both empty."""
     middle = (mask.start + mask.stop) // 2
     hole = jnp.minimum(middle + 1, mask.stop)
     return IntervalMask(mask.start, middle), IntervalMask(hole, mask.stop)
@@ -59,7 +59,7 @@ def split(mask: IntervalMask) -> tuple[IntervalMask, IntervalMask]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: how many queries (the last ones), which heads, and how the mask is given."""
+    """One attention call: number of (last) queries, heads, and one mask or a union of two."""
 
     kv_heads: int = 1
     groups: int = 1
@@ -95,12 +95,12 @@ CASES = {
     "union": Case(groups=2, head_dim=128, union=True),
     "bfloat16": Case(kv_heads=2, groups=2, dtype="bfloat16"),
 }
-# Largest error over the oracle's largest value: output and gradients.
+# Limits of `errors`: output and gradients.
 LIMITS = {"float32": (2e-6, 2e-5), "bfloat16": (1e-2, 1e-2), "float16": (1e-2, 1e-2)}
 
 
 def loss_and_results(run, masks):
-    """A scalar that weighs every output and log-sum-exp, to differentiate; and the output."""
+    """Jitted: a scalar loss of every output and log-sum-exp, both of these, and the gradients."""
 
     def loss(q, k, v):
         parts = [run(q, k, v, mask) for mask in masks]
@@ -116,7 +116,7 @@ def loss_and_results(run, masks):
 
 
 def errors(case: Case, run) -> dict[str, float]:
-    """Largest absolute error of `run` against the oracle; relative to the largest value in bf16."""
+    """Largest errors of `run`: absolute for float32, else relative to the largest value, or to 1."""
     qkv, masks = case.qkv(), case.masks()
     (_, (out, lses)), grads = loss_and_results(run, masks)(*qkv)
     exact = [x.astype(jnp.float32) for x in qkv]
@@ -137,7 +137,7 @@ def errors(case: Case, run) -> dict[str, float]:
 
 
 def assert_within_limits(case: Case, found: dict[str, float]) -> None:
-    """Fails with the table of errors when one is too large."""
+    """Fails with all errors if one is too large."""
     out_limit, grad_limit = LIMITS[case.dtype]
     limits = {name: grad_limit if name in ("dq", "dk", "dv") else out_limit for name in found}
     too_large = {name: x for name, x in found.items() if not x <= limits[name]}

@@ -1,7 +1,7 @@
-"""The TPU kernels compiled ahead of time for every chip generation: no TPU is needed.
+"""Ahead-of-time compilation of the TPU kernels for every chip generation; no TPU is needed.
 
-What is asserted is read from the compiled program: nothing of the size of q, k or v is copied into
-another layout around the kernels, and temporaries grow with L, not with L².
+The compiled programs must not copy any array of the size of q, k or v into another layout around the
+kernels, and temporaries must grow with L, not with L².
 """
 
 import json
@@ -29,7 +29,7 @@ CASES = [
     "1,32768,1,4,128,bfloat16,both",
     "1,32768,2,8,64,bfloat16,both",
 ]
-# On the chip with the least VMEM, where all of this is tightest.
+# On the chip with the least VMEM, where all limits are tightest.
 MORE = [
     "2,4096,2,1,256,bfloat16,both",
     "1,4096,1,4,128,float32,both",
@@ -38,7 +38,7 @@ MORE = [
 
 
 def compiled(topology: str, cases: list[str]) -> list[dict]:
-    """What `tpu_compile` found, in a process of its own."""
+    """Runs `tpu_compile` in a separate process and returns its results."""
     done = subprocess.run(
         [sys.executable, str(HERE / "tpu_compile.py"), topology, *cases],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -50,28 +50,28 @@ def compiled(topology: str, cases: list[str]) -> list[dict]:
 
 
 def check(topology: str, found: list[dict]) -> None:
-    """Kernels are there; no copies; O(L) temporaries."""
+    """Asserts that the kernels exist, that there are no copies, and O(L) temporaries."""
     for program in found:
         batch, length, kv_heads, groups, head_dim = map(int, program["case"].split(",")[:5])
         itemsize = 4 if "float32" in program["case"] else 2
         assert program["kernels"] == (3 if program["case"].endswith("both") else 1), program
         assert not program["copies"]["relayout"], program
-        # Ironwood's compiler groups the rows of a kernel's results by 16 and wants operands by 8.
+        # Ironwood's compiler tiles the rows of a kernel's results by 16 but of its operands by 8.
         assert len(program["copies"]["retile"]) <= ("tpu7x" in topology), program
-        # q, out, dq, dout and float32 dk, dv with room to spare: any of them is O(L).
+        # A generous bound for q, out, dq, dout and float32 dk, dv, each of which is O(L).
         operands = batch * length * (kv_heads * groups + 2 * kv_heads) * head_dim * itemsize
         assert program["temp_bytes"] <= 6 * operands + 2**20, program
 
 
 @pytest.mark.parametrize("chip", ["v5e"])
-def test_a_layer_compiles(chip):
-    """The smallest program, on one chip."""
+def test_layer_compiles(chip):
+    """The smallest program, for one chip generation."""
     check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], FAST))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_every_chip_compiles_rows_up_to_32k(chip):
-    """Forward and both passes, 512 to 32768 tokens, all head dims, both dtypes."""
+def test_kernels_compile_up_to_32k_tokens(chip):
+    """Forward and both passes, 512 to 32768 tokens; head dim 256 and float32 only on v4."""
     cases = CASES + (MORE if chip == "v4" else [])
     check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], cases))

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: interpreted for numbers, compiled for registers."""
+"""The Triton kernels without a GPU: numerics in the interpreter, register spills by compiling."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="triton is for Linux only")
 
 
 def python(program: str, *arguments: str, **environment: str) -> str:
-    """Output of a program of this directory, in a process of its own."""
+    """Runs a program of this directory in a separate process and returns its output."""
     done = subprocess.run(
         [sys.executable, str(HERE / program), *arguments],
         env=os.environ
@@ -39,15 +39,15 @@ FAST = ("decode",)
     [FAST, pytest.param([n for n in CASES if n not in FAST], marks=pytest.mark.slow)],
     ids=["fast", "all others"],
 )
-def test_the_kernels_agree_with_the_dense_oracle(names):
-    """The cases of the TPU kernel, interpreted."""
+def test_kernels_agree_with_dense_attention(names):
+    """The same cases as for the TPU kernel, in the Triton interpreter."""
     found = json.loads(python("triton_interpreter.py", *names, TRITON_INTERPRET="1"))
     assert set(found) == set(names)
     for name in names:
         assert_within_limits(CASES[name], found[name])
 
 
-# Shared memory that a program may take, in KiB.
+# Shared memory limit of a program in KiB, by compute capability.
 SHARED = {75: 64, 80: 163, 90: 227, 100: 227}
 
 
@@ -65,7 +65,7 @@ TARGETS = [
     [(90, "bfloat16", 64), *(pytest.param(target, marks=pytest.mark.slow) for target in TARGETS)],
     ids=str,
 )
-def test_the_kernels_compile_without_spilling(target):
+def test_kernels_compile_without_spilling(target):
     """Cubins for a T4 (7.5), A100 (8.0), H100 (9.0) and B200 (10.0) at the default tiles."""
     capability, *_ = target
     found = json.loads(python("triton_compile.py", *map(str, target)))
@@ -78,18 +78,20 @@ def test_the_kernels_compile_without_spilling(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, 100])
 def test_head_dim_256_compiles(capability):
-    """Spilling is allowed here: no tile is free of it in every kernel."""
+    """Spilling is allowed: no tile avoids it in every kernel."""
     found = json.loads(python("triton_compile.py", str(capability), "bfloat16", "256"))
     limit = SHARED[capability] * 1024
     assert all(cubin > 0 and shared <= limit for _, _, cubin, _, shared in found)
 
 
-def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
-    """Not a fall-back to something slower without a word."""
+def test_missing_extra_and_unsupported_devices_raise(monkeypatch):
+    """There is no silent fallback to a slower implementation."""
     monkeypatch.setitem(sys.modules, "triton.language", None)
     q = jnp.zeros((1, 128, 2, 64))
     rows = IntervalMask(*[jnp.zeros((1, 128), jnp.int32)] * 2)
-    with pytest.raises(ValueError, match=r"'gpu' needs triton.language, of the extra \[cuda\]"):
+    with pytest.raises(
+        ValueError, match=r"'gpu' needs triton.language; install the extra \[cuda\]"
+    ):
         gpu_attention(q, q, q, rows, capability=90)
     with pytest.raises(ValueError, match=r"capability 7\.0 is below 7\.5"):
         gpu_attention(q, q, q, rows, capability=70)

@@ -1,5 +1,4 @@
-"""The mask against the matrix of its docstring, dense attention against plain softmax, and every
-implementation against dense attention."""
+"""The mask against its docstring, dense attention against softmax, and kernels against dense."""
 
 import functools
 
@@ -27,7 +26,7 @@ from monoformer_jax.attention.dense import EMPTY_LSE, dense_attention
 from monoformer_jax.attention.tpu_kernel import Plan, fit, tpu_attention
 from monoformer_jax.batch import PATCH
 
-# Several blocks and chunks a row, so that every loop and every edge between chunks is taken.
+# Several blocks and chunks per row, to cover every loop and every chunk boundary.
 SMALL = Plan(
     queries=128, keys=128, wide=128, chunk_keys=256, chunk_queries=256, vmem_limit=0
 )  # fmt: skip
@@ -37,7 +36,7 @@ ON_CPU = {"dense": dense_attention, "tpu": interpreted}
 
 @pytest.fixture(autouse=True, scope="module")
 def optimized():
-    """The limits are for programs as people run them; conftest has XLA leave out most of its work."""
+    """The error limits are for optimized programs; conftest disables most XLA optimizations."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -53,7 +52,7 @@ ROWS = {
 
 
 def by_definition(token_types, segments, images):
-    """Causal or same image, within a document; written over pairs, with no interval in sight."""
+    """Causal or same image, within a document; defined per (query, key) pair, without intervals."""
     token_types, segments, images = (np.asarray(x)[0] for x in (token_types, segments, images))
     n = len(token_types)
     allowed = np.zeros((n, n), bool)
@@ -68,7 +67,7 @@ def assert_monotone(got):
     assert (np.diff(got.start) >= 0).all() and (np.diff(got.stop) >= 0).all()
 
 
-def test_mask_is_the_matrix_of_the_docstring():
+def test_mask_matches_its_docstring():
     lines = [line.split() for line in mask.__doc__.splitlines()]
     lines = [line for line in lines if len(line) == 15 and set(line[1:13]) <= {"1", "."}]
     drawn = np.array([[c == "1" for c in line[1:13]] for line in lines])
@@ -86,8 +85,8 @@ def test_mask_is_causal_or_same_image(name):
     assert_monotone(got)
 
 
-def test_padding_on_the_left():
-    """Prompts of a batch end together, so sampling pads on the left."""
+def test_mask_with_padding_on_the_left():
+    """The library pads on the right; `interval_mask` accepts PAD on either side."""
     streams = [np.roll(s, 5, axis=1) for s in row([0, 0, 3, 0], length=12)]
     got = interval_mask(*streams)
     np.testing.assert_array_equal(dense_mask(got, 12)[0], by_definition(*streams))
@@ -123,7 +122,7 @@ def test_dense_attention_is_softmax_over_the_allowed_keys(name, groups):
             np.testing.assert_allclose(lse[0, l, n], np.log(weights.sum()), atol=2e-6)
 
 
-def test_an_empty_query_passes_no_gradient():
+def test_empty_range_has_no_gradient():
     q, k, v = random_qkv(6, 6, 2, 2)
     empty = IntervalMask(jnp.full((1, 6), 3, jnp.int32), jnp.full((1, 6), 3, jnp.int32))
 
@@ -135,14 +134,14 @@ def test_an_empty_query_passes_no_gradient():
         np.testing.assert_array_equal(gradient, 0)
 
 
-def test_attend_says_what_does_not_fit():
+def test_incompatible_arguments_raise():
     q, k, v = random_qkv(4, 4, 4, 3)
     fits = IntervalMask(jnp.zeros((1, 4), jnp.int32), jnp.ones((1, 4), jnp.int32))
-    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         interval_attention(q, k, v, fits)
-    with pytest.raises(ValueError, match="'flash' is none of"):
+    with pytest.raises(ValueError, match="'flash' is not one of"):
         interval_attention(q, q, q, fits, impl="flash")
-    with pytest.raises(ValueError, match="mask is"):
+    with pytest.raises(ValueError, match=r"mask start .* do not match q"):
         interval_attention(q, q, q, IntervalMask(fits.start[:, :2], fits.stop[:, :2]))
 
 
@@ -153,14 +152,14 @@ FAST = ("groups of 1, pair of heads", "decode")
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES
 ])  # fmt: skip
 @pytest.mark.parametrize("impl", ON_CPU)
-def test_every_implementation_agrees_with_the_dense_oracle(impl, name):
-    """Output, log-sum-exp, dq, dk and dv, with gradients through both results."""
+def test_implementations_agree_with_dense_attention(impl, name):
+    """Output, log-sum-exp, dq, dk and dv; the loss depends on output and log-sum-exp."""
     assert_within_limits(CASES[name], errors(CASES[name], ON_CPU[impl]))
 
 
 @pytest.mark.slow
-def test_the_chosen_blocks_agree_with_the_dense_oracle():
-    """The default plan, over rows long enough for every loop of it, in bfloat16."""
+def test_default_plan_agrees_with_dense_attention():
+    """In bfloat16, with rows long enough to cover every loop of the default plan."""
     length, (kv_heads, groups, head_dim) = 2048, (1, 4, 128)
     part = interval_mask(*row([0] * 40, [0] * 60 + [1024, 0, 256], [0] * 30, length=1536))
     causal = jnp.arange(1536, length, dtype=jnp.int32)[None]
@@ -185,8 +184,8 @@ def test_the_chosen_blocks_agree_with_the_dense_oracle():
 
 
 @pytest.mark.slow
-def test_blocks_on_both_sides_of_whole_ones_are_visited():
-    """The last block of queries and the first of keys see an edge, two whole blocks and an edge."""
+def test_edge_blocks_on_both_sides_of_full_blocks_are_visited():
+    """The last query block and the first key block each visit an edge, two full blocks and an edge."""
     at = jnp.arange(512, dtype=jnp.int32)[None]
     mask_ = IntervalMask(jnp.where(at < 384, 0, 100), at + 1)
     q, k, v = random_qkv(512, 512, 1, 1, head_dim=128)
@@ -202,8 +201,8 @@ def test_blocks_on_both_sides_of_whole_ones_are_visited():
         np.testing.assert_allclose(got, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_the_tpu_kernels_do_not_race():
-    """Pallas' TPU interpreter orders copies as the hardware may, and fills memory with NaN."""
+def test_tpu_kernels_have_no_races():
+    """Pallas' TPU interpreter detects races and initializes memory with NaN."""
     mask_ = jax.tree.map(lambda x: x[1:2], all_rows())
     q, k, v = random_qkv(300, 300, 2, 1, head_dim=128)
     params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -219,8 +218,8 @@ def test_the_tpu_kernels_do_not_race():
     assert interpret_pallas_call.races is not None and not interpret_pallas_call.races.races_found
 
 
-def test_a_union_is_attention_over_all_its_keys():
-    """Two ranges merged by log-sum-exp are the softmax over both, written with a dense mask."""
+def test_union_attends_to_all_its_keys():
+    """Two ranges merged by log-sum-exp equal the softmax over both with a dense mask."""
     first = jax.tree.map(lambda x: x[:2], all_rows())
     one, two = split(first)
     q, k, v = random_qkv(300, 300, 2, 2)
@@ -234,8 +233,8 @@ def test_a_union_is_attention_over_all_its_keys():
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (4, 20), (60, 4), (300, 300), (20, 60)])
-def test_block_bounds_hold_every_visible_pair(block_q, block_k):
-    """Nothing visible is skipped, what counts as full is full, and monotone rows skip exactly."""
+def test_block_bounds_cover_every_visible_pair(block_q, block_k):
+    """No visible block is skipped, full blocks are fully visible; exact for monotone rows."""
     rows = all_rows()
     length = rows.start.shape[1]
     by_query = mask.key_block_bounds(rows, block_q, block_k)
@@ -250,16 +249,16 @@ def test_block_bounds_hold_every_visible_pair(block_q, block_k):
         other = np.arange(any_seen.shape[2])
         inside, full = (lo <= other) & (other < hi), (full_lo <= other) & (other < full_hi)
         assert inside[any_seen].all() and all_seen[full].all()
-        monotone = slice(0, -1)  # the last row jumps about
+        monotone = slice(0, -1)  # the last row is not monotone
         np.testing.assert_array_equal(full[monotone], all_seen[monotone])
 
 
-def test_mask_area_counts_the_pairs():
+def test_mask_area_counts_visible_pairs():
     rows = all_rows()
     np.testing.assert_array_equal(mask_area(rows), dense_mask(rows, 300).sum((1, 2)))
 
 
-def test_blocks_divide_what_they_can():
+def test_fit_prefers_blocks_that_divide_the_size():
     assert fit(2048, 640, 128) == (512, 2048)
     assert fit(1280, 640, 128) == (640, 1280)
     assert fit(300, 640, 128) == (384, 384)
@@ -274,7 +273,7 @@ def ranges(*pairs):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        (ranges((0, 1), (3, 2)), r"row 0, query 1 sees \[3, 2\): start lies behind stop"),
+        (ranges((0, 1), (3, 2)), r"row 0, query 1 sees \[3, 2\): start is greater than stop"),
         (ranges((0, 1), (0, 5)), r"query 1 sees \[0, 5\): .* outside the 4 keys"),
         (ranges((-1, 1), (0, 1)), r"query 0 sees \[-1, 1\): .* outside the 4 keys"),
         (
@@ -283,7 +282,7 @@ def ranges(*pairs):
         ),
     ],
 )
-def test_an_unsound_mask_is_named(masks, message):
+def test_invalid_mask_raises(masks, message):
     with pytest.raises(ValueError, match=message):
         check_mask(masks, 4)
     q, k, _ = random_qkv(2, 4, 1, 1)
@@ -295,29 +294,31 @@ def test_an_unsound_mask_is_named(masks, message):
         jax.effects_barrier()
 
 
-def test_what_cannot_run_says_why():
+def test_unsupported_arguments_raise():
     q, k, v = random_qkv(4, 4, 2, 2, head_dim=64)
     fits = ranges(*[(0, 1)] * 4)
     for impl in ("tpu", "gpu"):
         with pytest.raises(ValueError, match=f"impl '{impl}' cannot run on platform 'cpu'"):
             interval_attention(q, k, v, fits, impl=impl)
     small = random_qkv(4, 4, 2, 2, head_dim=32)
-    with pytest.raises(ValueError, match="impl 'tpu': head dim 32 is none of 64, 128, 256"):
+    with pytest.raises(ValueError, match="impl 'tpu': head dim 32 is not one of 64, 128, 256"):
         choose(*small[:2], "tpu", "tpu")
     with pytest.raises(ValueError, match="impl 'gpu': head dim 32"):
         choose(*small[:2], "gpu", "cuda")
     half = [x.astype(jnp.float16) for x in (q, k)]
     with pytest.raises(ValueError, match="dtypes float16 and float16 are not both"):
         choose(*half, "tpu", "tpu")
-    with pytest.raises(ValueError, match="32 query heads for a key/value head are more than 16"):
+    with pytest.raises(
+        ValueError, match="32 query heads per key/value head exceed the limit of 16"
+    ):
         choose(*random_qkv(4, 4, 32, 1, head_dim=128)[:2], "tpu", "tpu")
-    with pytest.raises(ValueError, match="knows no block sizes for chip 'TPU v2'"):
+    with pytest.raises(ValueError, match="has no block sizes for chip 'TPU v2'"):
         tpu_attention(q, k, v, fits, chip="TPU v2")
     with pytest.raises(ValueError, match="empty tuple"):
         interval_attention(q, k, v, ())
 
 
-def test_auto_goes_by_platform_and_shape():
+def test_auto_selects_by_platform_and_shape():
     q, k, _ = random_qkv(128, 128, 2, 2, head_dim=64)
     assert [choose(q, k, "auto", p) for p in ("cpu", "tpu", "cuda")] == ["dense", "tpu", "gpu"]
     assert choose(q, k, "auto", "tpu", "TPU v5 lite") == "tpu"
@@ -326,7 +327,7 @@ def test_auto_goes_by_platform_and_shape():
     assert choose(q[..., :32], k[..., :32], "auto", "tpu") == "dense"
 
 
-def test_a_mesh_that_does_not_divide_rows_or_heads_is_named():
+def test_mesh_that_does_not_divide_batch_or_heads_raises():
     q, k, _ = random_qkv(4, 4, 3, 3, head_dim=64)
     names = ("data", "fsdp", "tensor")
     with pytest.raises(ValueError, match=r"axes .* have size 2: they do not divide the batch of 1"):
@@ -335,7 +336,7 @@ def test_a_mesh_that_does_not_divide_rows_or_heads_is_named():
         attention_module._on_mesh(interpreted, AbstractMesh((1, 1, 2), names), q, k)
 
 
-def test_on_a_mesh_every_device_has_its_rows_and_heads():
+def test_mesh_shards_batch_and_heads():
     """The kernel under shard_map and jit, data 2 and tensor 2, against dense attention."""
     mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     rows = jax.tree.map(lambda x: x[:2, :128], all_rows())

@@ -1,4 +1,4 @@
-"""The sampling bench: what it counts, what it writes, and that the uncached images are the same."""
+"""The sampling benchmark: FLOP counts, JSON output, and equality of cached and uncached images."""
 
 import json
 
@@ -7,29 +7,29 @@ import numpy as np
 import pytest
 
 from monoformer_jax.api import Model
+from monoformer_jax.batch import stack
 from monoformer_jax.bench import sampling
 from monoformer_jax.bench.__main__ import main
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.data.documents import Image, build
+from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
-from monoformer_jax.sampling.prompts import pad_batch
 
 KEYS = {"seconds", "images", "steps", "prompt_tokens", "share_of_matmul", "uncached_seconds",
         "first_image_ms", "denoising_starts_ms", "images_per_s", "text_tokens_per_s",
         "prefix_cache_saves", "device", "dtype", "matmul_tflops"}  # fmt: skip
 
 
-def test_flops_are_those_of_the_matrices_and_of_the_mask(config):
+def test_needed_flops_match_the_weights_and_the_mask(config):
     c, tokenizer, evaluations = config.model, ByteTokenizer(), 7
     shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))["decoder"]["layers"]
     matrices = sum(np.prod(x.shape) for x in jax.tree.leaves(shapes) if len(x.shape) > 2)
     image = Image(np.zeros((8, 8, 1), np.float32), denoise=True)
     want = 0
     for parts in (["draw a one"], []):
-        document = build([*parts, image], tokenizer, c, closing=[])
+        document = build_document([*parts, image], tokenizer, c.layout, closing=[])
         document = {name: x[:-1] for name, x in document.items()}  # without <|im_end|>
-        mask = monoformer.attention_mask(c, pad_batch([document], 64, tokenizer.pad_id))
+        mask = monoformer.attention_mask(c, stack([document], 64, tokenizer.pad_id))
         seen, again = np.asarray(mask.stop - mask.start)[0], 1 + document["denoise"] * 6
         want += 2 * matrices * again.sum()
         want += 4 * c.num_layers * c.num_heads * c.head_dim * (seen[: len(again)] * again).sum()
@@ -37,9 +37,14 @@ def test_flops_are_those_of_the_matrices_and_of_the_mask(config):
 
 
 @pytest.mark.slow
-def test_the_bench_writes_its_keys_and_compares(config, tmp_path, monkeypatch, capsys):
+def test_bench_writes_json_and_compares(config, tmp_path, monkeypatch, capsys):
     params = monoformer.init(config.model, jax.random.key(0))
-    model = Model(config, params, ByteTokenizer(), ImageProcessor(config))
+    model = Model(
+        config,
+        params,
+        ByteTokenizer(),
+        image_processor=ImageProcessor(config.layout, config.data.image_size),
+    )
     monkeypatch.setattr(sampling, "fresh_model", lambda dtype: model)
     monkeypatch.setattr(sampling, "TEXT_TOKENS", 4)
     for name, seconds, steps in (("other", 3.0, 2), ("elsewhere", 1.0, 50)):
@@ -54,15 +59,15 @@ def test_the_bench_writes_its_keys_and_compares(config, tmp_path, monkeypatch, c
     assert found["uncached_seconds"] > 0
     assert found["prefix_cache_saves"] == 1 - found["seconds"] / found["uncached_seconds"]
     assert f"{3.0 / found['seconds']:15.2f}" in next(x for x in said.split("\n") if "other" in x)
-    assert "elsewhere" not in said and "1 file(s) are of other work" in said
+    assert "elsewhere" not in said and "skipped 1 file(s) with another workload" in said
 
 
-def test_mistakes_end_with_a_sentence(tmp_path, capsys):
+def test_bad_arguments_print_an_error(tmp_path, capsys):
     assert main(["sampling", f"--compare={tmp_path}"]) == 2
     assert "there is no JSON file" in capsys.readouterr().err
     (tmp_path / "x.json").write_text('{"name": "x"}')
     assert main(["sampling", f"--compare={tmp_path}"]) == 2
-    assert "is not of the form that --help shows (KeyError('seconds'))" in capsys.readouterr().err
+    assert "not have the format shown by --help (KeyError('seconds'))" in capsys.readouterr().err
     assert main(["sampling", f"--workdir={tmp_path}"]) == 2
     assert "holds no trained model" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""The training bench: its count of useful work against loops, and what it writes."""
+"""The training benchmark: model FLOPs against a count in loops, and JSON output."""
 
 import json
 
@@ -17,7 +17,7 @@ KEYS = {"step_ms", "tokens_per_s", "images_per_s", "model_tflops", "matmul_tflop
         "share_of_matmul", "peak_rss_gib", "data_wait_share"}  # fmt: skip
 
 
-def test_useful_work_is_that_of_real_tokens_and_visible_pairs(config):
+def test_model_flops_count_real_tokens_and_visible_pairs(config):
     batch, c = next(Batches(config, ByteTokenizer()).iterator), config.model
     mask = interval_mask(batch["token_types"], batch["segment_ids"], batch["image_ids"])
     start, stop = np.asarray(mask.start), np.asarray(mask.stop)
@@ -30,18 +30,18 @@ def test_useful_work_is_that_of_real_tokens_and_visible_pairs(config):
         seen = int(stop[b, l] - start[b, l])
         work += c.num_layers * (2 * products + 4 * seen * heads)
         work += 2 * D * c.vocab_size * (batch["target_weights"][b, l] > 0)
-        work += 4 * D * c.patch_dim * (batch["token_types"][b, l] == PATCH)
+        work += 4 * D * c.layout.patch_dim * (batch["token_types"][b, l] == PATCH)
     assert model_flops(batch, config) == 3 * work
 
 
-def test_random_rows_are_one_caption_and_one_picture():
+def test_random_rows_have_one_caption_and_one_image():
     batch = next(random_rows(SMALL))
     assert batch["tokens"].shape == (8, 64 + 257) and (batch["token_types"] != PAD).all()
     assert ((batch["token_types"] == PATCH).sum(1) == 256).all()
 
 
 @pytest.mark.slow
-def test_the_bench_writes_its_numbers(tmp_path, capsys):
+def test_bench_writes_json_and_compares(tmp_path, capsys):
     file, config = tmp_path / "training.json", ROOT / "configs" / "digits.py:tiny"
     for name, seconds, rows in (("other", 3.0, 4), ("elsewhere", 1.0, 5)):
         work = {"name": name, "seconds": seconds, "batch_size": rows, "max_seq_len": 160}
@@ -51,7 +51,7 @@ def test_the_bench_writes_its_numbers(tmp_path, capsys):
     found, said = json.loads(file.read_text()), capsys.readouterr().out
     assert set(found) == KEYS and "step_ms" in said
     assert f"{3e3 / found['step_ms']:15.2f}" in next(x for x in said.split("\n") if "other " in x)
-    assert "elsewhere" not in said and "1 file(s) are of other work" in said
+    assert "elsewhere" not in said and "skipped 1 file(s) with another workload" in said
     assert found["tokens_per_s"] == pytest.approx(4 * 160 / found["step_ms"] * 1e3, rel=1e-6)
     assert 0 < found["share_of_matmul"] < 1 and 0 <= found["data_wait_share"] < 1
     assert main(["training", f"--config={config}", "--config.steps=no"]) == 2

@@ -1,11 +1,11 @@
-"""Uses the page of `monoformer_jax.demo` in headless Chromium as a person would; not part of pytest.
+"""End-to-end check of `monoformer_jax.demo` in headless Chromium; not part of pytest.
 
     apt-get install chromium chromium-driver    # 120 MB
     pip install -e '.[demo]' selenium
     python tests/browser_check.py --workdir=runs/digits --screenshot=demo.png
 
-It types, watches a picture being painted, reloads, shows the picture back, makes a mistake, and looks
-at every request of the browser: none may go to another machine. Exits with 1 where something is wrong.
+It sends messages, reloads while an image is generated, uploads the image, sends a message that is too
+long, and checks every request of the browser. Exits with 1 if one went to another host or was blocked.
 """
 
 import argparse
@@ -30,12 +30,12 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--window-size=900,1250"]  # fmt: skip
 WEB = ("http", "https", "ws", "wss")
-PATIENCE = 180  # seconds; the first answer is compiled
+PATIENCE = 180  # seconds; the first answer includes compilation
 
 
 @contextlib.contextmanager
 def page(workdir):
-    """Address of the page, served by the command."""
+    """Starts the demo command and yields its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +56,7 @@ def page(workdir):
 
 @contextlib.contextmanager
 def browser():
-    """Chromium with an empty profile, which notes every request."""
+    """Chromium with an empty profile that logs every request."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or sys.exit("there is no chromium")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
@@ -79,7 +79,7 @@ def wait(driver, what, name):
 
 
 def requests(driver):
-    """Addresses that the browser asked for since the last call."""
+    """URLs requested by the browser since the last call."""
     for entry in driver.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
@@ -87,7 +87,7 @@ def requests(driver):
 
 
 def use(driver, address, screenshot):
-    """What a person does."""
+    """Runs the user interaction."""
 
     def pictures():
         found = driver.find_elements(By.CSS_SELECTOR, "#chat .bot img")
@@ -103,43 +103,39 @@ def use(driver, address, screenshot):
         return driver.find_element(By.ID, "chat").text
 
     driver.get(address)
-    wait(
-        driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#box textarea"), "the page is there"
-    )
+    wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#box textarea"), "page loaded")
     box().send_keys("draw a seven", Keys.ENTER)
-    wait(driver, pictures, "a picture under way")
+    wait(driver, pictures, "preview of an image")
     driver.refresh()
-    wait(driver, lambda: pictures() and not notice(), "the picture, after a reload in the middle")
+    wait(driver, lambda: pictures() and not notice(), "complete image, after a reload meanwhile")
     with tempfile.NamedTemporaryFile(suffix=".png") as seven:
         seven.write(pictures()[-1].screenshot_as_png)
         seven.flush()
         driver.refresh()
-        wait(driver, pictures, "the picture, after another reload")
+        wait(driver, pictures, "image, after another reload")
         assert "draw a seven" in texts()
         driver.find_element(By.CSS_SELECTOR, "#box input[type=file]").send_keys(seven.name)
-        wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#box img"), "an upload")
+        wait(driver, lambda: driver.find_elements(By.CSS_SELECTOR, "#box img"), "upload")
         box().send_keys("read this: ", Keys.ENTER)
-        wait(driver, lambda: "seven" in texts().partition("read this:")[2], "reading")
+        wait(driver, lambda: "seven" in texts().partition("read this:")[2], "reading the image")
     box().send_keys("two plus three is", Keys.ENTER)
-    wait(driver, lambda: "five" in texts(), "an answer in words")
-    wait(driver, lambda: not notice(), "the end of it")
+    wait(driver, lambda: "five" in texts(), "text answer")
+    wait(driver, lambda: not notice(), "end of the text answer")
     if screenshot:
         driver.save_screenshot(str(screenshot))
     box().send_keys("x" * 500, Keys.ENTER)
-    sentence = wait(
-        driver, lambda: "context" in notice() and notice(), "a sentence about a mistake"
-    )
+    sentence = wait(driver, lambda: "context" in notice() and notice(), "error message")
     print(f"  {sentence}")
     assert "Traceback" not in driver.page_source
-    assert "x" * 500 in box().get_property("value")  # what was written is not lost
+    assert "x" * 500 in box().get_property("value")  # the rejected text is kept
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the digits' run")
-    parser.add_argument("--screenshot", type=Path, help="write the page there as it is at the end")
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a digits run")
+    parser.add_argument("--screenshot", type=Path, help="write a screenshot to this file")
     args = parser.parse_args()
     with page(args.workdir) as address, browser() as driver:
         try:
@@ -149,10 +145,10 @@ def main():
             raise
         asked = [url for url in map(urlsplit, requests(driver)) if url.scheme in WEB]
         outside = sorted({url.netloc for url in asked if url.hostname != "127.0.0.1"})
-        print(f"{len(asked)} requests, {len(outside)} to other machines {outside}")
+        print(f"{len(asked)} requests, {len(outside)} to other hosts {outside}")
         log = [x["message"] for x in driver.get_log("browser")]
         refused = [text for text in log if "Content Security Policy" in text]
-        print(f"{len(refused)} refused by the page's policy {refused}")
+        print(f"{len(refused)} blocked by the content security policy {refused}")
     if args.screenshot:
         with PIL.Image.open(args.screenshot) as picture:
             picture.convert("P", palette=PIL.Image.Palette.ADAPTIVE).save(

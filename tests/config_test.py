@@ -1,4 +1,4 @@
-"""Config: every mistake is one sentence, every key is read, named sizes have the published size."""
+"""Config: errors are one sentence, every key is used, named sizes have the published sizes."""
 
 import dataclasses
 import json
@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 
 from monoformer_jax.cli import load_config
-from monoformer_jax.config import Config, ModelConfig, named_size
+from monoformer_jax.config import Config
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import monoformer
+from monoformer_jax.models import make_config, monoformer, named_size
+from monoformer_jax.models.monoformer import MonoFormerConfig
 
 DIGITS = str(ROOT / "configs" / "digits.py")
 
@@ -44,34 +45,34 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.model.patch_size=3"], "image_size=8 is not divisible by model.patch_size=3"),
         (
             ["--config.data.max_seq_len=20"],
-            "data.max_seq_len=20 cannot hold one image: it takes 17",
+            "data.max_seq_len=20 cannot hold one image: it needs 17",
         ),
-        (["--config.data.prompt_dropout=1.5"], "prompt_dropout=1.5 is not a share"),
+        (["--config.data.prompt_dropout=1.5"], "prompt_dropout=1.5 is not between"),
         (["--config.data.mixture.draw=-1"], "mixture.draw=-1 must be 0 or more"),
         (["--config.data.mixture.draw=lots"], "mixture.draw='lots' is not a number"),
         (["--config.optimizer.grad_accum_steps=5"], "batch_size=12 is not a multiple of"),
-        (["--config.sampling.guidance_low=2.0"], "must be in order between 0 and 1"),
+        (["--config.sampling.guidance_low=2.0"], "must be ordered and between 0 and 1"),
         (["--config.loss.text_weight=0", "--config.loss.image_weight=0"], "nothing to train"),
     ],
 )
-def test_a_mistake_is_one_sentence(overrides, message):
+def test_an_error_is_one_sentence(overrides, message):
     with pytest.raises(InputError, match=re.escape(message)):
         load_config(DIGITS, overrides)
 
 
 def test_a_missing_file_or_size_is_named():
-    with pytest.raises(InputError, match=r"nowhere\.py: there is no such file"):
+    with pytest.raises(InputError, match=r"nowhere\.py: no such file"):
         load_config("nowhere.py", [])
     with pytest.raises(InputError, match="there is no size 'huge'; there are tiny"):
         load_config(f"{DIGITS}:huge", [])
 
 
-def test_overrides_arrive_and_the_json_comes_back_equal():
+def test_overrides_are_applied_and_json_round_trips():
     config = load_config(
         DIGITS, ["--config.model.mlp_dim=64", "--config.optimizer.learning_rate=1"]
     )
     assert config.model.mlp_dim == 64 and config.optimizer.learning_rate == 1.0
-    assert Config.from_dict(json.loads(config.to_json())) == config
+    assert make_config(json.loads(config.to_json())) == config
 
 
 def test_every_config_file_makes_a_config():
@@ -80,7 +81,7 @@ def test_every_config_file_makes_a_config():
     for file in files:
         load_config(str(file), [])
         if file.name == "finetune.py":  # its argument is a workdir
-            with pytest.raises(InputError, match="huge is no workdir to start from"):
+            with pytest.raises(InputError, match="huge is not a workdir to start from"):
                 load_config(f"{file}:huge", [])
             continue
         load_config(f"{file}:tiny", [])
@@ -90,7 +91,7 @@ def test_every_config_file_makes_a_config():
 
 @pytest.mark.parametrize("name", ["imagenet256", "journeydb_ultrachat", "llava_journeydb"])
 def test_the_large_configs_differ_by_slice_and_size(name):
-    """More chips, more rows and as many tokens over the run; the 7 B model has rows of 4096."""
+    """More chips: more rows, and the same total tokens; the 7 B model has rows of 4096."""
     made = {
         target: load_config(f"{ROOT}/configs/{name}.py:{target}", [])
         for target in ("v5e-64", "v6e-64", "v5e-256", "7b")
@@ -105,43 +106,45 @@ def test_the_large_configs_differ_by_slice_and_size(name):
     assert made["v5e-256"].optimizer.learning_rate == pytest.approx(2e-4)
 
 
-def test_every_key_is_read_somewhere():
+def test_every_key_is_used():
     text = "\n".join(
         path.read_text()
         for path in (ROOT / "monoformer_jax").rglob("*.py")
         if path.name not in ("config.py", "cli.py")
     )
 
+    default = make_config({})
+
     def keys(cls):
         for field in dataclasses.fields(cls):
-            group = getattr(Config(), field.name, None) if cls is Config else None
+            group = getattr(default, field.name, None) if cls is Config else None
             if dataclasses.is_dataclass(group):
                 yield from keys(type(group))
             else:
                 yield field.name
 
-    # `name` says what a run is, to people who open its config.json. These two are read in properties.
+    # `name` is for readers of config.json; the other two are used in properties.
     known = {"name", "vocab_size", "patch_size"}
     unread = [k for k in keys(Config) if k not in known and not re.search(rf"\.{k}\b", text)]
     assert not unread
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(config: MonoFormerConfig) -> int:
     shapes = jax.eval_shape(lambda: monoformer.init(config, jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
 def test_tinyllama_has_the_parameters_of_the_published_model():
     """1,100,048,384 of TinyLlama, and 21,624,864 of the released MonoFormer's own modules."""
-    config = ModelConfig(**named_size("tinyllama_1b"), learn_sigma=True)
+    config = MonoFormerConfig(**named_size("tinyllama_1b"), predict_variance=True)
     padding = 2 * (config.padded_vocab - config.vocab_size) * config.embed_dim
     assert parameters(config) - padding == 1_121_673_248
 
 
 def test_7b_has_the_parameters_of_llama():
     """6,738,415,616 of LLaMA-7B with its vocabulary of 32,000."""
-    config = ModelConfig(**named_size("7b") | {"vocab_size": 32_000})
-    D, P = config.embed_dim, config.patch_dim
+    config = MonoFormerConfig(**named_size("7b") | {"vocab_size": 32_000})
+    D, P = config.embed_dim, config.layout.patch_dim
     time = (256 * D + D) + (D * D + D)
     own = time + 2 * (D * D + D) + (P * D + D) + (D * 2 * D + 2 * D) + (D * P + P)
     assert parameters(config) - own == 6_738_415_616

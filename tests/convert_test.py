@@ -1,4 +1,4 @@
-"""convert and what follows: round trips to the bit, sampling from a converted folder, bad input."""
+"""convert: bit-exact round trips, sampling from a converted folder, bad input."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import safetensors.numpy
 import tokenizers
 from conftest import REFERENCE, ROOT
 
+import monoformer_jax
 from monoformer_jax.config import MeshConfig
 from monoformer_jax.data.tokenizer import NEW_SPECIALS, FileTokenizer, extend_tokenizer
 from monoformer_jax.errors import InputError
@@ -35,7 +36,7 @@ VARIANTS = ("tiny_a", "tiny_a_adaln_before_decoder", "tiny_a_noadaln", "tiny_a_m
 
 
 def write_words(path, size, specials):
-    """A tokenizer.json of `size` words w3 w4 …, with <unk>, <s>, </s> and what `specials` adds."""
+    """Writes a tokenizer.json of `size` words (<unk>, <s>, </s>, w3, w4, …) and `specials`."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -45,7 +46,7 @@ def write_words(path, size, specials):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The recorded tiny MonoFormer with a tokenizer that fits it."""
+    """The recorded tiny MonoFormer with a matching tokenizer."""
     path = tmp_path_factory.mktemp("source") / "tiny"
     path.mkdir()
     for name in ("config.json", "weights.safetensors"):
@@ -62,7 +63,7 @@ def workdir(folder):
 
 
 def run(command, *arguments, code=0):
-    """Runs a command; returns what it printed on both streams."""
+    """Runs a command; returns its stdout and stderr."""
     done = subprocess.run(
         [sys.executable, "-m", f"monoformer_jax.{command}", *arguments],
         capture_output=True, text=True, cwd=ROOT,
@@ -72,7 +73,7 @@ def run(command, *arguments, code=0):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(tmp_path, name):
+def test_hugging_face_to_workdir_and_back_is_bit_exact(tmp_path, name):
     weights = open_source(find_source(str(REFERENCE / name)))
     write_workdir(tmp_path / "ours", weights)
     check_workdir(tmp_path / "ours", weights)
@@ -91,15 +92,15 @@ def test_theirs_to_ours_to_theirs_is_the_same_to_the_bit(tmp_path, name):
             "use_bi_attn_img_tokens", "tokenizer_max_length", "hidden_size", "image_token_index",
             "num_hidden_layers", "intermediate_size", "rms_norm_eps", "rope_theta"}  # fmt: skip
     assert {key: written[key] for key in told} == {key: recorded[key] for key in told}
-    # What we wrote is read as what it was, and as the original alone would read it.
+    # The config is the same with our key in config.json, and its model also without it.
     assert open_pretrained(tmp_path / "theirs").config == again.config
     del written["monoformer_jax"]
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(written))
     assert open_pretrained(tmp_path / "theirs").config.model == again.config.model
 
 
-def test_ours_to_safetensors_to_ours_is_the_same_to_the_bit(tmp_path, folder):
-    """Both the weights and their average, which differ."""
+def test_workdir_to_safetensors_and_back_is_bit_exact(tmp_path, folder):
+    """For both the raw and the EMA weights, which differ."""
     shutil.copytree(folder, tmp_path / "source")
     average = safetensors.numpy.load_file(folder / "weights.safetensors")
     (tmp_path / "source" / "ema").mkdir()
@@ -128,14 +129,14 @@ def test_bf16(tmp_path, folder):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), *trees)
 
 
-def test_a_llama_gets_what_it_lacks(tmp_path):
+def test_a_llama_gets_new_image_layers_and_special_tokens(tmp_path):
     source = tmp_path / "llama"
     source.mkdir()
     for name in ("config.json", "weights.safetensors"):
         shutil.copy(REFERENCE / "llama_tiny" / name, source)
     write_words(source / "tokenizer.json", 131, [])
     out = run("convert", f"--from={source}", f"--to={tmp_path / 'ours'}")
-    assert "(fresh)" in out and "model.layers.*.mlp.up_proj.weight" in out
+    assert "(new)" in out and "model.layers.*.mlp.up_proj.weight" in out
     config, params, _ = load_trained(tmp_path / "ours")
     assert config.model.vocab_size == 135
     want = safetensors.numpy.load_file(source / "weights.safetensors")
@@ -145,12 +146,12 @@ def test_a_llama_gets_what_it_lacks(tmp_path):
     tokenizer = FileTokenizer(tmp_path / "ours" / "tokenizer.json")
     ids = [tokenizer.pad_id, tokenizer.image_id, tokenizer.im_start_id, tokenizer.im_end_id]
     assert ids == [131, 132, 133, 134]
-    # A run can start from it.
+    # init_from can load it.
     target = abstract_train_state(config, make_mesh(MeshConfig())).params
     started = load_weights(tmp_path / "ours", target, config.model)
     jax.tree.map(np.testing.assert_array_equal, started, params)
     other = dataclasses.replace(config.model, num_layers=2)
-    with pytest.raises(InputError, match=r"another model: num_layers \(3 there, 2 now\)"):
+    with pytest.raises(InputError, match=r"another model: num_layers \(was 3, now 2\)"):
         load_weights(tmp_path / "ours", target, other)
 
 
@@ -165,30 +166,33 @@ def test_sample_from_a_converted_folder(workdir, tmp_path):
         "sample", f"--workdir={workdir}", "--prompt=w17 w40", "--max_tokens=4",
         f"--out={tmp_path / 'b.png'}", "--steps=3", f"--vae={REFERENCE / 'vae_tiny16'}", "--chat",
     )  # fmt: skip
-    assert out.startswith("'### Human: w17 w40### Assistant: ' -> ")
+    model = monoformer_jax.load(workdir, vae=REFERENCE / "vae_tiny16")
+    question = [{"role": "user", "content": "w17 w40"}]
+    (answer,) = model.chat(question, template=True, max_tokens=4)
+    assert out == f"'w17 w40' -> {answer!r}\n" and answer.strip()
     (tmp_path / "labels.json").write_text(json.dumps([f"w{i}" for i in range(1000)]))
     out = run(
         "sample", f"--workdir={workdir}", "--paint", "--prompt=w17", "--steps=3",
         f"--vae={REFERENCE / 'vae_tiny16'}", f"--labels={tmp_path / 'labels.json'}", code=2,
     )  # fmt: skip
-    assert "with --labels it is the number of a class" in out
+    assert "with --labels it must be a class number" in out
     out = run("sample", f"--workdir={workdir}", "--prompt=w1", "--paint", code=2)
-    assert "paints latents of 4 channels: give its autoencoder with vae=" in out
+    assert "the model generates latents of 4 channels: give its autoencoder with vae=" in out
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not llama"),
-        ({"decoder_t_embed": "add_at_each_layer"}, "cannot run in the original either"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not computed here"),
+        ({"decoder_t_embed": "add_at_each_layer"}, "fails in the original code too"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({"hidden_size": None}, "config.json"),
-        ({"num_hidden_layers": 2}, "9 tensors are missing, unknown or of another shape"),
+        ({"num_hidden_layers": 2}, "9 tensors are missing, unknown or of the wrong shape"),
         ({"vocab_size": 130}, r"lm_head.weight is \[131, 64\], expected \[130, 64\]"),
         ({"use_adaln_final_layer": False}, "missing final_layer.mlp.1.weight"),
     ],
 )
-def test_a_folder_that_does_not_fit(tmp_path, folder, change, message):
+def test_an_invalid_folder(tmp_path, folder, change, message):
     shutil.copytree(folder, tmp_path / "source")
     config = tmp_path / "source" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
@@ -198,7 +202,7 @@ def test_a_folder_that_does_not_fit(tmp_path, folder, change, message):
 
 def test_bad_input_of_the_command(tmp_path, folder):
     for arguments, message in (
-        ([f"--from={tmp_path / 'no'}"], "no is no folder"),
+        ([f"--from={tmp_path / 'no'}"], "no is not a folder"),
         ([f"--from={folder}", "--dtype=bf16"], "the parameters of a workdir are float32"),
     ):
         out = run("convert", *arguments, f"--to={tmp_path / 'out'}", code=2)
@@ -212,12 +216,12 @@ def test_a_tokenizer_that_lacks_a_special_token(tmp_path, folder):
     out = run("convert", f"--from={tmp_path / 'source'}", f"--to={tmp_path / 'out'}", code=2)
     assert "lacks the special tokens <|im_end|>" in out
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match=r"is no tokenizer\.json that can be read"):
+    with pytest.raises(InputError, match=r"is not a readable tokenizer\.json"):
         (tmp_path / "t.json").write_text("{}")
         FileTokenizer(tmp_path / "t.json")
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path):
+def test_special_tokens_in_user_text_are_not_parsed(tmp_path):
     write_words(tmp_path / "t.json", 20, [])
     extend_tokenizer(tmp_path / "t.json", tmp_path / "more.json")
     tokenizer = FileTokenizer(tmp_path / "more.json")

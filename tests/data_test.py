@@ -1,32 +1,33 @@
-"""Documents, packing and the pipeline: nothing is lost, cut, mixed up or drawn in another order."""
+"""Documents, packing and the data pipeline: no lost or split documents, deterministic order."""
 
 import numpy as np
 import pytest
 
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH, TEXT, TIME
-from monoformer_jax.config import ModelConfig, named_size
 from monoformer_jax.data.digits import digits, draw_prompt, sentences
-from monoformer_jax.data.documents import Image, build, describe, truncate
+from monoformer_jax.data.documents import Image, build_document, describe, truncate
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
+from monoformer_jax.models import named_size
+from monoformer_jax.models.monoformer import MonoFormerConfig
 
 TOKENIZER = ByteTokenizer()
-MODEL = ModelConfig(**named_size("tiny"))
+MODEL = MonoFormerConfig(**named_size("tiny"))
 PIXELS = np.arange(16, dtype=np.float32).reshape(4, 4, 1) / 16
 
 
-def test_bytes_come_back_and_a_special_name_is_only_text():
+def test_bytes_round_trip_and_special_names_are_plain_text():
     for text in ("draw a one", "naïve — 数字", "<|im_start|></s>", ""):
         ids = TOKENIZER.encode(text)
         assert TOKENIZER.decode(ids) == text
         assert all(6 <= i < TOKENIZER.vocab_size for i in ids)
 
 
-def test_streams_of_a_document():
-    document = build(["ab", Image(PIXELS, denoise=True), "c"], TOKENIZER, MODEL)
+def test_fields_of_a_document():
+    document = build_document(["ab", Image(PIXELS, denoise=True), "c"], TOKENIZER, MODEL.layout)
     s, e, i, start, end = 1, 2, 3, 4, 5
     a, b, c = TOKENIZER.encode("abc")
     assert document["tokens"].tolist() == [s, a, b, start, i, i, i, i, i, end, c, e]
@@ -43,23 +44,27 @@ def test_streams_of_a_document():
 
 
 def test_the_originals_rule_drops_text_beside_denoised_images_only():
-    painted = build(["a", Image(PIXELS, True)], TOKENIZER, MODEL, text_beside_images=False)
-    shown = build(["a", Image(PIXELS, False)], TOKENIZER, MODEL, text_beside_images=False)
+    painted = build_document(
+        ["a", Image(PIXELS, True)], TOKENIZER, MODEL.layout, text_beside_images=False
+    )
+    shown = build_document(
+        ["a", Image(PIXELS, False)], TOKENIZER, MODEL.layout, text_beside_images=False
+    )
     assert painted["target_weights"].sum() == 0 and shown["target_weights"].sum() == 4
 
 
-def test_text_is_cut_and_an_image_never():
-    text = build(["abcdef"], TOKENIZER, MODEL)
+def test_text_is_truncated_and_images_are_not():
+    text = build_document(["abcdef"], TOKENIZER, MODEL.layout)
     cut = truncate(text, 4)
     assert len(cut["tokens"]) == 4 and cut["target_weights"].tolist() == [1, 1, 1, 0]
     assert len(text["tokens"]) == 8 and truncate(text, 8) is text
-    image = build([Image(PIXELS, True)], TOKENIZER, MODEL)
+    image = build_document([Image(PIXELS, True)], TOKENIZER, MODEL.layout)
     assert truncate(image, 4) is image
 
 
 def test_an_image_with_other_channels_is_refused():
     with pytest.raises(ValueError, match=r"\(4, 4, 3\) is not \[h, w, 1\]"):
-        build([Image(np.zeros((4, 4, 3)), True)], TOKENIZER, MODEL)
+        build_document([Image(np.zeros((4, 4, 3)), True)], TOKENIZER, MODEL.layout)
 
 
 def test_digits_are_split_by_label_and_kept_apart():
@@ -80,7 +85,7 @@ def test_the_beginning_of_a_sentence_decides_its_end():
 
 
 def test_unknown_sources_and_sizes_are_refused(change):
-    with pytest.raises(InputError, match=r"mixture\.dance is no source; there are draw, read, say"):
+    with pytest.raises(InputError, match=r"mixture\.dance is not a source: choose from draw, read"):
         open_sources(change(data={"mixture": {"dance": 1.0}}).data)
     with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
         open_sources(change(data={"image_size": 16}).data)
@@ -100,9 +105,9 @@ def documents_of(batch):
             yield {name: stream[row][here] for name, stream in batch.items()}
 
 
-def test_rows_keep_the_contract_and_documents_stay_whole(config):
+def test_rows_follow_the_contract_and_documents_are_complete(config):
     made, _ = take(config, 12)
-    expected = contract.spec(config)
+    expected = contract.spec(config.layout, config.batch_size, config.data.max_seq_len)
     real = {image.tobytes() for image in digits("train")[0]}
     kinds_of_documents = set()
     for batch in made:
@@ -117,7 +122,7 @@ def test_rows_keep_the_contract_and_documents_stay_whole(config):
             learned = np.append(token_types[1:] == TEXT, False)
             np.testing.assert_array_equal(document["target_weights"], learned)
             images = document["image_ids"][token_types == PATCH]
-            assert len(images) in (0, 16) and len(set(images)) <= 1  # whole, or none
+            assert len(images) in (0, 16) and len(set(images)) <= 1  # complete, or none
             if document["denoise"].any():
                 pixels = contract.unpatchify(document["patches"][token_types == PATCH], 8, 8, 2)
                 assert pixels.tobytes() in real
@@ -156,7 +161,7 @@ def same(a, b):
     return all((x[name] == y[name]).all() for x, y in zip(a, b) for name in x)
 
 
-def test_the_stream_is_deterministic_and_resumes_where_it_was(change):
+def test_the_pipeline_is_deterministic_and_resumes(change):
     config = change(data={"packing_bins": 4})
     first, _ = take(config, 9)
     again, batches = take(config, 4)
@@ -168,9 +173,9 @@ def test_the_stream_is_deterministic_and_resumes_where_it_was(change):
     assert not same(first, take(change(seed=1), 9)[0])
 
 
-def test_the_rows_do_not_depend_on_who_packs_them(change):
-    """Any split of the rows over processes, also one that cuts a stream, gives the same global batches;
-    the state of a stream goes on in whichever process runs it next."""
+def test_rows_do_not_depend_on_the_number_of_processes(change):
+    """Any split of the rows over processes, also within a stream, yields the same global batches; any
+    process can resume a stream."""
     config = change(data={"streams": 2, "packing_bins": 4})
     whole, batches = take(config, 5)
     state = batches.iterator.get_state()
@@ -186,8 +191,8 @@ def test_the_rows_do_not_depend_on_who_packs_them(change):
                 [{k: v[2:] for k, v in batch.items()} for batch in later])  # fmt: skip
 
 
-def test_streams_share_every_epoch_out_between_them(change):
-    """Two streams of sums and counts: together they read each of the 190 sentences once, then again."""
+def test_streams_partition_every_epoch(change):
+    """Two streams together read each of the 190 sentences once per epoch."""
     config = change(data={"streams": 2, "mixture": {"say": 1.0}, "packing_bins": 1})
     made, _ = take(config, 40)
     seen = [[], []]
@@ -206,7 +211,7 @@ def test_more_streams_than_examples_are_refused(change):
 
 
 def test_documents_that_are_too_long_are_dropped_and_counted(change):
-    """A row of 32 holds an image and little else: the drawn digits with a prompt do not fit."""
+    """Rows of 32 tokens hold an image but not the draw prompt with it."""
     mixture = {"draw": 0.5, "say": 0.5}
     made, batches = take(change(data={"max_seq_len": 31, "mixture": mixture}), 12)
     found = [d for b in made for d in documents_of(b)]
@@ -215,8 +220,8 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
     assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
 
 
-def test_small_images_that_outnumber_the_rows_room_are_refused(change):
-    """A source may bring smaller images than data.image_size; more of them fit than are counted."""
+def test_more_images_than_max_images_are_refused(change):
+    """Images smaller than data.image_size can exceed max_images in a row."""
     from monoformer_jax.data import sources
 
     def tiny(c):
@@ -225,7 +230,7 @@ def test_small_images_that_outnumber_the_rows_room_are_refused(change):
     config = change(data={"mixture": {"tiny": 1.0}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.SOURCES, "tiny", tiny)
-        with pytest.raises(InputError, match=r"images came into one row, .* make room for 9"):
+        with pytest.raises(InputError, match=r"images are packed in one row, .* allow 9"):
             take(config, 1)
 
 
@@ -237,7 +242,7 @@ def test_text_is_truncated_only_where_the_config_says_so(change):
     assert TOKENIZER.eos_id in ends and any(end != TOKENIZER.eos_id for end in ends)
 
 
-def test_rows_that_no_document_fits_are_an_error_and_not_an_endless_search(change):
+def test_documents_that_are_all_too_long_raise_an_error(change):
     data = {"max_seq_len": 21, "mixture": {"read": 1.0}}
     with pytest.raises(InputError, match=r"none of the first 1000 documents fits.*max_seq_len=21"):
         take(change(data=data), 1)

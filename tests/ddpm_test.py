@@ -1,4 +1,4 @@
-"""DDPM: gradients of its loss, samplers against closed forms; parity_vision_test has the numbers."""
+"""DDPM: loss gradients and samplers against closed forms; parity_vision_test compares values."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def loss_case():
     return x, noise, predicted, variance, RECORDED["loss/t"][:, None, None, None], x_t
 
 
-def test_the_bound_teaches_the_variance_and_not_the_mean():
+def test_variational_bound_trains_only_the_variance():
     x, noise, predicted, variance, step, *_ = loss_case()
     schedule = ddpm.make_schedule()
 
@@ -35,7 +35,7 @@ def test_the_bound_teaches_the_variance_and_not_the_mean():
     assert jnp.isfinite(to_variance).all() and (to_variance != 0).any(axis=(1, 2, 3)).all()
 
 
-def test_the_clock_gives_every_step_back():
+def test_t_to_step_inverts_step_to_t():
     steps = np.arange(ddpm.STEPS)
     again = np.asarray(1000.0 * ddpm.step_to_t(steps))
     assert (again != steps).sum() <= 10
@@ -44,14 +44,16 @@ def test_the_clock_gives_every_step_back():
 
 
 @pytest.mark.parametrize("sections", ["0", "1001", "ten", "ddim0", "ddim999", "ddim", "10,900,1"])
-def test_a_respacing_that_cannot_be_is_one_sentence(sections):
-    with pytest.raises(InputError, match=f"respacing '{sections}' does not divide a chain of 1000"):
+def test_invalid_respacing_raises(sections):
+    with pytest.raises(
+        InputError, match=f"respacing '{sections}' is not valid for a process of 1000"
+    ):
         ddpm.make_schedule(sections)
 
 
 @pytest.mark.parametrize("learned", [True, False])
 def test_samplers_recover_a_known_image(learned):
-    """With the one true ε of every x_k, each chain ends at the image whatever is drawn."""
+    """With the exact ε of every x_k, each sampler ends at the image, whatever noise is sampled."""
     image = jnp.linspace(-0.9, 0.9, 8)
     whole = ddpm.make_schedule()
     products = jnp.asarray(whole.alphas_cumprod, jnp.float32)
@@ -73,7 +75,7 @@ def test_samplers_recover_a_known_image(learned):
         np.testing.assert_allclose(walked, image, atol=1e-3)
 
 
-def test_without_learned_sigma_there_is_no_bound():
+def test_bound_is_zero_without_learned_sigma():
     x, noise, predicted, _, step, x_t = loss_case()
     schedule = ddpm.make_schedule()
     squared, bound = ddpm.hybrid_loss_terms(x, noise, predicted, None, step, schedule)

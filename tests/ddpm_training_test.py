@@ -5,25 +5,26 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from fixtures import output_of
 
 from monoformer_jax.batch import unpatchify
-from monoformer_jax.config import OriginalConfig
-from monoformer_jax.data.documents import Features, Image, build
+from monoformer_jax.data.documents import Features, Image, build_document
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import monoformer
+from monoformer_jax.models import make_config, monoformer
+from monoformer_jax.models.monoformer import OriginalConfig
 from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.training.loop import train
 from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
 
 TOKENIZER = ByteTokenizer()
 DDPM = {
-    "objective": {"kind": "ddpm"},
+    "objective": {"kind": "ddpm", "learn_sigma": True},
     "sampling": {"solver": "ddim", "steps": 3},
-    "model": {"learn_sigma": True},
 }
 
 
@@ -35,7 +36,9 @@ def test_it_trains_samples_and_starts_another_run(change, tmp_path):
     for solver in ("ddim", "ddpm"):
         sampling = dataclasses.replace(config.sampling, solver=solver, clip=True)
         images = [
-            generate_images(config, params, TOKENIZER, [["draw a one"]], sampling=sampling, seed=s)
+            generate_images(
+                Sampler(config, params, TOKENIZER), [["draw a one"]], sampling=sampling, seed=s
+            )
             for s in (0, 0, 1)
         ]
         assert images[0].shape == (1, 8, 8, 1) and np.isfinite(images[0]).all()
@@ -46,7 +49,7 @@ def test_it_trains_samples_and_starts_another_run(change, tmp_path):
     train(again, tmp_path / "second")
     started = load_trained(tmp_path / "second")[1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), started, params)
-    with pytest.raises(InputError, match="holds another model: learn_sigma"):
+    with pytest.raises(InputError, match="holds another model: predict_variance"):
         train(change(steps=1, init_from=str(tmp_path / "first")), tmp_path / "third")
 
 
@@ -96,10 +99,12 @@ def test_every_variant_trains_and_paints_what_it_was_taught(change, original):
     assert np.isfinite(loss)
 
     painted = generate_images(
-        config, params, TOKENIZER, [["draw a one"]], sampling=config.sampling, seed=3
+        Sampler(config, params, TOKENIZER), [["draw a one"]], sampling=config.sampling, seed=3
     )
     start = jax.random.normal(jax.random.fold_in(jax.random.key(3), 0), (16, 4))
-    document = build(["draw a one", Image(np.zeros((8, 8, 1)), True)], TOKENIZER, config.model)
+    document = build_document(
+        ["draw a one", Image(np.zeros((8, 8, 1)), True)], TOKENIZER, config.layout
+    )
     n = len(document["tokens"])
     row = {name: stream[None] for name, stream in document.items()}
     row["segment_ids"] = np.ones((1, n), np.int32)
@@ -109,21 +114,21 @@ def test_every_variant_trains_and_paints_what_it_was_taught(change, original):
     bound, times = monoformer.bind(config.model, params), np.ones((1, 1), np.float32)
     mask = monoformer.attention_mask(config.model, row)
     hidden, _ = bound(row, times, mask)
-    velocity = bound.image_output(hidden, row["image_ids"], times)[row["token_types"] == 3]
+    velocity = output_of(bound, hidden, row["image_ids"], times)[row["token_types"] == 3]
     want = unpatchify(np.asarray(start - velocity), 8, 8, 2)
     np.testing.assert_allclose(painted[0], want, atol=1e-4)
 
 
 def test_features_of_another_width_are_refused(change):
     model = change(model={"feature_dim": 5}).model
-    document = build([Features(np.ones((3, 5))), "a"], TOKENIZER, model)
+    document = build_document([Features(np.ones((3, 5))), "a"], TOKENIZER, model.layout)
     assert document["features"].sum() == 15 and not document["denoise"].any()
     with pytest.raises(ValueError, match=r"features \(3, 4\) are not \[n, 5\]"):
-        build([Features(np.ones((3, 4)))], TOKENIZER, model)
-    with pytest.raises(ValueError, match="through its vision encoder"):
-        build([Image(np.zeros((8, 8, 1)), denoise=False)], TOKENIZER, model)
+        build_document([Features(np.ones((3, 4)))], TOKENIZER, model.layout)
+    with pytest.raises(ValueError, match="with a vision encoder"):
+        build_document([Image(np.zeros((8, 8, 1)), denoise=False)], TOKENIZER, model.layout)
 
 
 def test_a_solver_of_the_other_objective_is_refused(change):
     with pytest.raises(InputError, match=r"sampling\.solver='heun' does not sample"):
-        change(objective={"kind": "ddpm"})
+        make_config(change(objective={"kind": "ddpm"}).to_dict())

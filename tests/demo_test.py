@@ -1,4 +1,4 @@
-"""The page of `demo`: its conversations, and itself over HTTP as a browser would use it."""
+"""The demo: its conversations, and its page over HTTP through gradio's client."""
 
 import re
 import socket
@@ -22,8 +22,8 @@ from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 
 
-class Painter:
-    """In place of a model: paints one step whenever it is let."""
+class FakeModel:
+    """Fake model whose `chat` advances one step whenever `let` is released."""
 
     def __init__(self):
         self.let, self.seen = threading.Semaphore(0), []
@@ -44,8 +44,8 @@ def said(messages):
     return [(message["role"], message["content"]) for message in messages]
 
 
-def test_an_answer_goes_on_when_nobody_watches():
-    model = Painter()
+def test_answer_continues_after_the_page_is_closed():
+    model = FakeModel()
     talks = demo.Conversations(model)
     number = talks.open(None)
     first = talks.say(number, ["draw", None], **SETTINGS)
@@ -77,33 +77,33 @@ def test_an_answer_goes_on_when_nobody_watches():
     assert len(next(talks.watch(number))[0]) == 6
 
 
-def test_a_new_conversation_gives_up_what_is_under_way():
-    model = Painter()
+def test_new_conversation_cancels_the_answer():
+    model = FakeModel()
     talks = demo.Conversations(model)
-    number, other = talks.open(None), talks.open("not one of ours")
-    assert number != other != "not one of ours"
+    number, other = talks.open(None), talks.open("unknown id")
+    assert number != other != "unknown id"
     watched = talks.say(number, ["draw"], **SETTINGS)
     next(watched)
     talks.forget(number)
     model.let.release()
-    assert list(watched) == [([], False)]  # it stopped at its first preview
+    assert list(watched) == [([], False)]  # cancelled at its first preview
     assert list(talks.watch(number)) == [([], False)]
-    model.let.release(3)  # and the model is free for the next
+    model.let.release(3)  # the model lock is released for the next answer
     *_, (messages, _) = talks.say(other, ["draw"], **SETTINGS)
     assert messages[-1]["content"] == ["done"]
 
 
-def test_mistakes_leave_the_conversation_as_it_was(tmp_path):
+def test_errors_leave_the_conversation_unchanged(tmp_path):
     def refuse(*_, **__):
         raise InputError("no")
 
     talks = demo.Conversations(types.SimpleNamespace(chat=refuse))
     number = talks.open(None)
     broken = tmp_path / "x.png"
-    broken.write_text("no picture")
+    broken.write_text("not an image")
     for content, sentence in (
-        ([""], "nothing to answer"),
-        ([broken], "can be read"),
+        ([""], "the message is empty"),
+        ([broken], "cannot be read as an image"),
         (["a"], "no"),
     ):
         with pytest.raises(InputError, match=sentence):
@@ -111,7 +111,7 @@ def test_mistakes_leave_the_conversation_as_it_was(tmp_path):
         assert list(talks.watch(number)) == [([], False)]
 
 
-def test_the_command_refuses_with_a_sentence(tmp_path, monkeypatch, capsys):
+def test_untrained_workdir_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo", f"--workdir={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:
         run_command("demo", demo.__doc__, demo.add_arguments, demo.main)
@@ -121,13 +121,16 @@ def test_the_command_refuses_with_a_sentence(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def address(config):
-    """A page whose model either paints or ends its answer."""
+    """URL of a page whose model either generates an image or ends its answer."""
     params = monoformer.init(config.model, jax.random.key(3))
     opposite = 6 * params["text_head"][:, 0]
     head = params["text_head"].at[:, ByteTokenizer.im_start_id].set(opposite)
     params["text_head"] = head.at[:, ByteTokenizer.eos_id].set(-opposite)
     model = Model(
-        config, params, ByteTokenizer(), step=0, image_processor=ImageProcessor(config, None, None)
+        config,
+        params,
+        ByteTokenizer(),
+        image_processor=ImageProcessor(config.layout, config.data.image_size),
     )
     page = demo.make_page(model, "tiny")
     with socket.socket() as free:
@@ -143,7 +146,7 @@ def pictures(shown):
 
 
 @pytest.mark.slow
-def test_the_page_paints_looks_and_survives_a_reload(address, tmp_path):
+def test_page_generates_takes_images_and_survives_a_reload(address, tmp_path):
     client = gradio_client.Client(address, verbose=False)
     number, shown, _ = client.predict(None, api_name="/show")
     assert shown == []
@@ -171,7 +174,7 @@ def test_the_page_paints_looks_and_survives_a_reload(address, tmp_path):
         and "Traceback" not in notice
     )
 
-    again = gradio_client.Client(address, verbose=False)  # the page is loaded anew
+    again = gradio_client.Client(address, verbose=False)  # the page is reloaded
     _, reloaded, _ = again.predict(number, api_name="/show")
     assert [len(m["content"]) for m in reloaded] == [len(m["content"]) for m in after]
     assert len(pictures(reloaded)) == len(pictures(after))
@@ -180,7 +183,7 @@ def test_the_page_paints_looks_and_survives_a_reload(address, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_asks_nothing_of_other_machines(address):
+def test_page_makes_no_external_requests(address):
     with urllib.request.urlopen(address) as answer:
         html, policy = answer.read().decode(), answer.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'self'") and "http" not in policy

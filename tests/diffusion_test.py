@@ -1,4 +1,4 @@
-"""Rectified flow against closed forms: sign of v, end points, orders of the solvers, guidance."""
+"""Rectified flow against closed forms: sign of v, endpoints, solver orders; guidance."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ X = jnp.array([[1.0, -2.0], [0.5, 3.0]])
 NOISE = jnp.array([[-1.0, 0.25], [2.0, 1.0]])
 
 
-def test_path_ends_at_data_and_noise_and_v_is_its_derivative():
+def test_path_endpoints_and_velocity_target():
     np.testing.assert_array_equal(interpolate(X, NOISE, jnp.float32(0)), X)
     np.testing.assert_array_equal(interpolate(X, NOISE, jnp.float32(1)), NOISE)
     _, derivative = jax.jvp(lambda t: interpolate(X, NOISE, t), (0.3,), (1.0,))
@@ -29,7 +29,7 @@ def test_path_ends_at_data_and_noise_and_v_is_its_derivative():
 
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_one_true_velocity_leads_from_noise_to_data_in_any_number_of_steps(solver, shift):
+def test_exact_velocity_recovers_the_data_in_any_number_of_steps(solver, shift):
     compiled = jax.jit(
         lambda grid: solve(solver, lambda x, t: (velocity_target(X, NOISE), None), NOISE, grid)
     )
@@ -80,12 +80,12 @@ def test_times_follow_their_distribution():
     np.testing.assert_allclose(shifted, 3 * t / (1 + 2 * t), rtol=1e-5)
 
 
-def test_shift_keeps_the_ends():
+def test_shift_keeps_the_endpoints():
     np.testing.assert_allclose(shift_times(jnp.array([0.0, 0.5, 1.0]), 3.0), [0.0, 0.75, 1.0])
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddpm", "ddim"])
-def test_a_walk_in_parts_is_the_whole_walk(solver):
+def test_solving_in_parts_equals_solving_at_once(solver):
     def predict(x, t):
         return x * jnp.cos(3 * t), jnp.zeros_like(x)
 
@@ -103,11 +103,11 @@ def test_a_walk_in_parts_is_the_whole_walk(solver):
     assert walk._cache_size() == 1
 
 
-def test_steps_and_solvers_that_cannot_be_are_one_sentence():
-    with pytest.raises(InputError, match="there is no solver 'rk4'; there are euler, heun, ddpm"):
+def test_invalid_steps_and_solvers_raise():
+    with pytest.raises(InputError, match="solver 'rk4' is not one of euler, heun, ddpm"):
         make_time_grid("rk4", 4)
     for steps in (0, 1001):
-        with pytest.raises(InputError, match=f"steps={steps}: an image is painted in 1 to 1000"):
+        with pytest.raises(InputError, match=f"steps={steps}: sampling takes 1 to 1000 steps"):
             make_time_grid("euler", steps)
 
 
@@ -137,7 +137,7 @@ def test_guidance_by_hand():
     np.testing.assert_allclose(got, [[[4.25, 11.0]]], rtol=1e-6)
 
 
-def test_rescaled_guidance_has_the_size_of_the_unguided_prediction():
+def test_rescaled_guidance_has_the_std_of_the_conditional_prediction():
     two, t = branches([2.0, 4.0, -1.0], [1.0, 1.0, 1.0]), jnp.float32(0.5)
     plain, whole, half = (
         classifier_free_guidance(two, t, Guidance(5.0, rescale=r)) for r in (0.0, 1.0, 0.5)

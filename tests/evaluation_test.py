@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and a matrix square root; the SVM judge on real digits."""
+"""Fréchet distance against closed forms and a matrix square root; SVM accuracy on real digits."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_distance_equals_the_formula_with_a_matrix_square_root():
     assert frechet_distance(a, b) == pytest.approx(want, rel=1e-6)
 
 
-def test_distance_of_moved_and_scaled_points():
+def test_distance_of_shifted_and_scaled_points():
     a = np.random.default_rng(0).normal(size=(50, 3))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a, a + np.array([1, 2, 2])) == pytest.approx(9)
@@ -28,7 +28,7 @@ def test_distance_of_moved_and_scaled_points():
     assert frechet_distance(around, 3 * around) == pytest.approx(4 * spread)
 
 
-def test_constant_features_are_no_trouble_and_bad_ones_are_refused():
+def test_constant_features_work_and_invalid_ones_raise():
     flat = np.zeros((10, 4))
     assert frechet_distance(flat, flat + 1) == pytest.approx(4)
     with pytest.raises(ValueError, match="at least two finite"):
@@ -37,8 +37,8 @@ def test_constant_features_are_no_trouble_and_bad_ones_are_refused():
         frechet_distance(flat[:1], flat)
 
 
-def test_real_digits_against_real_digits():
-    """The two numbers that the scores are read against: 0.57, and an SVM that names 99 %."""
+def test_scores_of_real_digits():
+    """The baselines of the scores: a Fréchet distance of 0.57, and an SVM accuracy of 99 %."""
     (train_x, train_y), (test_x, test_y) = digits("train"), digits("test")
     train_x, test_x = train_x.reshape(-1, 64), test_x.reshape(-1, 64)
     assert frechet_distance(train_x[:500], test_x) == pytest.approx(0.57, abs=0.01)

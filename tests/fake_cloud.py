@@ -1,4 +1,4 @@
-"""A fake cloud (tests/fake_gcloud) in a folder, and a user of launch/tpu.sh; no network."""
+"""A fake of Google Cloud (tests/fake_gcloud) in a folder, to run launch/tpu.sh without a network."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from conftest import ROOT
 
 LAUNCH = ROOT / "launch"
 FAKE = ROOT / "tests" / "fake_gcloud"
-# What the launchers call besides gcloud; nothing else is on their PATH here.
+# The programs that the launchers need besides gcloud; their PATH has nothing else.
 TOOLS = (
     "awk bash cat cp cut date dirname env git grep gzip head ln mkdir mktemp mv nohup paste rm "
     "sed setsid sleep tail tar timeout touch"
@@ -29,7 +29,7 @@ DELETE = f"compute tpus queued-resources delete probe --force {WHERE} --quiet"
 
 
 def make_checkout(tmp_path_factory):
-    """A small committed checkout that holds launch/ and a config."""
+    """A small git checkout with launch/ and a config, committed."""
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(LAUNCH, folder / "launch", ignore=shutil.ignore_patterns("pictures"))
     (folder / "configs").mkdir()
@@ -42,7 +42,7 @@ def make_checkout(tmp_path_factory):
 
 
 class Cloud:
-    """The fake cloud in a folder, and a user of it."""
+    """A fake cloud in a folder; runs launch/tpu.sh against it."""
 
     def __init__(self, folder: Path, checkout: Path, gcloud: bool = True):
         self.folder, self.checkout = folder, checkout
@@ -102,11 +102,11 @@ class Cloud:
             try:
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
             except ProcessLookupError:
-                continue  # it has ended by itself
+                continue  # it has already exited
 
 
 def open_cloud(tmp_path, checkout):
-    """A cloud of a test's own; afterwards nothing runs in it any more."""
+    """A cloud for one test, whose processes are ended afterwards."""
     made = Cloud(tmp_path / "cloud", checkout)
     yield made
     made.close()

@@ -1,10 +1,11 @@
-"""Every way a run can end early: its exit code, what it leaves behind, and how it goes on."""
+"""Every way a run can end early: its exit code, the files it leaves, and how it resumes."""
 
 import argparse
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -34,7 +35,7 @@ from monoformer_jax.training.state import abstract_train_state
 
 
 def train(workdir, *overrides):
-    """The command's exit code, in this process."""
+    """Runs the train command in this process and returns its exit code."""
     return command.main(
         argparse.Namespace(
             config=str(ROOT / "configs" / "digits.py:tiny"), overrides=list(overrides),
@@ -44,7 +45,7 @@ def train(workdir, *overrides):
 
 
 def before_batch(monkeypatch, number, action):
-    """`action` is done when the run asks for this batch; the check reads one before the run."""
+    """Runs `action` before this batch is read; the check before the run reads batch 0."""
     whole, asked = RowIterator.__next__, iter(range(0, 10_000))
 
     def faulty(self):
@@ -62,9 +63,9 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def quiet(tmp_path_factory):
-    """A run that nothing happened to, with checkpoints 10 and 20."""
-    workdir = tmp_path_factory.mktemp("quiet")
+def uninterrupted(tmp_path_factory):
+    """An uninterrupted run, with checkpoints 10 and 20."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
     assert train(workdir) == 0
     assert json.loads((workdir / "done.json").read_text()).items() >= {
         "step": 20, "name": "digits"}.items()  # fmt: skip
@@ -73,40 +74,44 @@ def quiet(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_told_to_leave_it_saves_and_goes_on_to_the_same_bits(quiet, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_and_the_run_resumes_bit_exact(uninterrupted, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         before_batch(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(tmp_path) == errors.PREEMPTED == 75
     assert signal.getsignal(signal.SIGTERM) == before
-    assert "told to leave at step 7, which is saved" in capsys.readouterr().err
+    assert "preempted at step 7, which is saved" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
     assert json.loads((tmp_path / "starts.json").read_text())["starts"] == 0
     assert not (tmp_path / "done.json").exists()
     assert train(tmp_path) == 0
-    assert losses(tmp_path) == losses(quiet)
-    for a, b in zip(*(jax.tree.leaves(load_trained(path)[1]) for path in (tmp_path, quiet))):
+    assert losses(tmp_path) == losses(uninterrupted)
+    for a, b in zip(
+        *(jax.tree.leaves(load_trained(path)[1]) for path in (tmp_path, uninterrupted))
+    ):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before_and_said_aloud(quiet, tmp_path, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_previous_with_a_warning(
+    uninterrupted, tmp_path, capsys
+):
     workdir = tmp_path / "run"
-    shutil.copytree(quiet, workdir)
+    shutil.copytree(uninterrupted, workdir)
     damage(workdir / "checkpoints" / "20", "truncated")
     assert train(workdir) == 0
     said = capsys.readouterr()
     assert "WARNING: checkpoint 20 could not be read" in said.err
-    assert "going on from step 10" in said.err and "from step 10 to 20" in said.out
-    assert losses(workdir) == losses(quiet)
+    assert "resuming from step 10" in said.err and "from step 10 to 20" in said.out
+    assert losses(workdir) == losses(uninterrupted)
     assert (workdir / "damaged" / "20").is_dir() and (workdir / "checkpoints" / "20").is_dir()
 
 
 @pytest.mark.slow
-def test_a_source_that_hangs_ends_the_process(tmp_path, monkeypatch, capsys):
+def test_the_watchdog_ends_a_run_whose_source_hangs(tmp_path, monkeypatch, capsys):
     codes, woken = [], threading.Event()
 
-    def leave(code):  # os._exit would take pytest along
+    def fake_exit(code):  # os._exit would end pytest too
         codes.append(code)
         woken.set()
 
@@ -114,16 +119,16 @@ def test_a_source_that_hangs_ends_the_process(tmp_path, monkeypatch, capsys):
         woken.wait(300)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(faults.os, "_exit", leave)
+    monkeypatch.setattr(faults.os, "_exit", fake_exit)
     before_batch(monkeypatch, 4, hang)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "--config.watchdog_seconds=5")
     assert codes == [errors.HUNG]
-    assert "no step was done within watchdog_seconds=5" in capsys.readouterr().err
+    assert "no step completed within watchdog_seconds=5" in capsys.readouterr().err
     assert "in hang" in (tmp_path / "errors" / "hang_of_process_0.txt").read_text()
 
 
-def test_the_watchdog_lets_the_first_step_compile(tmp_path, monkeypatch):
+def test_the_watchdog_gives_the_first_step_time_to_compile(tmp_path, monkeypatch):
     codes = []
     monkeypatch.setattr(faults.os, "_exit", codes.append)
     with Watchdog(0.05, epath.Path(tmp_path), 5) as watchdog:
@@ -136,21 +141,42 @@ def test_the_watchdog_lets_the_first_step_compile(tmp_path, monkeypatch):
         assert not watchdog._thread.is_alive()
 
 
+HOLDS_THE_GIL = """
+import ctypes, sys
+from etils import epath
+from monoformer_jax.runtime import faults
+
+faults._WRITE_SECONDS = 0.2
+with faults.Watchdog(0.4, epath.Path(sys.argv[1]), 5) as watchdog:
+    watchdog.beat()
+    ctypes.PyDLL(None).sleep(60)  # no Python thread can run
+"""
+
+
+def test_the_watchdog_ends_a_process_that_holds_the_gil(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", HOLDS_THE_GIL, str(tmp_path)], capture_output=True, text=True,
+        cwd=ROOT, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr and 'File "<string>", line 9' in ended.stderr
+
+
 def crash(workdir, checkpoint, error):
     with pytest.raises(type(error)), CrashLoopGuard(workdir, checkpoint):
         raise error
 
 
-def test_three_starts_without_a_checkpoint_are_enough(tmp_path, capsys):
+def test_three_starts_without_a_checkpoint_are_a_crash_loop(tmp_path, capsys):
     workdir = epath.Path(tmp_path)
     for _ in range(2):
         crash(workdir, 10, OSError("disk on fire"))
-    crash(workdir, 10, Preempted())  # neither of these two is the run's fault
+    crash(workdir, 10, Preempted())  # preemptions and interrupts do not count
     crash(workdir, 10, KeyboardInterrupt())
-    crash(workdir, 20, OSError("a checkpoint later"))  # counts from one again
+    crash(workdir, 20, OSError("a checkpoint later"))  # the count restarts
     for _ in range(2):
         crash(workdir, 20, OSError("disk on fire"))
-    with pytest.raises(CrashLoop, match=r"3 starts in a row came no further than checkpoint 20"):
+    with pytest.raises(CrashLoop, match=r"3 consecutive starts .* after checkpoint 20"):
         CrashLoopGuard(workdir, 20)
     assert "disk on fire" in (workdir / "errors" / "error_of_process_0.txt").read_text()
     (workdir / "starts.json").unlink()
@@ -159,17 +185,17 @@ def test_three_starts_without_a_checkpoint_are_enough(tmp_path, capsys):
     assert not (workdir / "starts.json").exists()
 
 
-def test_a_crash_loop_has_its_own_code(tmp_path, capsys):
-    """Killed from outside three times: nothing was written but the count. No step is compiled."""
+def test_a_crash_loop_has_its_own_exit_code(tmp_path, capsys):
+    """Three starts killed from outside, which only updated the count; no step is compiled."""
     (tmp_path / "starts.json").write_text('{"starts": 3, "checkpoint": null}')
     assert train(tmp_path) == errors.CRASH_LOOP == 4
     said = capsys.readouterr().err
-    assert "no further than the beginning" in said
+    assert "no new checkpoint after step 0" in said
     assert f"remove {tmp_path / 'starts.json'}" in said and str(tmp_path / "errors") in said
 
 
 def some_state(config, mesh, seed=0):
-    """Random numbers in the form of a train state, without compiling anything."""
+    """A train state of random numbers, without compilation."""
     draw = np.random.default_rng(seed)
 
     def make(a):
@@ -184,7 +210,7 @@ def at_step(state, step):
 
 @pytest.fixture(scope="module")
 def saved(config, tmp_path_factory):
-    """A workdir with checkpoints of random numbers at 10 and 20, written by four devices."""
+    """A workdir with checkpoints of random numbers at steps 10 and 20, written by four devices."""
     workdir = tmp_path_factory.mktemp("saved")
     claim_workdir(workdir, config)
     state = some_state(config, make_mesh(MeshConfig()))
@@ -197,7 +223,7 @@ def saved(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 2), None])
-def test_a_checkpoint_comes_back_exactly_on_another_mesh(config, saved, axes):
+def test_a_checkpoint_is_restored_exactly_on_another_mesh(config, saved, axes):
     workdir, state, following = saved
     mesh = make_mesh(
         MeshConfig(*axes) if axes else MeshConfig(), None if axes else jax.devices()[:1]
@@ -213,7 +239,7 @@ def test_a_checkpoint_comes_back_exactly_on_another_mesh(config, saved, axes):
     np.testing.assert_array_equal(next(batches.iterator)["tokens"], following["tokens"])
 
 
-def test_the_average_alone_comes_in_bfloat16(saved):
+def test_the_ema_alone_is_loaded_in_bfloat16(saved):
     workdir, state, _ = saved
     _, ema, meta = load_trained(workdir, dtype="bfloat16")
     assert meta["step"] == 20
@@ -242,11 +268,11 @@ def damage(checkpoint, how):
         "meta/metadata",
     ],
 )
-def test_whatever_is_broken_the_checkpoint_before_is_taken(config, saved, tmp_path, how):
+def test_any_damage_falls_back_to_the_previous_checkpoint(config, saved, tmp_path, how):
     workdir = tmp_path / "run"
     shutil.copytree(saved[0], workdir)
     damage(workdir / "checkpoints" / "20", how)
-    (workdir / "damaged" / "20").mkdir(parents=True)  # not the first time
+    (workdir / "damaged" / "20").mkdir(parents=True)  # from an earlier damage
     batches, target = (
         Batches(config, ByteTokenizer()),
         abstract_train_state(config, make_mesh(MeshConfig())),
@@ -257,18 +283,16 @@ def test_whatever_is_broken_the_checkpoint_before_is_taken(config, saved, tmp_pa
         assert checkpoints.latest == 10
         assert (workdir / "damaged" / "20.1").is_dir()
         np.testing.assert_array_equal(state.params["text_head"], saved[1].params["text_head"])
-        # The last one too: it is an error, and nothing is started over or moved.
+        # If the last one is damaged too, it is an error, and nothing is restarted or moved.
         damage(workdir / "checkpoints" / "10", how)
-        with pytest.raises(
-            InputError, match=r"no checkpoint in .* can be read, and all stay there"
-        ):
+        with pytest.raises(InputError, match=r"no checkpoint in .* can be read; none was moved"):
             checkpoints.restore(target, batches.iterator)
         assert (workdir / "checkpoints" / "10").is_dir()
 
 
-def test_trouble_with_the_storage_is_no_damage(config, saved, monkeypatch):
+def test_a_storage_error_is_not_damage(config, saved, monkeypatch):
     def unavailable(*_):
-        raise ValueError("UNAVAILABLE: the storage is away for a moment")
+        raise ValueError("UNAVAILABLE: the storage is temporarily unavailable")
 
     monkeypatch.setattr("monoformer_jax.runtime.checkpoint._read_arrays", unavailable)
     target = abstract_train_state(config, make_mesh(MeshConfig()))
@@ -278,7 +302,7 @@ def test_trouble_with_the_storage_is_no_damage(config, saved, monkeypatch):
 
 
 @pytest.mark.slow
-def test_which_checkpoints_stay(config, tmp_path):
+def test_which_checkpoints_are_kept(config, tmp_path):
     state = some_state(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     batches = Batches(config, ByteTokenizer())
     with Checkpoints(tmp_path, kept=1, keep_every=20) as checkpoints:
@@ -298,7 +322,7 @@ def bucket(monkeypatch):
     MemoryFileSystem.store.clear()
 
 
-def test_all_but_the_arrays_goes_to_a_bucket(bucket, change):
+def test_everything_but_arrays_can_be_written_to_a_bucket(bucket, change):
     claim_workdir(bucket, change(steps=20))
     assert read_config(bucket).steps == 20
     mark_done(bucket, change(steps=20), 20, 1.0)
@@ -321,17 +345,17 @@ def test_all_but_the_arrays_goes_to_a_bucket(bucket, change):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((None, 2, None), "go together"),
-        (("localhost:1", None, 0), "go together"),
+        ((None, 2, None), "must be given together"),
+        (("localhost:1", None, 0), "must be given together"),
         (("localhost", 2, 0), "--coordinator=localhost is not HOST:PORT"),
         (("localhost:1", 2, 2), "--process=2 is not between 0 and --processes=2 - 1"),
     ],
 )
-def test_processes_that_do_not_fit_together_are_refused(arguments, message):
+def test_inconsistent_process_arguments_are_rejected(arguments, message):
     with pytest.raises(InputError, match=message):
         start_processes(*arguments)
 
 
-def test_one_process_can_keep_to_itself():
+def test_one_process_alone_skips_cluster_detection():
     start_processes(None, 1, None)
     assert jax.process_count() == 1

@@ -1,7 +1,7 @@
-"""The train command with a fault in it, for tests: FAULT=SIGNAL:BATCH in the environment.
+"""The train command with fault injection, for tests: FAULT=SIGNAL:BATCH in the environment.
 
-The process sends itself this signal when it asks for this batch of its start, counted from 1. If it
-outlives that, its steps take long enough for all to hear of it.
+The process sends itself this signal when it reads this batch after its start, counted from 1. If it
+survives, later steps are slowed down so that the signal reaches all processes in time.
 """
 
 import os
@@ -20,7 +20,7 @@ def with_fault(name, at):
 
     def faulty(self):
         nonlocal read
-        read += 1  # the check before the run reads one too
+        read += 1  # counts the batch that is checked before the run too
         if read <= at:
             return whole(self)
         if read == at + 1:

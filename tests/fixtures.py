@@ -1,10 +1,10 @@
-"""Folders of recorded inputs and outputs of the original, whatever their names and sizes.
+"""Folders of recorded inputs and outputs of the original, with any names and sizes.
 
-A folder holds io.npz (keys CASE/NAME), config.json and weights.safetensors. What kind of model it is
-stands in its config.json, and what a case can check is told by the arrays that it holds.
-tiny_b and tiny_c have random weights and what the others lack: patches of one and of four, one
-key/value head, other special tokens, a model that is causal and places patches at every layer as its
-config says, no learned sigma, shards and a .bin (recorded with torch 2.13, transformers 4.38, CPU).
+A folder has io.npz (keys CASE/NAME), config.json and weights.safetensors. Its config.json determines
+the kind of model, and the arrays of a case determine what it can check.
+tiny_b and tiny_c have random weights and cover the rest: patch sizes one and four, one key/value head,
+other special tokens, a causal model with position embeddings at every layer, no learned sigma, shards
+and a .bin (recorded with torch 2.13, transformers 4.38, CPU).
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ import json
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from conftest import REFERENCE
 
@@ -20,6 +21,7 @@ from monoformer_jax.diffusion import ddpm
 from monoformer_jax.errors import InputError
 from monoformer_jax.pretrained.folder import open_weights
 from monoformer_jax.pretrained.table import open_tree, read_tree
+from monoformer_jax.sampling.text import text_logits
 
 ROOT_FOLDER = Path(os.environ.get("MONOFORMER_FIXTURES", REFERENCE))
 
@@ -68,7 +70,7 @@ FOLDERS = [
     if any((path / file).is_file() for file in FILES)
 ]
 
-# What is checked, of which kind of model, and the arrays that a case must hold for it.
+# Check -> kind of model, and the arrays that a case must have for it.
 CHECKS = {
     "training": ("monoformer", ["lm_loss_raw", "total"]),
     "gradients": ("monoformer", ["gradnorm/model.norm.weight"]),
@@ -92,7 +94,7 @@ CHECKS = {
 
 
 def cases(*checks):
-    """pytest parameters (folder, case) of the cases that hold what one of the checks needs."""
+    """pytest parameters (folder, case) of the cases with the arrays of one of the checks."""
     return [
         (folder, case)
         for folder in FOLDERS
@@ -105,7 +107,7 @@ def cases(*checks):
 
 
 def sections_of(timestep_map):
-    """The respacing that keeps these steps, see `ddpm.spaced_steps`."""
+    """The respacing string for these steps, see `ddpm.spaced_steps`."""
     kept, count = np.asarray(timestep_map).tolist(), len(timestep_map)
     parts = [np.array_split(np.arange(ddpm.STEPS), n) for n in range(2, 11)]
     counts = [",".join(str(np.isin(part, kept).sum()) for part in split) for split in parts]
@@ -119,12 +121,12 @@ def sections_of(timestep_map):
 
 
 def label(value):
-    """Name of a parameter in pytest's report."""
+    """Name of a parameter in the pytest report."""
     return value.path.name if isinstance(value, Folder) else value
 
 
 def close(got, want, tolerance=2e-5):
-    """Largest absolute error within the tolerance, and nothing that is no number."""
+    """Asserts that values are finite and the largest absolute error is within the tolerance."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
@@ -135,3 +137,14 @@ def close(got, want, tolerance=2e-5):
 
 def channels_last(x):
     return np.moveaxis(x, -3, -1)
+
+
+def logits_of(model, hidden):
+    """Logits of a bound MonoFormer, computed by the sampler's function."""
+    return text_logits(model.config, {"text_head": model.text_head[...]}, hidden)
+
+
+def output_of(model, hidden, image_ids, times):
+    """The image head's prediction, with the variance concatenated if there is one."""
+    prediction, variance = model.image_output(hidden, image_ids, times)
+    return prediction if variance is None else jnp.concatenate([prediction, variance], -1)

@@ -1,23 +1,23 @@
-"""The golden record: numbers of today that a change of names or of files must not change.
+"""Golden values: results that renaming or moving code must not change.
 
-`data/golden.json` holds, under today's names: of every shipped config, shrunk, with flow and with DDPM,
+`data/golden.json` holds: of every shipped config, shrunk, with flow and with DDPM,
 hashes of the first 3 batches and losses and norms of 5 steps; images of every solver with 1 to 3
-branches of guidance; the talk of a `Session`; a `convert` round trip; the figures of `plan`. Every name
-of the library stands in the block of imports and in the tables after it: a rename edits them alone, on
-the right, and never the record.
+branches of guidance; a conversation in a `Session`; a `convert` round trip; the output of `plan`. Names
+of the library are only in the imports and in the tables after them: a rename edits their right sides,
+not the record.
 
-    GOLDEN_RECORD=1 python -m pytest tests/golden_test.py -n 0         makes it anew
+    GOLDEN_RECORD=1 python -m pytest tests/golden_test.py -n 0         regenerates it
     GOLDEN_RECORD=FILE python -m pytest tests/golden_test.py -n 0      writes FILE instead, to compare
 
-It is made anew only where arithmetic really changes, and the commit that does so says by how much; with
-`-k` only that part is.
+Regenerate it only if arithmetic really changes, and state by how much in the commit; `-k` regenerates
+only that part.
 
-Hashes, tokens and counts must be equal, numbers within 1e-5: losses and norms each of itself, values of
-images of the largest in the image. Measured on an AVX2 processor, against code for SSE4.2 and against
-XLA's other way to compile fusions, which round differently: at most 2e-7 in the first step and in the
-later ones, 1.1e-6 in how far the average is from the weights, 8e-7 in images; every token of the talk
-was the same, also with noise of 1e-4 on the weights. What the compiler of `plan` decides may differ by
-a quarter, as libtpu is not pinned.
+Hashes, tokens and counts must be equal, numbers within 1e-5: losses and norms relative, image values
+relative to the largest in the image. Measured on an AVX2 processor, against code for SSE4.2 and against
+XLA's other fusion emitters, which round differently: at most 2e-7 in the first step and in the later
+ones, 1.1e-6 in how far the EMA is from the weights, 8e-7 in images; every token of the conversation was
+equal, also with noise of 1e-4 on the weights. Compiler results of `plan` may differ by a quarter, as
+libtpu is not pinned.
 """
 
 import argparse
@@ -36,24 +36,26 @@ import safetensors.numpy
 from conftest import REFERENCE, ROOT
 from etils import epath
 
-# The library, as it is called today.
+# Current names of the library.
 from monoformer_jax import convert, plan
 from monoformer_jax.cli import load_config
 from monoformer_jax.data import sources as sources_module
-from monoformer_jax.data.documents import Features, Image
+from monoformer_jax.data.documents import Features, Image, Prompt
 from monoformer_jax.data.pipeline import Batches
-from monoformer_jax.data.records import Example, write_file
+from monoformer_jax.data.records import write_file
 from monoformer_jax.data.sources import Source
+from monoformer_jax.data.templates import chat_parts
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.parallel import make_mesh, put_batch
 from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.session import Session
 from monoformer_jax.sampling.text import SamplingParams
 from monoformer_jax.training.loop import _start
 from monoformer_jax.training.state import abstract_train_state, make_train_step
 
-# Name in the record (never changes): today's name.
+# Name in the record (never changes): current name.
 FIELDS = {"tokens": "tokens", "kinds": "token_types", "segment_ids": "segment_ids",
           "positions": "positions", "image_ids": "image_ids", "denoise": "denoise",
           "patches": "patches", "patch_logvar": "patch_logvar", "grid": "patch_positions",
@@ -65,15 +67,16 @@ PLAN = {"fits": "fits", "hbm_gib": "hbm_gib", "parameters": "parameters",
         "flops_per_step": "flops_per_step", "arguments_gib": "arguments_gib",
         "temporaries_gib": "temporaries_gib", "peak_gib": "peak_gib",
         "step_seconds_floor": "step_seconds_floor"}  # fmt: skip
-# A key or a value of a config that this file sets: what it is called today, where that differs.
+# Renamed config keys and values that this file sets: name in this file -> current name.
 KEYS = {"data.row_length": "data.max_seq_len",
-        "optimizer.accumulation": "optimizer.grad_accum_steps"}  # fmt: skip
+        "optimizer.accumulation": "optimizer.grad_accum_steps",
+        "model.learn_sigma": "objective.learn_sigma"}  # fmt: skip
 VALUES: dict[str, str] = {}
 OURS = "monoformer_jax"  # key of an exported config.json that holds our own config
 
 
 def raw_parameters(state):
-    """What is trained, and its moving average."""
+    """Trained parameters and their EMA."""
     return state.params, state.ema
 
 
@@ -87,12 +90,12 @@ SMALL = {"model.num_layers": 2, "model.embed_dim": 32, "model.num_heads": 4,
          "data.image_size": 8, "data.row_length": 96, "batch_size": 4}  # fmt: skip
 TUNED = {"model.dtype": "float32", "data.tokenizer": "bytes", "data.row_length": 96,
          "batch_size": 4, "optimizer.warmup_steps": 2}  # fmt: skip
-DIGITS = {"optimizer.warmup_steps": 2}  # of 20 steps: the rate rises and falls
+DIGITS = {"optimizer.warmup_steps": 2}  # of 20 steps: the learning rate rises and falls
 FLOW = {"objective.kind": "rectified_flow", "sampling.solver": "heun"}
 DDPM = {"objective.kind": "ddpm", "sampling.solver": "ddpm", "model.learn_sigma": True}
 MESH = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
 FEATURES = {"model.feature_dim": 12, "optimizer.accumulation": 2} | MESH
-# Name: config, what is changed in it. Those that differ in their data alone are one program.
+# Name: config and overrides. Cases that differ only in data share one compiled program.
 TRAINED = {
     "digits": ("digits.py:tiny", DIGITS),
     "digits ddpm": ("digits.py:tiny", DIGITS | DDPM),
@@ -109,7 +112,7 @@ WORDS = ("red", "blue", "old", "new", "big", "cat", "dog", "sun", "sea", "tree",
 
 
 def settings(file, changes):
-    """A shipped config with keys changed; keys and values as the record calls them."""
+    """A shipped config with overrides; keys and values as named in the record."""
     overrides = []
     for key, value in changes.items():
         value = VALUES.get(value, value) if isinstance(value, str) else value
@@ -119,7 +122,7 @@ def settings(file, changes):
 
 @pytest.fixture(scope="module")
 def record():
-    """What is compared with; when recording, what the tests have put there is written at the end."""
+    """The expected values; when recording, the values of the tests are written at the end."""
     target = os.environ.get("GOLDEN_RECORD")
     if not target:
         yield json.loads(RECORD.read_text())
@@ -132,10 +135,10 @@ def record():
 
 
 def check(record, name, got, **bounds):
-    """Compares a value with the record, or puts it there; numbers within the bounds of their key:
-    a share of each number, and a share of the largest of them.
+    """Compares a value with the record, or records it. `bounds` maps a key to (relative tolerance,
+    tolerance relative to the largest number).
 
-    What has no bound under its key must be equal.
+    Keys without bounds must be equal.
     """
     if os.environ.get("GOLDEN_RECORD"):
         record[name] = json.loads(json.dumps(got, default=_plain))
@@ -152,14 +155,14 @@ def check(record, name, got, **bounds):
 
 
 def _plain(value):
-    """Arrays as lists of numbers with the digits that a float32 has."""
+    """Converts arrays to lists of numbers with the precision of float32."""
     if isinstance(value, np.ndarray | jax.Array) and value.ndim:
         return [_plain(x) for x in np.asarray(value).reshape(-1)]
     return float(f"{float(value):.8g}")
 
 
 def digest(arrays):
-    """Of names and arrays, in the order given."""
+    """SHA-256 of names and arrays, in the given order."""
     found = hashlib.sha256()
     for name, array in arrays:
         found.update(f"{name} {array.dtype.str} {array.shape}".encode() + array.tobytes())
@@ -168,7 +171,7 @@ def digest(arrays):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Folders of records: captions with latents, talks with latents, talks alone."""
+    """Folders of records: captions with latents, conversations with latents, conversations only."""
     rng, made = np.random.default_rng(0), {}
 
     def words(count):
@@ -176,12 +179,24 @@ def records(tmp_path_factory):
 
     def latents():
         mean, logvar = rng.integers(-512, 512, (2, 8, 8, 4)) / 256
-        return {"mean": mean.astype(np.float16), "logvar": (logvar - 4).astype(np.float16)}
+        return mean, logvar - 4
+
+    def talk(*texts):
+        roles = itertools.cycle(("user", "assistant"))
+        return chat_parts([{"role": r, "content": t} for r, t in zip(roles, texts)])[:-1]
+
+    def captioned():
+        prompt, (mean, logvar) = Prompt((words(2), words(3))), latents()
+        return [prompt, Image(mean, denoise=True, logvar=logvar)]
+
+    def shown():
+        said, (mean, logvar) = talk(words(1), words(2)), latents()
+        return [Image(mean, denoise=False, logvar=logvar), *said]
 
     kinds = {
-        "captions": lambda: Example(captions=[words(2), words(3)], **latents()),
-        "looks": lambda: Example(messages=[words(1), words(2)], **latents()),
-        "talks": lambda: Example(messages=[words(1), words(1), words(1), words(1)]),
+        "captions": captioned,
+        "looks": shown,
+        "talks": lambda: talk(words(1), words(1), words(1), words(1)),
     }
     for name, example in kinds.items():
         folder = epath.Path(tmp_path_factory.mktemp(name))
@@ -201,7 +216,7 @@ def records(tmp_path_factory):
 
 
 def seen(_):
-    """A source of pictures to look at as a vision encoder sees them, which records do not hold."""
+    """A source of vision encoder features, which records do not support."""
     rng = np.random.default_rng(1)
     features = rng.integers(-512, 512, (20, 5, 12)) / 256
     return Source(list(features), lambda x, rng: ["what is it? ", Features(x), rng.choice(WORDS)])
@@ -212,13 +227,13 @@ def base(tmp_path_factory):
     """Three folders, each converted from the one before: the original's, a workdir, the original's.
 
     The first is the recorded tiny model of the original, with the vocabulary of the byte tokenizer
-    and a head that opens and ends more often than chance.
+    and a head that emits <|im_start|> and </s> often.
     """
     folders = [tmp_path_factory.mktemp("base") / name for name in ("theirs", "ours", "again")]
     theirs = REFERENCE / "tiny_a"
     tensors = safetensors.numpy.load_file(theirs / "weights.safetensors")
     rng = np.random.default_rng(2)
-    # As large as the recorded ones; their own deviation would be rounded as the processor adds.
+    # Standard deviations of the recorded ones, as constants: computing them depends on the processor.
     scales = {"model.embed_tokens.weight": 0.49829173, "lm_head.weight": 0.07945232}
     for name, scale in scales.items():
         size = (ByteTokenizer.vocab_size, tensors[name].shape[1])
@@ -243,7 +258,7 @@ def command(module, *arguments):
 
 @pytest.fixture(scope="module")
 def programs():
-    """Compiled steps, by all that they are compiled for."""
+    """Cache of compiled train steps."""
     return {}
 
 
@@ -252,7 +267,7 @@ def programs():
     [pytest.param(n, marks=() if n == "digits" else pytest.mark.slow) for n in TRAINED],
 )
 def test_training(name, record, records, programs, request, monkeypatch):
-    """The first batches to the bit; losses and norms of the first step, and of four that follow."""
+    """Bit-exact first batches; losses and norms of the first step and of the next four."""
     file, changes = TRAINED[name]
     folders = records[file.partition(".")[0]]
     if file == "finetune.py":
@@ -260,13 +275,15 @@ def test_training(name, record, records, programs, request, monkeypatch):
     if "features" in name:
         monkeypatch.setitem(sources_module.SOURCES, "llava", seen)
         folders = {"journeydb": folders["journeydb"]}
-    config = settings(file, changes | {"data.records": folders})
+    config = settings(
+        file, changes | {"data.records": folders} | json.loads(os.environ.get("GX", "{}"))
+    )
     mesh = make_mesh(config.mesh, jax.devices()[: 4 if "mesh" in name else 1])
     batches = Batches(config, ByteTokenizer()).iterator
     plain = changes | {"name": "", "data.mixture": {"any": 1.0}, "data.records": {}}
     key = f"{mesh} {settings(file, plain)}"
     step = programs.setdefault(key, make_train_step(config, mesh))
-    nothing = types.SimpleNamespace(latest=None)  # no checkpoint to go on from
+    nothing = types.SimpleNamespace(latest=None)  # no checkpoint to resume from
     state, _ = _start(config, mesh, abstract_train_state(config, mesh), None, nothing)
     hashes, steps = [], []
     for _ in range(5):
@@ -307,19 +324,19 @@ def test_images(solver, record, base, records):
         config, params, tokenizer = sampling_model(base, records, **kind | guided)
         prompt = ["a red boat", PICTURE][: 2 if branches == 3 else 1]
         found[str(branches)] = generate_images(
-            config, params, tokenizer, [prompt], size=(4, 4), seed=5
+            Sampler(config, params, tokenizer), [prompt], size=(4, 4), seed=5
         )
     check(record, f"images {solver}", found, **dict.fromkeys(found, (0, PIXELS)))
 
 
 @pytest.mark.slow
 def test_session(record, base, records):
-    """Two rows that write, paint, read a picture of the user's and go on; one of them greedily."""
+    """Two rows with text, generated images, an input image and more turns; one of them greedy."""
     changes = FLOW | {"sampling.solver": "euler", "sampling.steps": 2, "sampling.guidance": 2.0,
                       "data.image_size": 4}  # fmt: skip
     config, params, tokenizer = sampling_model(base, records, **changes)
     text = SamplingParams(temperature=[0.8, 0.0])
-    session = Session(config, params, tokenizer, 2, seed=[4, 5], text=text)
+    session = Session(Sampler(config, params, tokenizer), 2, seed=[4, 5], text=text)
     said, images = [], []
     for turn in ([["draw"], ["read ", PICTURE]], [["again"], None], [None, ["b", PICTURE, "c"]]):
         session.append(turn)
@@ -332,7 +349,7 @@ def test_session(record, base, records):
 
 
 def test_convert(record, base):
-    """The original's weights through a workdir and back, to the bit; and what config.json says."""
+    """Bit-exact round trip of the original's weights through a workdir; and config.json."""
     first, again = (safetensors.numpy.load_file(base[i] / "model.safetensors") for i in (0, 2))
     assert digest(sorted(first.items())) == digest(sorted(again.items()))
     written = json.loads((base[2] / "config.json").read_text())
@@ -343,7 +360,7 @@ def test_convert(record, base):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "sample"])
 def test_plan(mode, record, tmp_path):
-    """Counts to the last one; what the compiler decides within what another libtpu may decide."""
+    """Exact counts; compiler results within the tolerance for other libtpu versions."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
     file, axes = tmp_path / "plan.json", "data=1,fsdp=2,tensor=2"
     command(plan, f"--config={ROOT / 'configs' / 'digits.py:tiny'}", "--topology=v5e:2x2",

@@ -1,4 +1,4 @@
-"""Whatever people give as a picture ends as pixels or as one sentence; many images in shards."""
+"""User images become pixels or raise InputError; generation of many images in shards."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def png(picture, **options):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "YCbCr", "F"])
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (50, 9), (3, 4000)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_mode_and_size_becomes_pixels(mode, size, channels):
+def test_every_mode_and_size_becomes_pixels(mode, size, channels):
     picture = PIL.Image.new("L", size, 128)
     if mode == "I;16":
         picture = PIL.Image.fromarray(np.full(size[::-1], 128 * 257, np.uint16))
@@ -38,7 +38,7 @@ def test_any_mode_and_size_becomes_pixels(mode, size, channels):
     assert np.abs(np.abs(pixels) - wanted).max() < (1.01 if mode == "1" else 0.02)
 
 
-def test_pixels_are_those_of_the_picture_however_it_comes(tmp_path):
+def test_every_source_type_gives_the_same_pixels(tmp_path):
     plain = to_pixels(open_image(RAMP), 8, 1)
     np.testing.assert_allclose(plain[..., 0], RAMP / 127.5 - 1, atol=1e-6)
     picture = PIL.Image.fromarray(RAMP)
@@ -50,17 +50,17 @@ def test_pixels_are_those_of_the_picture_however_it_comes(tmp_path):
     np.testing.assert_array_equal(to_pil(plain), RAMP)
 
 
-def test_transparency_is_white_and_the_camera_is_turned_upright():
+def test_transparency_is_white_and_exif_orientation_is_applied():
     clear = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     assert (to_pixels(open_image(clear), 4, 3) == 1).all()
     wide = PIL.Image.new("L", (8, 4))
     exif = wide.getexif()
-    exif[0x0112] = 6  # turned by a quarter
+    exif[0x0112] = 6  # rotated by 90 degrees
     assert open_image(png(wide, exif=exif)).size == (4, 8)
 
 
 def bomb(side):
-    """A PNG of a few bytes that says it is side × side."""
+    """A PNG of a few bytes whose header claims side × side pixels."""
 
     def chunk(name, data):
         body = name + data
@@ -77,11 +77,11 @@ def bomb(side):
     [
         (bomb(9000), "is 9000×9000: over 67 million pixels"),
         (bomb(100_000), "has too many pixels"),
-        (bomb(64), "is no picture that can be read"),  # cut short
-        (b"", "is no picture that can be read"),
-        (b"\x89PNG\r\n\x1a\n nothing more", "is no picture that can be read"),
+        (bomb(64), "cannot be read as an image"),  # truncated
+        (b"", "cannot be read as an image"),
+        (b"\x89PNG\r\n\x1a\n nothing more", "cannot be read as an image"),
         ("nowhere.png", "there is no file nowhere.png"),
-        (None, "is no picture that can be read"),
+        (None, "cannot be read as an image"),
         (np.zeros((2, 2, 4), np.uint8), "has shape \\(2, 2, 4\\)"),
         (np.zeros((0, 2), np.uint8), "has shape"),
         (np.full((2, 2), np.nan), "neither uint8 nor floats"),
@@ -89,12 +89,12 @@ def bomb(side):
         (np.zeros((2, 2), np.int64), "neither uint8 nor floats"),
     ],
 )
-def test_what_is_no_picture_is_one_sentence(source, message):
+def test_unreadable_images_raise_input_error(source, message):
     with pytest.raises(InputError, match=f"my image.*{message}"):
         open_image(source, "my image")
 
 
-def test_a_grid_has_every_image_at_its_place():
+def test_image_grid_places_images_in_order():
     images = [np.full((8, 8, 1), value, np.float32) for value in (-1, 0, 1)]
     grid = np.asarray(image_grid(images, columns=2))
     assert grid.shape == (256, 256)
@@ -111,7 +111,7 @@ class Stopped(Exception):
     pass
 
 
-def test_shards_go_on_where_they_were_stopped_and_are_shared(tmp_path):
+def test_shards_resume_and_are_divided_among_processes(tmp_path):
     painted = []
 
     def until(most):
@@ -127,7 +127,7 @@ def test_shards_go_on_where_they_were_stopped_and_are_shared(tmp_path):
     with pytest.raises(Stopped):
         generate_shards(tmp_path, 23, 4, facts, until(2), process=0, processes=2, **quiet)
     assert painted == [0, 8] and not (tmp_path / "samples.npz").exists()
-    (tmp_path / ".00000016.npz.1.new").write_bytes(b"cut short by a kill")
+    (tmp_path / ".00000016.npz.1.new").write_bytes(b"truncated by a kill")
     assert (
         generate_shards(tmp_path, 23, 4, facts, until(9), process=0, processes=2, **quiet) is None
     )
@@ -145,7 +145,7 @@ def test_shards_go_on_where_they_were_stopped_and_are_shared(tmp_path):
         generate_shards(tmp_path, 24, 4, facts, paint, **quiet)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_rejected(tmp_path):
     (tmp_path / "mine.npz").write_bytes(b"")
     with pytest.raises(InputError, match=r"holds mine\.npz but no sampling.json"):
         generate_shards(tmp_path, 4, 2, {}, paint)

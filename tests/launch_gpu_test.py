@@ -1,4 +1,4 @@
-"""launch/gpu.sh where nvidia-smi, srun and scontrol only note how they are called."""
+"""launch/gpu.sh with fakes of nvidia-smi, srun and scontrol that record their calls."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ checkout = pytest.fixture(scope="module")(make_checkout)
 
 @pytest.fixture
 def gpu(tmp_path, checkout):
-    """Runs gpu.sh where nvidia-smi, srun and scontrol are fakes that note how they were called."""
+    """Runs gpu.sh with the fakes, and returns its result with their calls."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in TOOLS.split():
@@ -45,20 +45,20 @@ def test_gpu_on_this_host(gpu):
     assert gpu(*GPU_RUN, "--", "--config.mesh.fsdp=8").calls == [
         f"python {TRAIN} --config.mesh.fsdp=8"
     ]
-    assert gpu(*GPU_RUN, CODE="3").returncode == 3  # the trainer's own
+    assert gpu(*GPU_RUN, CODE="3").returncode == 3  # the trainer's exit code
     dry = gpu("--dry-run", *GPU_RUN)
     assert dry.calls == [] and dry.stdout.strip() == f"python {TRAIN}"
     program(gpu.folder, "nvidia-smi", "exit 9")
     blind = gpu(*GPU_RUN)
-    assert blind.returncode == 2 and blind.stderr == "error: nvidia-smi finds no GPU here\n"
+    assert blind.returncode == 2 and blind.stderr == "error: nvidia-smi finds no GPU on this host\n"
     for words, said in [
         (
             ["--config=configs/no.py", "--workdir=a"],
-            "--config=configs/no.py: there is no such file",
+            "--config=configs/no.py: no such file",
         ),
-        ([*GPU_RUN, "--gpus=2"], "belong to --nodes=N"),
-        ([*GPU_RUN, "--nodes=2"], "how many GPUs on each?"),
-        ([*GPU_RUN, "--node=2"], "there is no option --node"),
+        ([*GPU_RUN, "--gpus=2"], "need --nodes=N"),
+        ([*GPU_RUN, "--nodes=2"], "both must be positive numbers"),
+        ([*GPU_RUN, "--node=2"], "unknown option --node"),
         (["--config=configs/digits.py"], "--workdir=DIR are needed"),
     ]:
         done = gpu(*words)
@@ -66,20 +66,20 @@ def test_gpu_on_this_host(gpu):
 
 
 def test_gpu_under_slurm(gpu):
-    """One process a GPU, which is what jax.distributed makes of Slurm's variables."""
+    """One process per GPU, as jax.distributed expects from Slurm's variables."""
     srun = "srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --kill-on-bad-exit=1"
     by_hand = gpu(*GPU_RUN, "--nodes", "2", "--gpus=8", "--partition=p", "--time=60")
     assert by_hand.calls == [f"{srun} --partition=p --time=60 python {TRAIN}"]
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     assert gpu(*GPU_RUN, **job).calls == [f"{srun} python {TRAIN}"]
-    saved = gpu(*GPU_RUN, **job, CODE="75")  # the job's time was up
+    saved = gpu(*GPU_RUN, **job, CODE="75")  # the job reached its time limit
     assert saved.calls == [f"{srun} python {TRAIN}", "scontrol requeue 7"]
     assert gpu(*GPU_RUN, **job, CODE="3").calls == [f"{srun} python {TRAIN}"]
     (gpu.folder / "srun").unlink()
-    assert "there is no srun here" in gpu(*GPU_RUN, **job).stderr
+    assert "srun is not on the PATH" in gpu(*GPU_RUN, **job).stderr
 
 
-def test_jax_reads_slurm_as_the_launcher_means_it(monkeypatch):
+def test_jax_reads_the_slurm_variables_as_expected(monkeypatch):
     """Second node, fourth GPU of 2 x 8: process 11 of 16, seeing GPU 3 alone."""
     from jax._src.clusters.slurm_cluster import SlurmCluster
 

@@ -1,4 +1,4 @@
-"""launch/tpu.sh against a fake cloud: what it calls, what it refuses, and the files of launch/."""
+"""launch/tpu.sh against a fake cloud: its gcloud calls, bad input, and the files of launch/."""
 
 import re
 import runpy
@@ -32,8 +32,8 @@ checkout = pytest.fixture(scope="module")(make_checkout)
 cloud = pytest.fixture(open_cloud)
 
 
-def test_babysit_calls_exactly_this(cloud):
-    """A run without trouble on a slice of four machines: every call, and what it leaves."""
+def test_babysit_makes_exactly_these_calls(cloud):
+    """An undisturbed run on a slice of four machines: every call, and the files it leaves."""
     done = cloud.babysit("--spot", "--", "--config.mesh.fsdp=16")
     assert done.returncode == 0, done.stderr
     worker = "monoformer/code/launch/tpu_worker.sh"
@@ -42,8 +42,8 @@ def test_babysit_calls_exactly_this(cloud):
         f"{ssh}if [ -f {worker} ]; then bash {worker} status 0; else "
         f"echo worker 0:${{HOSTNAME##*-w-}} new; fi {WHERE} --quiet"
     )
-    looks = [call for call in cloud.calls if call in (DESCRIBE, NODE_STATE, status)]
-    rest = [call for call in cloud.calls if call not in looks]
+    polls = [call for call in cloud.calls if call in (DESCRIBE, NODE_STATE, status)]
+    rest = [call for call in cloud.calls if call not in polls]
     assert rest == [
         "config list --format=csv[no-heading](core.account,core.project)",
         "storage ls gs://bucket/run/done.json",
@@ -58,9 +58,9 @@ def test_babysit_calls_exactly_this(cloud):
         "storage ls gs://bucket/run/done.json",
         DELETE,
     ]
-    # Absent; then in the queue, provisioned, ready (its node too); nothing runs yet; then the watch.
+    # Absent, in the queue, provisioned, ready (with its node); no trainer yet; then the first poll.
     first = [DESCRIBE] * 4 + [NODE_STATE, status] + [DESCRIBE, NODE_STATE, status]
-    assert looks[: len(first)] == first
+    assert polls[: len(first)] == first
     assert cloud.trained == [1, 2, 3, 4, 5]
     assert cloud.alive() == []
     logs = sorted((cloud.folder / "gs" / "bucket" / "run" / "logs").iterdir())
@@ -71,13 +71,13 @@ def test_babysit_calls_exactly_this(cloud):
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_a_ready_slice(cloud):
-    """run, status, logs, stop and run again: one slice, every worker with the lock's packages."""
+def test_run_reuses_a_ready_slice(cloud):
+    """run, status, logs, stop and run again: one slice, and every worker installs the lock."""
     (cloud.folder / "steps").write_text("100000")
     assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
     started = cloud.tpu(*RUN, "run")
     assert started.returncode == 0, started.stderr
-    assert "may cost money until: launch/tpu.sh delete --name=probe" in started.stderr
+    assert "may cost money; delete it with: launch/tpu.sh delete --name=probe" in started.stderr
     for worker in range(4):
         lock = cloud.folder / "vm" / "probe" / str(worker) / "installed"
         assert lock.read_text() == (LAUNCH / "requirements-tpu.lock").read_text()
@@ -117,30 +117,30 @@ def test_slices_are_set_up_together(cloud):
 
 
 BAD_INPUT = [
-    (["fly", *RUN], "there is no verb 'fly'"),
-    ([*SLICE], "which of: babysit run"),
-    (["run", "create", *RUN], "one verb at a time"),
-    (["run", *RUN, "--workdirr=x"], "no option --workdirr"),
+    (["fly", *RUN], "unknown verb 'fly'"),
+    ([*SLICE], "a verb is needed: babysit run"),
+    (["run", "create", *RUN], "only one verb is allowed"),
+    (["run", *RUN, "--workdirr=x"], "unknown option --workdirr"),
     (["run", *RUN, "--slices"], "--slices needs a value"),
     (["run", *SLICE], "run needs --config="),
-    (["run", *RUN, "--name=Probe"], "--name=Probe: at most 40 lower-case"),
+    (["run", *RUN, "--name=Probe"], "--name=Probe must be at most 40 lower-case"),
     (["run", *RUN, "--workdir=runs/a"], "must be gs://BUCKET/FOLDER"),
     (["run", *RUN, "--workdir=gs://other/run"], "gs://other not found"),
     (["run", *RUN, "--type=v5e-16"], "Google names it v5litepod-16"),
     (["run", *RUN, "--type=v5litepod-20"], "nearest: v5litepod-16"),
     (["run", *RUN, "--type=v5p-200", "--zone=us-east5-a"], "nearest: v5p-128"),
-    (["run", *RUN, "--type=v7-8"], "no such TPU; nearest: v4-8"),
+    (["run", *RUN, "--type=v7-8"], "unknown TPU type; nearest: v4-8"),
     (["run", *RUN, "--zone=us-centrall-a"], "has no listed v5litepod; nearest: us-central1-a"),
     (["run", *RUN, "--spot", "--reservation"], "exclude each other"),
-    (["run", *RUN, "--max-hours=2"], "use babysit"),
+    (["run", *RUN, "--max-hours=2"], "only supported by babysit"),
     (["run", *RUN, "--config=configs/no.py"], "--config=configs/no.py is not in commit"),
-    (["run", *RUN, "--price-per-chip-hour=cheap"], "--price-per-chip-hour=cheap: a number"),
-    (["setup", *SLICE], "is ABSENT; make it with: launch/tpu.sh create"),
+    (["run", *RUN, "--price-per-chip-hour=cheap"], "--price-per-chip-hour=cheap must be a number"),
+    (["setup", *SLICE], "is ABSENT; create it with: launch/tpu.sh create"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("words,said", BAD_INPUT)
-def test_bad_input_is_one_sentence_before_anything_is_made(cloud, words, said):
+def test_bad_input_is_one_sentence_before_anything_is_created(cloud, words, said):
     done = cloud.tpu(*words)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -172,7 +172,7 @@ def test_uncommitted_changes_are_not_shipped_silently(cloud, checkout):
     file.write_text("# not committed\n")
     try:
         done = cloud.tpu("run", *RUN)
-        assert done.returncode == 2 and "not shipped: configs/mine.py" in done.stderr
+        assert done.returncode == 2 and "not be shipped: configs/mine.py" in done.stderr
         assert cloud.made() == []
         assert cloud.tpu("run", "--poll-seconds=0", "--allow-dirty", *RUN).returncode == 0
         assert not list(cloud.folder.glob("vm/probe/*/monoformer/code/configs/mine.py"))
@@ -180,7 +180,7 @@ def test_uncommitted_changes_are_not_shipped_silently(cloud, checkout):
         file.unlink()
 
 
-def test_a_slice_of_somebody_else_is_left_alone(cloud):
+def test_a_slice_of_another_user_is_not_touched(cloud):
     assert cloud.tpu("create", "--poll-seconds=0", *SLICE).returncode == 0
     other = cloud.tpu("run", *RUN, "--type=v5litepod-4")
     assert other.returncode == 2 and "'probe' is 1 x v5litepod-16, not" in other.stderr
@@ -192,7 +192,7 @@ def test_a_slice_of_somebody_else_is_left_alone(cloud):
 
 
 def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
-    """Its lines, run by a shell, are the calls of the real thing on a new slice."""
+    """Its lines, run by a shell, are the calls of a real run on a new slice."""
     cloud = Cloud(tmp_path / "cloud", checkout)
     (cloud.folder / "bin" / "git").unlink()  # not even git
     for verb in ("babysit", "create", "setup", "status", "logs", "stop", "delete"):
@@ -210,20 +210,20 @@ def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
     )
 
 
-def readme_commands(program: str) -> list[str]:
-    """The commands of README's code blocks that call this program, each as one line."""
-    blocks = re.findall(
-        r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
-    )
+def documented_commands(program: str) -> list[str]:
+    """The commands in code blocks of README and docs/ that call this program, each on one line."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith(program)]
 
 
-@pytest.mark.parametrize("program", ["launch/tpu.sh", "launch/gpu.sh"])
-def test_the_commands_in_readme(tmp_path, checkout, program):
+@pytest.mark.parametrize("program, page", [("launch/tpu.sh", "tpu"), ("launch/gpu.sh", "gpu")])
+def test_the_commands_of_the_pages(tmp_path, checkout, program, page):
     cloud = Cloud(tmp_path / "cloud", checkout)
-    commands = readme_commands(program)
-    assert commands
+    commands = documented_commands(program)
+    assert program in (ROOT / "docs" / f"{page}.md").read_text() and commands
     for command in commands:
         config = re.search(r"--config=([\w/.]+)", command)
         assert config is None or (ROOT / config[1]).is_file(), command
@@ -246,8 +246,8 @@ def test_shellcheck_finds_nothing():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_lock_satisfies_setup(monkeypatch):
-    """Every requirement of setup.py and its extras tpu, gcs and digits has a version in its range."""
+def test_the_lock_satisfies_setup_py(monkeypatch):
+    """For every requirement of setup.py and its extras tpu, gcs and digits."""
     asked = {}
     setuptools = SimpleNamespace(setup=asked.update, find_packages=lambda include: [])
     monkeypatch.setitem(sys.modules, "setuptools", setuptools)
@@ -264,7 +264,7 @@ def test_the_lock_satisfies_setup(monkeypatch):
 
 
 def test_the_skypilot_task(tmp_path):
-    """Its two scripts, run on a machine of the fake cloud: the same set-up and command as tpu.sh's."""
+    """Runs its two scripts with fake programs: they match the setup and command of tpu.sh."""
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     home = tmp_path / "home"
     shutil.copytree(LAUNCH, home / "launch", ignore=shutil.ignore_patterns("pictures"))
@@ -286,7 +286,7 @@ def test_the_skypilot_task(tmp_path):
         "python -m monoformer_jax.train --config=configs/digits.py --workdir=gs://bucket/run "
         "--config.steps=3 --config.seed=1",
     ]
-    assert f"uv=={uv} " in (ROOT / "README.md").read_text()
+    assert f"uv=={uv} " in (ROOT / "docs" / "tpu.md").read_text()
     assert task["resources"]["accelerator_args"]["runtime_version"] in (
         (LAUNCH / "tpu_checks.sh").read_text()
     )

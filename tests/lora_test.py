@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the same as merged matrices afterwards."""
+"""LoRA adapters: no effect at initialization, equal to merged matrices after training."""
 
 import dataclasses
 
@@ -35,45 +35,52 @@ def made(config):
     def hidden(params, adapters):
         model = monoformer.bind(config.model, params)
         mask = monoformer.attention_mask(config.model, batch)
-        return model(batch, times, mask, adapters=adapters)[0]
+        layers = None if adapters is None else adapters["decoder"]["layers"]
+        return model(batch, times, mask, adapters=layers)[0]
 
     return params, hidden
 
 
 def test_fresh_adapters_change_nothing_and_trained_ones_are_merged_exactly(config, made):
     params, hidden = made
-    adapters = lora.init(config.model, LORA.rank, jax.random.key(1))
+    c = config.model
+    adapted = monoformer.adapters(c)
+    adapters = lora.init(adapted, params, monoformer.logical_axes(c), LORA.rank, jax.random.key(1))
     plain = hidden(params, None)
     np.testing.assert_array_equal(hidden(params, lora.scaled(adapters, LORA)), plain)
     leaves, structure = jax.tree.flatten(adapters)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     drawn = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
     adapters = jax.tree.unflatten(structure, drawn)
-    adapted = hidden(params, lora.scaled(adapters, LORA))
-    assert np.abs(adapted - plain).max() > 0.1
-    layers = lora.merge(params["decoder"]["layers"], adapters, LORA)
-    merged = params | {"decoder": params["decoder"] | {"layers": layers}}
-    np.testing.assert_allclose(hidden(merged, None), adapted, atol=2e-5)
-    # Every adapter is used: each layer of each moves the output.
+    changed = hidden(params, lora.scaled(adapters, LORA))
+    assert np.abs(changed - plain).max() > 0.1
+    merged = lora.merge(params, adapters, LORA)
+    np.testing.assert_allclose(hidden(merged, None), changed, atol=2e-5)
+    # Every layer of every adapter affects the output.
     grads = jax.grad(lambda a: jnp.sum(hidden(params, lora.scaled(a, LORA)) ** 2))(adapters)
     for leaf in jax.tree.leaves(grads):
         assert (np.abs(leaf).max((1, 2)) > 0).all()
 
 
 def test_axes_name_every_dimension(config):
-    adapters = lora.init(config.model, 2, jax.random.key(0))
-    named = jax.tree.map(lambda leaf, names: leaf.ndim == len(names), adapters, lora.axes())
+    c = config.model
+    adapted, axes = monoformer.adapters(c), monoformer.logical_axes(c)
+    shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
+    adapters = lora.init(adapted, shapes, axes, 2, jax.random.key(0))
+    named = jax.tree.map(
+        lambda leaf, names: leaf.ndim == len(names), adapters, lora.logical_axes(adapted)
+    )
     assert all(jax.tree.leaves(named))
 
 
 def test_lora_needs_a_model_to_adapt(change):
-    with pytest.raises(InputError, match=r"lora\.rank=4 adapts a trained model: name its workdir"):
+    with pytest.raises(InputError, match=r"lora\.rank=4 adapts a trained model: set init_from"):
         change(lora={"rank": 4})
 
 
 @pytest.mark.slow
-def test_a_step_trains_adapters_and_image_parts_alone(config, made):
-    """Also on a mesh that cuts the adapters both ways."""
+def test_a_step_trains_only_adapters_and_image_modules(config, made):
+    """Also on a mesh that shards the adapters over fsdp and tensor."""
     params, _ = made
     lora_config = dataclasses.replace(config, lora=LORA, init_from="somewhere")
     batch = next(Batches(config, ByteTokenizer()).iterator)
@@ -98,8 +105,8 @@ def test_a_step_trains_adapters_and_image_parts_alone(config, made):
 
 
 @pytest.mark.slow
-def test_a_run_holds_its_adapters_alone_goes_on_and_is_merged(config, tmp_path):
-    """Trains a base, adapts it in two starts, converts what came out and goes on from there."""
+def test_a_run_saves_only_trainable_parameters_resumes_and_is_merged(config, tmp_path):
+    """Trains a base, adapts it in two starts, merges the result and continues training from it."""
     base = dataclasses.replace(config, steps=2, checkpoint_every=2)
     train(base, tmp_path / "base")
     adapting = dataclasses.replace(base, lora=LORA, init_from=str(tmp_path / "base"))

@@ -1,4 +1,4 @@
-"""The two losses against loops over rows, images and tokens; noise on denoised images alone."""
+"""The two losses against loops over rows, images and tokens; noise on denoised images only."""
 
 import dataclasses
 
@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from fixtures import logits_of, output_of
 
 from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH
-from monoformer_jax.data.documents import Image, build
+from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
@@ -52,14 +53,14 @@ def test_losses_equal_loops_over_images_and_tokens(change, params, batch, noise)
         noised[b, l] = (1 - t) * batch["patches"][b, l] + t * noise.noise[b, l]
     mask = interval_mask(batch["token_types"], batch["segment_ids"], batch["image_ids"])
     hidden, _ = model(batch | {"patches": noised}, noise.times, mask)
-    velocity = np.asarray(model.image_output(hidden, batch["image_ids"], noise.times))
+    velocity = np.asarray(output_of(model, hidden, batch["image_ids"], noise.times))
     for b in range(len(noised)):
         for image in range(1, batch["image_ids"][b].max() + 1):
             here = (batch["image_ids"][b] == image) & (batch["token_types"][b] == PATCH)
             if batch["denoise"][b][here].all():
                 target = noise.noise[b][here] - batch["patches"][b][here]
                 per_image.append(np.mean((velocity[b][here] - target) ** 2))
-    logits = np.asarray(model.text_logits(hidden), np.float64)
+    logits = np.asarray(logits_of(model, hidden), np.float64)
     nll, weight = 0.0, 0.0
     for b, l in np.argwhere(batch["target_weights"] > 0):
         row = logits[b, l]
@@ -83,19 +84,16 @@ def test_context_images_are_clean_and_denoised_ones_are_not(batch, noise):
     assert seen == {True, False}
 
 
-def test_an_image_counts_once_whatever_its_size(config, params):
+def test_images_of_all_sizes_have_equal_weight(config, params):
     """Two images of different sizes: the loss is the mean of their two losses, not of their patches."""
     tokenizer = ByteTokenizer()
     rng = np.random.default_rng(0)
 
     def one_row(images):
-        document = build([Image(x, True) for x in images], tokenizer, config.model)
-        n = len(document["tokens"])
+        document = build_document([Image(x, True) for x in images], tokenizer, config.model.layout)
         row = {k: v[None] for k, v in document.items()}
-        row["segment_ids"] = np.ones((1, n), np.int32)
-        row["positions"] = np.arange(n, dtype=np.int32)[None]
-        starts = np.cumsum(document["token_types"] == 2)
-        row["image_ids"] = (starts * (document["token_types"] > 1))[None].astype(np.int32)
+        # Each image in a segment of its own, so that neither changes what the other one sees.
+        row["segment_ids"] = 1 + np.maximum(np.cumsum(document["token_types"] == 2) - 1, 0)[None]
         return row
 
     small, large = rng.normal(size=(2, 2, 1)), rng.normal(size=(8, 6, 1))
@@ -125,8 +123,8 @@ def test_a_batch_without_images_or_without_targets_has_loss_zero(config, params,
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
 
 
-def test_noise_does_not_depend_on_how_the_batch_is_cut(config, batch, params, noise):
-    """Micro-batches with the totals of the whole batch add up to its loss."""
+def test_noise_does_not_depend_on_micro_batches(config, batch, params, noise):
+    """Losses of micro-batches with the normalizers of the full batch sum to its loss."""
     whole = loss_normalizers(batch, noise)
     loss_of = compiled(config)
     loss, _ = loss_of(params, batch, noise, whole)
@@ -137,10 +135,10 @@ def test_noise_does_not_depend_on_how_the_batch_is_cut(config, batch, params, no
     np.testing.assert_allclose(halves, loss, rtol=1e-5)
 
 
-def test_the_time_path_is_alive(config, params, batch, noise):
-    """The image loss moves every parameter that the time goes through, at the start and after a step.
+def test_noise_level_parameters_get_gradients(config, params, batch, noise):
+    """The image loss has a gradient for all noise level parameters, at the start and after a step.
 
-    The original zeroes both layers of the time token's projector, so their gradient is zero for ever.
+    The original zeroes both layers of the time token's projector, so their gradient stays zero.
     """
 
     def image_loss(params):
@@ -172,7 +170,7 @@ def text_inputs():
 
 
 @pytest.mark.parametrize("tokens", [7, 1000])
-def test_the_text_loss_in_chunks_is_that_of_whole_logits(tokens):
+def test_the_chunked_text_loss_equals_that_of_full_logits(tokens):
     hidden, head, targets, weights = text_inputs()
 
     def whole(hidden, head):
@@ -192,7 +190,7 @@ def test_the_text_loss_in_chunks_is_that_of_whole_logits(tokens):
 
 
 def test_chunks_without_a_target_are_not_visited():
-    """Nothing is seen of what stands there, not even that it is no number."""
+    """NaN in skipped chunks does not affect the loss."""
     hidden, head, targets, weights = text_inputs()
     hidden = np.where(weights[..., None] > 0, hidden, np.nan)
     count = int((weights > 0).sum())
@@ -205,8 +203,8 @@ def test_chunks_without_a_target_are_not_visited():
     assert (grads[weights == 0] == 0).all()
 
 
-def test_the_logits_of_a_batch_never_exist():
-    """1024 tokens over 8192 words: 32 MiB of logits, of which there are 2 MiB at a time."""
+def test_full_logits_are_never_materialized():
+    """1024 tokens and 8192 vocabulary entries: 32 MiB of logits, 2 MiB at a time."""
     shapes = ((1, 1024, 8), (8, 8192), (1, 1024), (1, 1024))
     kinds = (np.float32, np.float32, np.int32, np.float32)
     inputs = [jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds)]
@@ -215,8 +213,8 @@ def test_the_logits_of_a_batch_never_exist():
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2**20
 
 
-def test_named_saves_keep_what_they_name(config, params, batch, noise):
-    """What the backward pass of the scanned blocks is given, by its shapes [layers, B, L, heads, H]."""
+def test_save_names_saves_the_named_activations(config, params, batch, noise):
+    """Residuals of the scanned blocks, by their shapes [layers, B, L, heads, H]."""
 
     def kept(remat):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))

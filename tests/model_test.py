@@ -1,20 +1,20 @@
-"""The model: who sees whom by gradients, the cache, the clock, and its parts against closed forms."""
+"""The model: attention pattern by gradients, cache, noise levels, and layers against closed forms."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_test import by_definition, row
+from fixtures import logits_of
 
 from monoformer_jax.attention import IntervalMask, interval_mask
 from monoformer_jax.batch import PAD, PATCH, TIME
-from monoformer_jax.config import ModelConfig, named_size
-from monoformer_jax.models import monoformer
-from monoformer_jax.models.monoformer import bind, sincos_2d
+from monoformer_jax.models import monoformer, named_size
+from monoformer_jax.models.monoformer import MonoFormerConfig, bind, sincos_2d
 from monoformer_jax.nn.decoder import KVCache
 from monoformer_jax.nn.layers import RMSNorm, rope
 
-MODEL = ModelConfig(**named_size("tiny"))
+MODEL = MonoFormerConfig(**named_size("tiny"))
 LENGTH, IMAGES = 24, 4
 ROWS = {
     "images and documents": row([0, 0, 4, 2, 0], [0, 3, 0], [0, 0], length=LENGTH),
@@ -56,7 +56,7 @@ def mask_of(inputs):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_gradients_flow_to_what_a_token_sees_and_nowhere_else(params, name):
+def test_gradients_follow_the_attention_mask(params, name):
     inputs = stream(name)
     model, mask = bind(MODEL, params), mask_of(inputs)
     embedded = model.embed(inputs, jnp.full((1, IMAGES), 0.5))
@@ -77,8 +77,8 @@ def test_gradients_flow_to_what_a_token_sees_and_nowhere_else(params, name):
     assert (seen[allowed] > 1e-7).all()
 
 
-def test_a_document_gives_the_same_numbers_wherever_it_is_packed(params):
-    """The second document alone in a row, and behind another."""
+def test_outputs_do_not_depend_on_packing(params):
+    """The second document alone in a row, and after another one."""
     packed = stream("images and documents")
     here = packed["segment_ids"][0] == 2
     n = here.sum()
@@ -96,7 +96,7 @@ def test_a_document_gives_the_same_numbers_wherever_it_is_packed(params):
 
 
 def test_cached_steps_equal_one_full_pass(params):
-    """Text one by one, each image as one block: the numbers of the whole row at once."""
+    """Text token by token and each image as one block equal one pass over the row."""
     inputs = stream("images and documents")
     model, mask = bind(MODEL, params), mask_of(inputs)
     times = jnp.array([[0.3, 0.6, 0.9, 0.0]])
@@ -120,7 +120,7 @@ def test_cached_steps_equal_one_full_pass(params):
 
 
 def test_every_part_of_the_input_matters(params):
-    """Tokens, patch values, grid and times all reach the outputs that should see them."""
+    """Tokens, patch values, positions and noise levels affect the outputs that depend on them."""
     inputs = stream("images and documents")
     model, mask = bind(MODEL, params), mask_of(inputs)
     times = jnp.full((1, IMAGES), 0.5)
@@ -136,7 +136,7 @@ def test_every_part_of_the_input_matters(params):
     assert np.abs(out[0, last_of_first] - base[0, last_of_first]).max() > 1e-5
 
 
-def test_scan_and_remat_do_not_change_the_numbers(params):
+def test_scan_and_remat_do_not_change_outputs(params):
     inputs = stream("images and documents")
     times = jnp.full((1, IMAGES), 0.5)
     scanned, _ = bind(MODEL, params)(inputs, times, mask_of(inputs))
@@ -148,7 +148,7 @@ def test_scan_and_remat_do_not_change_the_numbers(params):
     np.testing.assert_allclose(model.decoder.norm(x), scanned, atol=1e-6)
 
     def loss(params, remat):
-        config = ModelConfig(**named_size("tiny") | {"remat": remat})
+        config = MonoFormerConfig(**named_size("tiny") | {"remat": remat})
         hidden, _ = bind(config, params)(inputs, times, mask)
         return (hidden**2).mean()
 
@@ -161,7 +161,7 @@ def test_scan_and_remat_do_not_change_the_numbers(params):
 def test_bfloat16_stays_close_to_float32(params):
     inputs = stream("images and documents")
     times = jnp.full((1, IMAGES), 0.5)
-    half = ModelConfig(**named_size("tiny") | {"dtype": "bfloat16"})
+    half = MonoFormerConfig(**named_size("tiny") | {"dtype": "bfloat16"})
     a, _ = bind(MODEL, params)(inputs, times, mask_of(inputs))
     b, _ = bind(half, params)(inputs, times, mask_of(inputs))
     assert b.dtype == jnp.bfloat16
@@ -169,7 +169,7 @@ def test_bfloat16_stays_close_to_float32(params):
 
 
 def test_padding_of_the_vocabulary_has_probability_zero(params):
-    logits = bind(MODEL, params).text_logits(jnp.ones((1, 1, MODEL.embed_dim)))
+    logits = logits_of(bind(MODEL, params), jnp.ones((1, 1, MODEL.embed_dim)))
     probability = jax.nn.softmax(logits)[0, 0]
     assert MODEL.padded_vocab > MODEL.vocab_size
     assert (probability[MODEL.vocab_size :] == 0).all()
@@ -192,7 +192,7 @@ def test_rms_norm_by_hand():
 
 
 def test_grid_embedding_is_that_of_dit():
-    """Column, then row; of each the sines, then the cosines (float64 oracle)."""
+    """Column, then row; sines before cosines (float64 reference)."""
     patch_positions, dim = np.array([[0, 0], [2, 5], [15, 1]]), 16
     omega = 1 / 10_000 ** (np.arange(dim // 4) / (dim / 4))
     want = []

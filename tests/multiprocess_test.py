@@ -1,5 +1,5 @@
-"""Two and four real processes that work as one (gloo between them): same numbers, and what is left
-when one of them is told to leave or is killed."""
+"""Runs of two and four real processes (gloo): the same numbers as one process, and the files that
+remain after one of them receives SIGTERM or SIGKILL."""
 
 import argparse
 import contextlib
@@ -23,9 +23,9 @@ from monoformer_jax.training.loop import train
 
 TIMEOUT = 600  # seconds; only a run that hangs takes so long
 TINY = "configs/digits.py:tiny"
-# The rate must not depend on the number of steps: some runs go on for longer than others.
+# The learning rate must not depend on the number of steps, which differs between the runs.
 OVERRIDES = ["--config.data.streams=4", "--config.optimizer.schedule=constant"]
-# Half of the time is compiling: only process 0 finds its programs in jax's cache, on a CPU.
+# Compilation is half of the time: on a CPU only process 0 uses jax's compilation cache.
 QUICK = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false"
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 @contextlib.contextmanager
 def free_port():
-    """A port that nobody else gets while it is used: held by a socket that never listens."""
+    """A reserved TCP port: a socket that never listens stays bound to it."""
     with socket.socket(socket.AF_INET6) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         held.bind(("::", 0))
@@ -44,9 +44,9 @@ def free_port():
 
 
 def start(count, *command, faults=None):
-    """The command in `count` processes; faults: {process: "SIGNAL:BATCH"}, see faulty_train.py.
+    """Runs the command in `count` processes; faults: {process: "SIGNAL:BATCH"}, see faulty_train.py.
 
-    Returns exit codes and (stdout, stderr) of each. All of them must end by themselves.
+    Returns the exit codes and the (stdout, stderr) of each. All must exit by themselves.
     """
     processes = []
     with free_port() as port:
@@ -70,7 +70,7 @@ def start(count, *command, faults=None):
 
 
 def run(count, workdir, *overrides, faults=None):
-    """The train command, see `start`."""
+    """Runs the train command, see `start`."""
     return start(count, "tests/faulty_train.py", f"--config={TINY}", *OVERRIDES,
                  f"--workdir={workdir}", *overrides, faults=faults)  # fmt: skip
 
@@ -100,7 +100,7 @@ def four(tmp_path_factory):
 
 @pytest.fixture
 def half(four, tmp_path):
-    """Makes copies of the run of four processes as it was at step 10."""
+    """Copies the run of four processes as of its checkpoint at step 10."""
 
     def copy(name):
         shutil.copytree(four[0], tmp_path / name)
@@ -110,7 +110,7 @@ def half(four, tmp_path):
     return copy
 
 
-def test_four_processes_do_what_one_does_and_only_the_first_speaks(one, four):
+def test_four_processes_match_one_and_only_process_0_prints(one, four):
     workdir, said = four
     assert "step 20/20" in said[0][0] and not any("step" in out for out, _ in said[1:])
     np.testing.assert_allclose(losses(workdir)[0], losses(one)[0], rtol=1e-6)
@@ -118,39 +118,39 @@ def test_four_processes_do_what_one_does_and_only_the_first_speaks(one, four):
     assert json.loads((workdir / "done.json").read_text())["step"] == 20
 
 
-def test_one_process_goes_on_from_a_checkpoint_of_four(one, half):
+def test_one_process_resumes_a_checkpoint_of_four(one, half):
     workdir = half("alone")
     train(load_config(str(ROOT / TINY), OVERRIDES), workdir)
     np.testing.assert_allclose(losses(workdir), losses(one), rtol=1e-4)
 
 
-def test_two_go_on_from_four_are_told_to_leave_and_killed_and_come_to_the_same_losses(one, half):
-    """On another mesh. SIGTERM to one: both save after the same step. SIGKILL: the other ends too."""
+def test_two_processes_resume_four_and_survive_sigterm_and_sigkill_bit_exact(one, half):
+    """On another mesh. SIGTERM to one: both save after the same step. SIGKILL: the other exits too."""
     longer = ["--config.steps=60", "--config.checkpoint_every=20", "--config.mesh.fsdp=2"]
-    quiet, troubled = half("quiet"), half("troubled")
-    codes, said = run(2, quiet, *longer)
+    uninterrupted, interrupted = half("uninterrupted"), half("interrupted")
+    codes, said = run(2, uninterrupted, *longer)
     assert codes == [0, 0] and "from step 10 to 60" in said[0][0], said
-    np.testing.assert_allclose(losses(quiet)[:20], losses(one), rtol=1e-4)
+    np.testing.assert_allclose(losses(uninterrupted)[:20], losses(one), rtol=1e-4)
 
     draw = random.Random(0)
-    codes, said = run(2, troubled, *longer, faults={1: f"SIGTERM:{draw.randrange(3, 9)}"})
+    codes, said = run(2, interrupted, *longer, faults={1: f"SIGTERM:{draw.randrange(3, 9)}"})
     assert codes == [PREEMPTED, PREEMPTED], said
-    saved = max(int(path.name) for path in (troubled / "checkpoints").iterdir())
+    saved = max(int(path.name) for path in (interrupted / "checkpoints").iterdir())
     for _, err in said:
-        assert f"told to leave at step {saved}, which is saved" in err
+        assert f"preempted at step {saved}, which is saved" in err
 
     victim = draw.randrange(2)
-    codes, said = run(2, troubled, *longer, faults={victim: f"SIGKILL:{draw.randrange(3, 9)}"})
+    codes, said = run(2, interrupted, *longer, faults={victim: f"SIGKILL:{draw.randrange(3, 9)}"})
     assert codes[victim] == -signal.SIGKILL, said
     assert codes[1 - victim] not in (0, PREEMPTED), said
 
-    codes, said = run(2, troubled, *longer)
+    codes, said = run(2, interrupted, *longer)
     assert codes == [0, 0], said
-    np.testing.assert_array_equal(losses(troubled), losses(quiet))
+    np.testing.assert_array_equal(losses(interrupted), losses(uninterrupted))
 
 
-def test_two_processes_sample_what_is_left_and_the_first_joins_it(one, tmp_path):
-    """After a run in shares of three of which the first alone was done: 0 and 6 of 0, 2, … 8."""
+def test_two_processes_sample_the_missing_shards_and_the_first_joins_them(one, tmp_path):
+    """Process 0 of 3 has already written shards 0 and 6 of the shards 0, 2, … 8."""
 
     def arguments(out):
         return [f"--workdir={one}", "--prompt=draw a one", "--prompt=draw a two", "--total=9",
@@ -180,16 +180,16 @@ def test_two_processes_sample_what_is_left_and_the_first_joins_it(one, tmp_path)
     after = shards()
     assert sorted(after) == [f"{first:08d}.npz" for first in range(0, 10, 2)]
     assert {name: after[name] for name in before} == before
-    # The first paints 4 and 8, the other 2 alone: 6 is there.
+    # Process 0 generates shards 4 and 8, process 1 only shard 2: 0 and 6 exist.
     folder = tmp_path / "two"
     first, second = (
         [line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in said
     )
     assert first == [
-        f"{folder}: 2 of 5 shards are there already", "shard 1/2: images 4 to 5",
+        f"{folder}: 2 of 5 shards exist already", "shard 1/2: images 4 to 5",
         "shard 2/2: images 8 to 8", f"9 images in {folder / 'samples.npz'}",
     ]  # fmt: skip
     assert second == []
     want = samples("one")
     assert want.shape == (9, 8, 8, 3) and len(np.unique(want, axis=0)) == 9
-    assert np.abs(samples("two") - want).max() <= 1  # of 255: painted on another number of devices
+    assert np.abs(samples("two") - want).max() <= 1  # of 255: another number of devices

@@ -1,4 +1,4 @@
-"""The notebooks of launch/ run from the first cell to the last, here on the CPU and tiny."""
+"""Runs every cell of the notebooks in launch/ on CPU with tiny models."""
 
 import re
 import shutil
@@ -37,7 +37,7 @@ def printed(cell) -> str:
 
 @pytest.fixture
 def run_notebook(monkeypatch):
-    """Runs a notebook with these fields; its code cells, with what they printed."""
+    """A function that runs a notebook with the given form fields and returns its code cells."""
     monkeypatch.setenv("MONOFORMER_SKIP_INSTALL", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
@@ -46,15 +46,15 @@ def run_notebook(monkeypatch):
         fill_in(notebook, **fields)
         nbclient.NotebookClient(
             notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}
-        ).execute()  # raises where a cell does
+        ).execute()  # raises if a cell raises
         return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
     return run
 
 
 @pytest.mark.slow
-def test_the_notebook_trains_draws_says_and_reads(tmp_path, run_notebook):
-    picture = tmp_path / "picture.png"  # 20 steps teach nobody to paint
+def test_digits_notebook(tmp_path, run_notebook):
+    picture = tmp_path / "picture.png"  # after 20 steps the model may generate no image
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(picture)
     install, train, draw, read = run_notebook(
         "colab_digits.ipynb", SIZE="tiny", STEPS=20, WORKDIR=str(tmp_path), PICTURE=str(picture)
@@ -68,7 +68,7 @@ def test_the_notebook_trains_draws_says_and_reads(tmp_path, run_notebook):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A folder of the same layout as the released one's, tiny."""
+    """A folder of tiny weights with the layout of the released checkpoint."""
     folder = tmp_path_factory.mktemp("hub") / "weights"
     folder.mkdir()
     for name in ("config.json", "weights.safetensors"):
@@ -82,7 +82,7 @@ def pictures(cell) -> int:
 
 
 @pytest.mark.slow
-def test_released_weights_are_fetched_and_paint(tmp_path, run_notebook, weights):
+def test_imagenet_notebook(tmp_path, run_notebook, weights):
     *_, convert, paint = run_notebook(
         "colab_imagenet.ipynb", WEIGHTS=str(weights), AUTOENCODER=str(VAE),
         WORKDIR=str(tmp_path / "imagenet"), CLASSES="w17, w40", STEPS=2,
@@ -92,7 +92,7 @@ def test_released_weights_are_fetched_and_paint(tmp_path, run_notebook, weights)
 
 
 @pytest.mark.slow
-def test_fine_tuning_plans_trains_adapters_and_paints(tmp_path, run_notebook, weights):
+def test_finetune_notebook(tmp_path, run_notebook, weights):
     base = tmp_path / "base"
     write_workdir(base, open_source(find_source(str(weights))))
     _, plan, _, encode, train, paint = run_notebook(

@@ -9,7 +9,7 @@ import numpy as np
 from monoformer_jax.pretrained.model import open_pretrained
 from monoformer_jax.pretrained.table import read_tree
 
-# The recorded variants of a case are the same inputs under another config.
+# Recorded variants of a case have the same inputs and another config.
 VARIANTS = {
     "_causal": {"bidirectional_images": False},
     "_nopos": {"position_embedding": "none"},
@@ -18,14 +18,14 @@ VARIANTS = {
 
 
 def load(folder):
-    """ModelConfig in float32, and the parameters, of a MonoFormer or a LLaMA."""
+    """MonoFormerConfig in float32, and the parameters, of a MonoFormer or a LLaMA."""
     found = open_pretrained(folder.path)
     model = dataclasses.replace(found.config.model, dtype="float32", remat="none")
     return model, jax.tree.map(jnp.asarray, read_tree(found.open()))
 
 
 def vary(model, changes):
-    """The ModelConfig with these of the original's switches."""
+    """The MonoFormerConfig with these variants of the original."""
     return dataclasses.replace(model, original=dataclasses.replace(model.original, **changes))
 
 
@@ -45,7 +45,7 @@ def run_config(folder, model, **groups):
 
 
 def first_inputs(folder, total):
-    """The training case whose loss this is: what a recorded trace of the optimizer was run on."""
+    """The training case with this total loss: the inputs of a recorded optimizer trace."""
     (case,) = [
         arrays for arrays in folder.cases.values()
         if {"input_ids", "total"} <= arrays.keys() and np.isclose(arrays["total"], total, 1e-5, 0)
@@ -54,7 +54,7 @@ def first_inputs(folder, total):
 
 
 class IdTokenizer:
-    """Text that is ids already: "5 17 3"."""
+    """Tokenizer for texts that are lists of ids: "5 17 3"."""
 
     def __init__(self, config):
         special = config.get("special_tokens", {})

@@ -1,17 +1,17 @@
-"""A recorded training case as a batch of ours: what the original does to rows of ids, images and flags.
+"""Converts a recorded training case to our batch, as the original processes ids, images and flags.
 
-Each `<image>` id becomes its time token and patches; flag 0 is an image to paint, flag 1 one to look
-at. Rows are cut at the longest length. Oddities of the original are kept for the comparison: a row
-whose image is cut counts as text; an image that reaches the end of the batch loses the position of
-its last patch; of several images to paint in a row all show the same picture, and only the last is
-painted: the others are read as text is.
+Each `<image>` id becomes a time token and patches; flag 0 is an image to denoise, flag 1 a
+conditioning image. Rows are truncated to the maximum length. Defects of the original are reproduced for
+the comparison: a row with a truncated image counts as text; an image that reaches the end of the batch
+loses the position of its last patch; of several images to denoise in a row all have the same content,
+and only the last one is denoised: the others are causal.
 """
 
 import dataclasses
 
 import numpy as np
 from einops import rearrange
-from fixtures import channels_last
+from fixtures import channels_last, logits_of, output_of
 from flax import nnx
 
 from monoformer_jax.batch import PAD, PATCH, TEXT, TIME, patchify
@@ -26,7 +26,7 @@ IGNORED_LABEL = -100
 class Rows:
     batch: dict
     noise: Noise
-    valid: np.ndarray  # bool [B, L], tokens that are no padding
+    valid: np.ndarray  # bool [B, L], tokens that are not padding
     painted: list  # rows with a denoised image, in order
     steps: np.ndarray  # int [len(painted)]
     lost_positions: list  # (row, token) of patches that lost their position
@@ -34,7 +34,7 @@ class Rows:
 
 def build(folder, case, model):
     """Args:
-    model: the ModelConfig.
+    model: the MonoFormerConfig.
     """
     special = folder.config["special_tokens"]
     make = _Maker(case, model, special, folder.config["tokenizer_max_length"])
@@ -96,14 +96,16 @@ class _Maker:
         row["segment_ids"], row["positions"] = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
         if row["denoise"].any() and not is_cut:
             self.painted.append(i)
-            labels = np.full(n, IGNORED_LABEL)  # painted rows have no text loss in the original
+            labels = np.full(
+                n, IGNORED_LABEL
+            )  # rows with a denoised image have no text loss in the original
         nxt = np.append(labels[1:], IGNORED_LABEL)
         row["target_weights"] = (nxt != IGNORED_LABEL).astype(np.float32)
         row["targets"] = np.where(nxt == IGNORED_LABEL, 0, nxt).astype(np.int32)
         return row
 
     def image(self, i, painted, last, number):
-        first, p = self.model.time_tokens, self.model.patch_size
+        first, p = self.model.layout.time_tokens, self.model.patch_size
         if painted and not last:
             seen, _ = patchify(channels_last(self.case["x_t"][i]), p)
             n = len(seen)
@@ -128,7 +130,7 @@ class _Maker:
         return streams
 
     def streams(self, tokens, kind):
-        n, P, F = len(tokens), self.model.patch_dim, self.model.feature_dim
+        n, P, F = len(tokens), self.model.layout.patch_dim, self.model.feature_dim
         return {
             "tokens": np.asarray(tokens, np.int32),
             "token_types": np.full(n, kind, np.int32),
@@ -153,12 +155,12 @@ def forward(model, rows, seen):
         hidden = hidden.at[at].set(plain.embed(inputs, rows.noise.times)[at])
     mask = monoformer.attention_mask(model.config, inputs)
     hidden, _ = model.decoder(hidden, inputs["positions"], mask, None, model.input_bias(inputs))
-    output = model.image_output(hidden, rows.batch["image_ids"], rows.noise.times)
-    return model.text_logits(hidden), output
+    output = output_of(model, hidden, rows.batch["image_ids"], rows.noise.times)
+    return logits_of(model, hidden), output
 
 
 def pictures(patches, rows, model, side):
-    """[B, L, n P] of the painted rows -> [rows, n C, h, w], as the original has them."""
+    """[B, L, n P] of the rows with a denoised image -> [rows, n C, h, w], as in the original."""
     made = []
     for row in rows.painted:
         here = np.flatnonzero(

@@ -1,26 +1,27 @@
-"""Parity of sampling and writing with recorded outputs: the same cached code that users run."""
+"""Parity of image and text sampling with recorded outputs, in the cached code that users run."""
 
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
-from fixtures import cases, channels_last, close, label, sections_of
+from fixtures import cases, channels_last, close, label, logits_of, sections_of
 from parity_model import IdTokenizer, inputs_of, load, run_config, vary
 
-from monoformer_jax.batch import number_images, patchify, unpatchify
-from monoformer_jax.data.documents import Features, build
+from monoformer_jax.batch import patchify, stack, unpatchify
+from monoformer_jax.data.documents import Features, build_document
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.diffusion.solvers import make_time_grid, solve
 from monoformer_jax.models import monoformer
 from monoformer_jax.sampling.image import make_denoiser, make_guidance, make_image_spec
-from monoformer_jax.sampling.prompts import bucket, pad_batch
+from monoformer_jax.sampling.prompts import bucket
+from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.state import prefill
 from monoformer_jax.sampling.text import generate_text
 
 
-class Sampler:
-    """The recorded prompts of a sampling case, ready to paint."""
+class Recorded:
+    """The recorded prompts of a sampling case, prepared for denoising."""
 
     def __init__(self, folder, case):
         self.recorded, changes = inputs_of(folder, case)
@@ -28,7 +29,6 @@ class Sampler:
         self.model = vary(model, changes)
         self.side = self.recorded["z"].shape[-1]
         self.n = len(self.recorded["z"]) // 2
-        self.bound = monoformer.bind(self.model, params)
         tokenizer = IdTokenizer(folder.config)
         prompts = []
         for ids in self.recorded["input_ids"].tolist():
@@ -37,22 +37,22 @@ class Sampler:
             text = " ".join(map(str, ids[1 : image - 1]))
             prompts.append([text] if text else [])
         self.config = run_config(folder, self.model)
-        self.params, self.pad_id = params, tokenizer.pad_id
+        self.sampler = Sampler(self.config, params, tokenizer)
         self.prompts = [
-            build(prompt, tokenizer, self.model, closing=[tokenizer.im_start_id])
+            build_document(prompt, tokenizer, self.model.layout, closing=[tokenizer.im_start_id])
             for prompt in prompts
         ]
         self.sections = sections_of(self.recorded["timestep_map"])
 
     def make_denoiser(self, branches):
-        """With two, the second half of the recorded prompts is what the first is guided against."""
+        """With two branches, the second half of the recorded prompts is unconditional."""
         scale = float(self.recorded["cfg_scale"])
         sampling = dataclasses.replace(self.config.sampling, guidance=scale)
         pairs = zip(self.prompts[: self.n], self.prompts[self.n :])
         prompts = self.prompts if branches == 1 else [prompt for pair in pairs for prompt in pair]
-        rows = prefill(self.params, prompts, self.pad_id, self.model, None)
-        canvas = make_image_spec(self.config, sampling, (self.side, self.side), branches)
-        return make_denoiser(self.bound, rows, canvas, make_guidance(sampling))
+        state = prefill(self.sampler, prompts).state
+        spec = make_image_spec(self.model, sampling, (self.side, self.side), branches)
+        return make_denoiser(self.sampler.params, state, spec, make_guidance(sampling))
 
     def patches(self, x):
         """[n, C, h, w] -> [n, patches, P]."""
@@ -77,7 +77,7 @@ def sampler():
 
     def make(folder, case):
         if (folder.path, case) not in made:
-            made[folder.path, case] = Sampler(folder, case)
+            made[folder.path, case] = Recorded(folder, case)
         return made[folder.path, case]
 
     return make
@@ -139,7 +139,7 @@ def test_first_step(sampler, folder, case):
 
 
 def same_text(got, want, tokenizer):
-    """Ours ends before </s>, and never writes other special tokens: till there they must be equal."""
+    """Ours ends before </s> and never emits other special tokens: until then both must be equal."""
     never = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.im_start_id,
              tokenizer.im_end_id)  # fmt: skip
     for i, token in enumerate(want):
@@ -151,22 +151,22 @@ def same_text(got, want, tokenizer):
 
 
 def uncached(model, params, streams):
-    """Logits [B, L, V] of whole prompts."""
+    """Logits [B, L, V] of complete prompts."""
     bound = monoformer.bind(model, params)
 
     @jax.jit
     def run(streams):
         mask = monoformer.attention_mask(model, streams)
         hidden, _ = bound(streams, np.zeros((len(streams["tokens"]), 1)), mask)
-        return bound.text_logits(hidden)
+        return logits_of(bound, hidden)
 
     return np.asarray(run(streams))[..., : model.vocab_size]
 
 
 def prompts_of(folder, case, tokenizer):
-    """The rows of a case as our prompts: text of ids, and features where the image's id stands."""
+    """Converts the rows of a case to prompts: text of ids, and features at the image id."""
     recorded = folder.cases[case]
-    # A case without features of its own has those of the first that holds some.
+    # A case without features uses those of the first case that has some.
     held = [
         a["vision_features"] for a in (recorded, *folder.cases.values()) if "vision_features" in a
     ]
@@ -191,10 +191,14 @@ def test_text_token_for_token(folder, case):
     recorded, (model, params) = folder.cases[case], load(folder)
     tokenizer, config = IdTokenizer(folder.config), run_config(folder, model)
     prompts, generated = prompts_of(folder, case, tokenizer), recorded["generated"].tolist()
-    read = [[*parts, " ".join(map(str, ids[:-1]))] for parts, ids in zip(prompts, generated)]
-    documents = [build(parts, tokenizer, model, closing=[]) for parts in read]
+    read = []
+    for parts, ids in zip(prompts, generated):
+        text = " ".join(map(str, ids[:-1]))
+        joined = isinstance(parts[-1], str)  # its ids are separated by spaces
+        read.append([*parts[:-1], f"{parts[-1]} {text}"] if joined else [*parts, text])
+    documents = [build_document(parts, tokenizer, model.layout, closing=[]) for parts in read]
     slots = bucket(max(len(document["tokens"]) for document in documents))
-    streams = pad_batch(documents, slots, tokenizer.pad_id)
+    streams = stack(documents, slots, tokenizer.pad_id)
     streams["positions"] = np.broadcast_to(np.arange(slots), streams["tokens"].shape)
     logits = uncached(model, params, streams)[streams["segment_ids"] > 0]
     logits = logits.reshape(len(prompts), -1, model.vocab_size)
@@ -202,7 +206,7 @@ def test_text_token_for_token(folder, case):
     scores = recorded.get("scores", np.zeros((len(prompts), 0, model.vocab_size)))
     close(logits[:, : prompt.shape[1]], prompt)
     close(logits[:, prompt.shape[1] - 1 :][:, : scores.shape[1]], scores)
-    got = generate_text(config, params, tokenizer, prompts, max_tokens=len(generated[0]))
+    got = generate_text(Sampler(config, params, tokenizer), prompts, max_tokens=len(generated[0]))
     written = [text.tokens for text in got]
     assert all(same_text(*texts, tokenizer) for texts in zip(written, generated)), written
 
@@ -219,12 +223,12 @@ def test_llama_layer_by_layer(folder, case):
         "token_types": mask.astype(np.int32),
         "segment_ids": mask.astype(np.int32),
         "positions": np.broadcast_to(np.arange(L), (B, L)),
-        "image_ids": np.stack([number_images(row) for row in mask]),
+        "image_ids": np.zeros((B, L), np.int32),
         "denoise": np.zeros((B, L), bool),
-        "patches": np.zeros((B, L, model.patch_dim), np.float32),
+        "patches": np.zeros((B, L, model.layout.patch_dim), np.float32),
         "patch_positions": np.zeros((B, L, 2), np.int32),
     }
-    # The four tokens that ours has more change none of the others' logits.
+    # The four additional tokens of ours do not change the logits of the others.
     V = folder.config["vocab_size"]
     close(uncached(model, params, streams)[valid][:, :V], recorded["logits"][valid])
     bound = monoformer.bind(model, params)
@@ -239,7 +243,7 @@ def test_llama_layer_by_layer(folder, case):
         layers = jax.tree.map(lambda x, n=depth: x[:n], params["decoder"]["layers"])
         shallow = params | {"decoder": params["decoder"] | {"layers": layers}}
         hidden, _ = monoformer.bind(part, shallow)(streams, np.zeros((B, 1)), ranges)
-        # Ours ends with the final norm, which the recorded state in the middle has not seen.
+        # Ours includes the final norm, the recorded intermediate state does not.
         close(hidden[valid], bound.decoder.norm(recorded[f"hidden_{depth}"])[valid])
 
 
@@ -251,7 +255,7 @@ def test_llama_token_for_token(folder, case):
     for prompt, sequence in zip(recorded["prompt"].tolist(), recorded["sequences"].tolist()):
         assert sequence[: len(prompt)] == prompt
         generated = sequence[len(prompt) :]
-        tokenizer.bos_id = prompt[0]  # whatever it starts with
+        tokenizer.bos_id = prompt[0]  # the first token of the recorded prompt
         parts = [" ".join(map(str, prompt[1:]))]
-        got = generate_text(config, params, tokenizer, [parts], max_tokens=len(generated))
+        got = generate_text(Sampler(config, params, tokenizer), [parts], max_tokens=len(generated))
         assert same_text(got[0].tokens, generated, tokenizer), (got[0].tokens, generated)

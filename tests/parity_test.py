@@ -15,10 +15,11 @@ from parity_model import first_inputs, inputs_of, load, run_config, vary
 from parity_rows import build, forward, pictures
 
 from monoformer_jax.attention import dense_mask
-from monoformer_jax.config import ModelConfig, OptimizerConfig, OriginalConfig
+from monoformer_jax.config import OptimizerConfig
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
+from monoformer_jax.models.monoformer import MonoFormerConfig, OriginalConfig
 from monoformer_jax.pretrained import monoformer as source
 from monoformer_jax.pretrained.conversion import find_source, open_source
 from monoformer_jax.pretrained.folder import open_safetensors, write_safetensors
@@ -29,7 +30,7 @@ from monoformer_jax.training.optimizer import make_optimizer
 from monoformer_jax.training.state import TrainState, apply_step
 
 
-def test_what_a_folder_holds_beside_the_parameters(tmp_path):
+def test_a_folder_with_a_vision_tower_and_a_newer_config(tmp_path):
     """The original's files repeat the frozen tower; transformers 5 has another key for RoPE."""
     folder = REFERENCE / "tiny_a_mm"
     config = json.loads((folder / "config.json").read_text())
@@ -48,14 +49,14 @@ def test_what_a_folder_holds_beside_the_parameters(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(config | {"rope_parameters": {"rope_type": "yarn"}})
     )
-    with pytest.raises(InputError, match="rope_parameters of type 'yarn' are not computed here"):
+    with pytest.raises(InputError, match="rope_parameters of type 'yarn' are not supported"):
         open_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("features", [0, 12])
 def test_an_exported_config_is_one_that_the_original_can_build(features):
     """It needs the keys of its vision encoder, and has no head_dim of its own."""
-    c = ModelConfig(feature_dim=features, original=OriginalConfig(context_images="causal"))
+    c = MonoFormerConfig(feature_dim=features, original=OriginalConfig(context_images="causal"))
     values = source.write_config(c, 8, 64)
     assert (
         {"vision_encoder", "vision_encoder_path", "vision_encoder_args"} <= values.keys()
@@ -63,7 +64,7 @@ def test_an_exported_config_is_one_that_the_original_can_build(features):
     assert source.read_config(values, features=features) == dataclasses.replace(
         c, dtype=source.read_config(values).dtype
     )
-    with pytest.raises(InputError, match="head_dim=8 beside model"):
+    with pytest.raises(InputError, match=r"model\.head_dim=8 with embed_dim"):
         source.write_config(dataclasses.replace(c, head_dim=8), 8, 64)
 
 
@@ -110,7 +111,9 @@ def test_training_case(folder, case):
     total = 0.01 * text
     if rows.painted:
         close(pictures(output, rows, model, side), recorded["x_out"])
-        predicted, variance = monoformer.split_output(output, model)
+        predicted, variance = output, None
+        if model.predict_variance:
+            predicted, variance = np.split(output, 2, axis=-1)
         squared, bound_term = ddpm.hybrid_loss_terms(
             clean, noise, predicted, variance, step, schedule
         )
@@ -119,7 +122,7 @@ def test_training_case(folder, case):
                 close(pictures(values, rows, model, side).mean((1, 2, 3)), recorded[name])
         total += recorded["loss"].mean()
     close(total, want_total)
-    if not rows.lost_positions:  # where images are cut, which the original does and we never do
+    if not rows.lost_positions:  # otherwise images are truncated, as only the original does
         config = run_config(folder, model)
         fn = jax.jit(lambda *arguments: loss_fn(*arguments, config))
         total, parts = fn(params, rows.batch, rows.noise, loss_normalizers(rows.batch, rows.noise))
@@ -136,7 +139,7 @@ def relative(got, want, tolerance=1e-4):
 
 
 def their_names(folder, model, tree):
-    """Arrays of a parameter tree under the original's names."""
+    """Arrays of a parameter tree with the original's names."""
     tensors = write_tensors(source.table(model), tree, np.dtype(np.float32))
     return {name: tensor.load() for name, tensor in tensors.items()}
 
@@ -155,7 +158,7 @@ def test_gradients(folder, case):
     grads = their_names(folder, model, jax.jit(jax.grad(loss))(params))
     norms = {k.removeprefix("gradnorm/"): v for k, v in recorded.items() if "gradnorm/" in k}
     assert norms.keys() <= grads.keys()
-    for name, grad in grads.items():  # what no row of the case reaches has none
+    for name, grad in grads.items():  # parameters that the case does not use have no gradient
         relative(np.linalg.norm(grad.astype(np.float64)), norms.get(name, 0.0))
     file = folder.path / f"grads_{case}.safetensors"
     if file.is_file():
@@ -174,7 +177,7 @@ def test_training_steps(folder, case):
         clip_norm=float(recorded["clip"]), ema_decay=float(recorded["ema_decay"]), ema_ramp=False,
     )  # fmt: skip
     config = run_config(folder, model, optimizer=optimizer)
-    first = make_optimizer(config, monoformer.logical_axes(model)).init(params)
+    first = make_optimizer(optimizer, config.steps, monoformer.logical_axes(model)).init(params)
     state = TrainState(np.int32(0), params, params, first)
     step = jax.jit(lambda state: apply_step(state, rows.batch, rows.noise, config))
     for want in recorded["trace"]:

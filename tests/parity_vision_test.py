@@ -61,11 +61,22 @@ def test_the_default_autoencoder_is_the_published_one():
     assert sum(math.prod(v.shape) for v in shapes.values()) == 83_653_863
 
 
-def test_an_autoencoder_whose_latents_are_moved_is_refused():
-    config = sd_vae.write_config(autoencoder.AutoencoderConfig()) | {"latents_mean": None}
-    assert sd_vae.read_config(config) == autoencoder.AutoencoderConfig()
-    with pytest.raises(InputError, match=r"shift_factor=.* is not computed here"):
-        sd_vae.read_config(config | {"shift_factor": 0.1})
+def test_latents_are_normalized_per_channel():
+    """As diffusers does: (latent - mean) * scaling_factor / std; shift_factor is for every channel."""
+    plain = sd_vae.write_config(autoencoder.AutoencoderConfig())
+    assert sd_vae.read_config(plain) == autoencoder.AutoencoderConfig()
+    mean, std = [0.5, -1.0, 0.0, 2.0], [1.0, 2.0, 4.0, 0.5]
+    latents = np.random.default_rng(0).normal(size=(2, 3, 3, 4)).astype(np.float32)
+    for values, want in (
+        ({"latents_mean": mean, "latents_std": std}, (latents - mean) * 0.18215 / std),
+        ({"shift_factor": 0.1}, (latents - 0.1) * 0.18215),
+    ):
+        c = sd_vae.read_config(plain | values)
+        assert sd_vae.read_config(sd_vae.write_config(c)) == c
+        np.testing.assert_allclose(c.normalize(latents), want, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(c.denormalize(c.normalize(latents)), latents, atol=1e-6)
+    with pytest.raises(InputError, match="latent_std has 2 values for 4 channels"):
+        sd_vae.read_config(plain | {"latents_std": [1.0, 2.0]})
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f.kind == "vae"], ids=label)
@@ -101,7 +112,7 @@ def test_clip(folder, case):
 
 
 @pytest.mark.parametrize("folder", [f for f in FOLDERS if f.kind == "clip"], ids=label)
-def test_clip_inside_a_whole_clip_and_back(folder):
+def test_clip_tower_in_a_complete_clip_model_and_back(folder):
     config = clip_source.read_config(folder.config)
     assert clip_source.read_config({"vision_config": clip_source.write_config(config)}) == config
     table, target = clip_source.table(config), shapes_of(clip, config)
@@ -144,7 +155,7 @@ def test_losses_and_the_reverse_gaussian(folder, case):
     close(bound.mean((1, 2, 3)), recorded["vb"])
     close((squared + bound).mean((1, 2, 3)), recorded["loss"])
     got = ddpm.p_mean_variance(recorded["x_t"], predicted, variance, step, schedule)
-    # Far from the data the clean image, and the mean with it, is a small difference of large numbers.
+    # At high noise, the clean image and the mean are small differences of large numbers.
     for name, ours in (("p_mean", got.mean), ("pred_xstart", got.clean)):
         scale = max(1.0, np.abs(recorded[name]).max())
         close(ours / scale, recorded[name] / scale)

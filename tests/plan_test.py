@@ -1,4 +1,4 @@
-"""`plan`: the compiler's numbers against counts by hand, what it says where a run does not fit."""
+"""`plan`: compiler results against manual counts, and suggestions for a run that does not fit."""
 
 import argparse
 import dataclasses
@@ -8,13 +8,14 @@ import math
 import jax
 import pytest
 from conftest import ROOT
+from fixtures import logits_of
 
 from monoformer_jax import plan
-from monoformer_jax.config import MeshConfig, ModelConfig
+from monoformer_jax.config import MeshConfig
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
+from monoformer_jax.models.monoformer import MonoFormerConfig
 from monoformer_jax.parallel import make_mesh
-from monoformer_jax.planning import flops
 from monoformer_jax.planning.collectives import collectives
 from monoformer_jax.planning.estimate import Estimate
 from monoformer_jax.planning.hardware import CHIPS, all_chips
@@ -42,7 +43,7 @@ def test_a_run_that_fits(tmp_path, capsys, config):
     shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert found["parameters"] == count
-    # Weights, their average and two moments in four parts; small arrays are padded to whole tiles.
+    # Weights, EMA and two moments over four devices; small arrays are padded to full tiles.
     assert 16 * count / 4 < found["arguments_gib"] * 2**30 < 2**22
     assert 0 < found["temporaries_gib"] < found["peak_gib"] < 1
     assert found["step_seconds_floor"] > 16 * count / 4 * 2 / 819e9
@@ -50,22 +51,22 @@ def test_a_run_that_fits(tmp_path, capsys, config):
 
 
 @pytest.mark.slow
-def test_the_sampler_is_planned_too(tmp_path, capsys, config):
+def test_sample_mode(tmp_path, capsys, config):
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
     file = tmp_path / "plan.json"
     options = ["--mesh", "data=2,tensor=2", "--config.sampling.steps=3", "--json", str(file)]
     assert run("--topology=v5e:2x2", "--mode=sample", *options) == 0
     found = json.loads(file.read_text())
-    # 16 images of 17 tokens, 3 steps of two evaluations of two branches.
-    assert found["flops_per_step"] > 16 * 17 * 12 * flops.layers(config.model)
-    assert "a call for 8 images a device takes at least" in capsys.readouterr().out
+    # 16 images of 17 tokens, 3 steps with two model evaluations of two guidance branches.
+    assert found["flops_per_step"] > 16 * 17 * 12 * monoformer.flops(config.model, tokens=1)
+    assert "a call for 8 images per device takes at least" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_run_that_does_not_fit_gets_a_change_that_does(tmp_path, capsys, monkeypatch):
-    """On chips with less memory than the run takes: less alive at once is enough."""
+def test_suggests_a_change_for_a_run_that_does_not_fit(tmp_path, capsys, monkeypatch):
+    """The chip has 80 % of the memory that the run takes, so that saving activations is enough."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
-    monkeypatch.setattr(plan, "SUGGESTIONS", 1)  # each is another compilation
+    monkeypatch.setattr(plan, "SUGGESTIONS", 1)  # each suggestion is a compilation
     size = ["--topology=v5e:2x2", "--config.batch_size=32"]
     file = tmp_path / "plan.json"
     assert run(*size, "--json", str(file)) == 0
@@ -75,17 +76,17 @@ def test_a_run_that_does_not_fit_gets_a_change_that_does(tmp_path, capsys, monke
     assert run(*size) == 2
     said = capsys.readouterr().out
     assert "TOO SMALL" in said
-    offers = [line for line in said.splitlines() if "a step at least: --config." in line]
+    offers = [line for line in said.splitlines() if "per step at least: --config." in line]
     assert len(offers) == 1 and float(offers[0].split()[0]) < small
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--topology=v5x:2x2"], "the chips are v4, v5e, v5p, v6e, tpu7x; did you mean v5"),
+        (["--topology=v5x:2x2"], "supported chips are v4, v5e, v5p, v6e, tpu7x; did you mean v5"),
         (["--topology=v5e:2x2x2"], "write it as v5e:8x8"),
         (["--topology=v5p:4x4"], "write it as v5p:2x2x2"),
-        (["--topology=v5e:3x5"], "libtpu says INVALID_ARGUMENT"),
+        (["--topology=v5e:3x5"], "libtpu reports INVALID_ARGUMENT"),
         (["--topology=v5e:2x2", "--mesh=fsdp=3"], "fsdp=3, tensor=1 does not fit 4 devices"),
         (["--topology=v5e:2x2", "--mesh=colour=3"], "unknown config key mesh.colour"),
         (["--topology=v5e:2x2", "--mesh=tensor=4"], "kv_heads of 2 is not divisible"),
@@ -93,7 +94,7 @@ def test_a_run_that_does_not_fit_gets_a_change_that_does(tmp_path, capsys, monke
         (["--topology=v5e:2x2", "--json=nowhere/x.json"], "there is no folder nowhere"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, message):
+def test_bad_arguments_raise_input_error(arguments, message):
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
     with pytest.raises(InputError, match=message):
         run(*arguments)
@@ -106,15 +107,15 @@ def test_a_missing_libtpu_names_the_extra(monkeypatch):
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_is_known_to_libtpu(chip):
+def test_libtpu_supports_every_chip(chip):
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
     devices = all_chips(f"{chip}:2x2" if chip in ("v5e", "v6e") else f"{chip}:2x2x1")
     assert len(devices) == (8 if chip == "tpu7x" else 4)
     assert chip != "v5e" or len(all_chips("v5e-16")) == 16
 
 
-def test_suggestions_are_the_fitting_ones_and_the_fastest_comes_first(config):
-    """Against a memory made up here: the compiler is asked only for what may be enough."""
+def test_suggestions_fit_and_are_sorted_by_step_time(config):
+    """With a fake compiler and memory limit: only changes that may fit are compiled."""
     mesh = make_mesh(MeshConfig())
     config = dataclasses.replace(config, batch_size=32)
     chip = dataclasses.replace(CHIPS["v5e"], hbm_gib=10 / 2**30)
@@ -137,14 +138,14 @@ def test_suggestions_are_the_fitting_ones_and_the_fastest_comes_first(config):
     )  # fmt: skip
     alone = "--config.optimizer.grad_accum_steps"
     assert [text for text, _ in found] == [f"{alone}=4", everything, f"{alone}=8"]
-    # What cannot be enough was never compiled.
+    # A change whose lower bound exceeds the memory is not compiled.
     assert not any(a.optimizer.grad_accum_steps == 2 and a.mesh.fsdp == 1 for a in asked)
 
 
-def test_products_are_those_that_xla_counts():
-    """One block and one of each head, against XLA's own count of the compiled forward pass."""
-    c = ModelConfig(num_layers=1, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=256,
-                    channels=4, vocab_size=256, dtype="float32", remat="none")  # fmt: skip
+def test_flops_match_xla_cost_analysis():
+    """FLOPs of one layer and the text head against XLA's cost analysis of the forward pass."""
+    c = MonoFormerConfig(num_layers=1, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=16,
+                    mlp_dim=256, channels=4, vocab_size=256, dtype="float32", remat="none")  # fmt: skip
     params = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
     x = jax.ShapeDtypeStruct((2, 64, 64), "float32")
 
@@ -155,12 +156,12 @@ def test_products_are_those_that_xla_counts():
         from monoformer_jax.attention import IntervalMask
 
         mask = IntervalMask(starts, starts + 64)
-        return model.text_logits(block(x, starts, mask, None, None, None)[0])
+        return logits_of(model, block(x, starts, mask, None, None, None)[0])
 
     counted = jax.jit(forward).lower(params, x).compile().cost_analysis()["flops"]
     tokens = 2 * 64
-    want = tokens * (flops.layers(c) + flops.text_head(c) + 64 * flops.attention(c))
-    assert want < counted < 1.06 * want  # norms, RoPE and the softmax are the rest
+    want = monoformer.flops(c, tokens=tokens, pairs=64 * tokens, text=tokens)
+    assert want < counted < 1.06 * want  # XLA also counts norms, RoPE and the softmax
 
 
 HLO = """
@@ -188,11 +189,11 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 """  # noqa: E501
 
 
-def test_collectives_are_counted_with_their_loops():
+def test_collectives_are_counted_once_per_loop_iteration():
     mesh = make_mesh(MeshConfig(1, 2, 2))
     found = {(one.kind, one.axes): one for one in collectives(HLO, mesh)}
     assert len(found) == 3
     looped = found["all-gather", ("fsdp",)]
     assert (looped.times, looped.size, looped.sent) == (7, 64, 7 * 32)
-    assert found["all-gather", ("tensor",)].sent == 16  # once, not at every part of its chain
-    assert found["all-reduce", ("fsdp",)].sent == 32  # of 8 numbers, there and back
+    assert found["all-gather", ("tensor",)].sent == 16  # one chain counts once
+    assert found["all-reduce", ("fsdp",)].sent == 32  # 8 float32, reduce-scatter and all-gather

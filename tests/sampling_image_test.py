@@ -1,4 +1,4 @@
-"""Generation: the cache changes no number, rows do not see each other, prompts are checked."""
+"""Sampling: cached equals uncached, rows are batch-invariant, prompts are validated."""
 
 import dataclasses
 
@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from fixtures import logits_of, output_of
 
 from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, patchify
-from monoformer_jax.config import MeshConfig, ModelConfig, SamplingConfig, named_size
-from monoformer_jax.data.documents import Image, build
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import monoformer
-from monoformer_jax.parallel import make_mesh
+from monoformer_jax.models import monoformer, named_size
+from monoformer_jax.models.monoformer import MonoFormerConfig
 from monoformer_jax.sampling import image, text
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.text import SamplingArrays, SamplingParams, generate_text, sample_token
 
 TOKENIZER = ByteTokenizer()
@@ -27,21 +28,21 @@ PROMPTS = [["draw a seven"], ["one"], ["read this: ", PICTURE]]
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Random weights with a text head that is loud enough to have opinions."""
+    """Random weights with a scaled text head, so that logits differ clearly."""
     params = monoformer.init(config.model, jax.random.key(3))
     return params | {"text_head": 5 * params["text_head"]}
 
 
 @pytest.fixture(scope="module")
 def forward(config, params):
-    """One uncached pass over a whole document: logits and velocity of every token."""
+    """One uncached pass over a complete document: logits and velocity of every token."""
 
     @jax.jit
     def run(streams, times):
         model = monoformer.bind(config.model, params)
         mask = interval_mask(streams["token_types"], streams["segment_ids"], streams["image_ids"])
         hidden, _ = model(streams, times, mask)
-        return model.text_logits(hidden), model.image_output(hidden, streams["image_ids"], times)
+        return logits_of(model, hidden), output_of(model, hidden, streams["image_ids"], times)
 
     def padded(document, times):
         n, length = len(document["tokens"]), 64
@@ -72,24 +73,26 @@ def greedy_without_cache(forward, prompt, max_tokens):
 
 
 def build_with(prompt, closing):
-    return build(prompt, TOKENIZER, ModelConfig(**named_size("tiny")), closing=closing)
+    return build_document(
+        prompt, TOKENIZER, MonoFormerConfig(**named_size("tiny")).layout, closing=closing
+    )
 
 
 def tokens(written):
     return [w.tokens for w in written]
 
 
-def test_cached_text_equals_one_full_pass_a_token(config, params, forward, monkeypatch):
+def test_cached_text_equals_one_full_pass_per_token(config, params, forward, monkeypatch):
     """Prompts of different lengths, one with an image, in a cache that grows every four tokens."""
     monkeypatch.setattr(text, "_CHUNK", 4)
-    got = generate_text(config, params, TOKENIZER, PROMPTS, max_tokens=10)
+    got = generate_text(Sampler(config, params, TOKENIZER), PROMPTS, max_tokens=10)
     assert tokens(got) == [greedy_without_cache(forward, prompt, 10) for prompt in PROMPTS]
     assert [w.finish_reason for w in got] == ["length", "length", "image"]
     assert got[0].tokens != got[1].tokens and len(got[0].tokens) == 10
     assert [w.text for w in got] == [TOKENIZER.decode(w.tokens) for w in got]
 
 
-def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
+def test_tokens_are_batch_invariant(config, params):
     """Each row has its own settings and its own seed."""
     settings = {"temperature": [1.0, 0.7, 0.0], "top_k": [0, 5, 0], "top_p": [0.9, 1.0, 1.0],
                 "repetition_penalty": [1.0, 1.0, 1.3]}  # fmt: skip
@@ -97,8 +100,8 @@ def test_a_row_gets_the_same_tokens_whatever_it_is_batched_with(config, params):
 
     def write(rows, seeds=seeds):
         chosen = {name: [values[i] for i in rows] for name, values in settings.items()}
-        return tokens(generate_text(
-            config, params, TOKENIZER, [PROMPTS[i] for i in rows], max_tokens=8,
+        sampler = Sampler(config, params, TOKENIZER)
+        return tokens(generate_text(sampler, [PROMPTS[i] for i in rows], max_tokens=8,
             sampling=SamplingParams(**chosen), seed=[seeds[i] for i in rows],
         ))  # fmt: skip
 
@@ -114,7 +117,8 @@ def test_settings_and_prompts_of_the_same_bucket_are_compiled_once(config, param
     before = text.decode_tokens._cache_size()
     for number, temperature in enumerate((0.0, 0.5, 2.0)):
         sampling = SamplingParams(temperature, top_k=number, top_p=1 - number / 4)
-        generate_text(config, params, TOKENIZER, [["a" * (3 + number)]] * 3, max_tokens=8 - number,
+        sampler = Sampler(config, params, TOKENIZER)
+        generate_text(sampler, [["a" * (3 + number)]] * 3, max_tokens=8 - number,
                       sampling=sampling, seed=number)  # fmt: skip
     assert text.decode_tokens._cache_size() <= before + 1
 
@@ -142,8 +146,8 @@ def choice(rows, vocabulary, **changes):
         ({"repetition_penalty": 2.0}, [1], [0, 0.16 / 0.76, 0.3 / 0.76, 0.2 / 0.76, 0.1 / 0.76]),
     ],
 )
-def test_tokens_are_drawn_with_their_shares(changes, seen, shares):
-    """Token 0 is the likeliest by far, and not allowed."""
+def test_tokens_are_sampled_with_their_probabilities(changes, seen, shares):
+    """Token 0 is by far the most likely one, and not allowed."""
     rows = 20_000
     logits = jnp.log(jnp.array([1000.0, 0.4, 0.3, 0.2, 0.1]))
     said = jnp.zeros((rows, 5), bool).at[:, jnp.array(seen, int)].set(True)
@@ -155,26 +159,30 @@ def test_tokens_are_drawn_with_their_shares(changes, seen, shares):
 @pytest.mark.parametrize(
     "stop, finish_reason", [(TOKENIZER.eos_id, "end"), (TOKENIZER.im_start_id, "image")]
 )
-def test_text_stops_at_the_end_or_where_a_picture_starts(config, params, stop, finish_reason):
-    """The head's column of what would come third, a little louder, becomes the stop's."""
-    free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=6)[0].tokens
+def test_text_stops_at_eos_or_im_start(config, params, stop, finish_reason):
+    """The stop token gets the slightly scaled head column of the third token."""
+    free = generate_text(Sampler(config, params, TOKENIZER), PROMPTS[:1], max_tokens=6)[0].tokens
     head = params["text_head"]
     loud = params | {"text_head": head.at[:, stop].set(1.01 * head[:, free[2]])}
-    got = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6)[0]
+    got = generate_text(Sampler(config, loud, TOKENIZER), PROMPTS[:1], max_tokens=6)[0]
     assert (got.tokens, got.finish_reason) == (free[: free.index(free[2])], finish_reason)
     if finish_reason == "image":
-        kept = generate_text(config, loud, TOKENIZER, PROMPTS[:1], max_tokens=6, paints=False)[0]
+        kept = generate_text(
+            Sampler(config, loud, TOKENIZER), PROMPTS[:1], max_tokens=6, allow_images=False
+        )[0]
         assert kept.tokens == free
 
 
-def test_text_ends_before_a_stop_text_and_where_the_context_is_full(config, params):
-    free = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8)[0]
+def test_text_ends_before_a_stop_string_and_when_the_context_is_full(config, params):
+    free = generate_text(Sampler(config, params, TOKENIZER), PROMPTS[:1], max_tokens=8)[0]
     stop = free.text[3:5]
-    got = generate_text(config, params, TOKENIZER, PROMPTS[:1], max_tokens=8,
+    got = generate_text(Sampler(config, params, TOKENIZER), PROMPTS[:1], max_tokens=8,
                         sampling=SamplingParams(stop=("never said", stop)))[0]  # fmt: skip
     assert (got.text, got.finish_reason) == (free.text[: free.text.index(stop)], "stop")
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, max_seq_len=64))
-    got = generate_text(short, params, TOKENIZER, [["a" * 59]], max_tokens=8, paints=False)[0]
+    got = generate_text(
+        Sampler(short, params, TOKENIZER), [["a" * 59]], max_tokens=8, allow_images=False
+    )[0]
     assert len(got.tokens) == 4 and got.finish_reason == "full"
 
 
@@ -183,7 +191,7 @@ def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
     """Euler written out over uncached passes of <s> prompt <|im_start|> image."""
     sampling = SamplingConfig("euler", steps=3, guidance=guidance, guidance_high=0.8)
     prompts = PROMPTS[:2]
-    got = generate_images(config, params, TOKENIZER, prompts, sampling=sampling, seed=5)
+    got = generate_images(Sampler(config, params, TOKENIZER), prompts, sampling=sampling, seed=5)
     for i, prompt in enumerate(prompts):
         key = jax.random.fold_in(jax.random.key(5), i)
         x = np.asarray(jax.random.normal(key, (16, 4)))
@@ -203,59 +211,49 @@ def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
 def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, params):
     sampling = SamplingConfig("heun", steps=2, guidance=2.0)
     prompts = [["one"], ["two"], ["three"]]
-    three = generate_images(config, params, TOKENIZER, prompts, sampling=sampling, seed=1)
+    three = generate_images(Sampler(config, params, TOKENIZER), prompts, sampling=sampling, seed=1)
     last = generate_images(
-        config, params, TOKENIZER, prompts[2:], sampling=sampling, seed=1, first=2
+        Sampler(config, params, TOKENIZER), prompts[2:], sampling=sampling, seed=1, first=2
     )
     np.testing.assert_allclose(three[2], last[0], atol=1e-5)
-    other = generate_images(config, params, TOKENIZER, prompts, sampling=sampling, seed=2)
+    other = generate_images(Sampler(config, params, TOKENIZER), prompts, sampling=sampling, seed=2)
     assert np.abs(three - other).max() > 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_steps_guidance_and_seeds_are_compiled_once(config, params, solver):
-    """And so are prompts of one bucket, and a walk that stops for previews."""
+    """Also prompts of one bucket, and sampling with previews."""
     params = jax.device_put(params, jax.devices()[0])  # as weights from a checkpoint are
     before, shown = image.denoise._cache_size(), []
     for steps, guidance, every in ((1, 2.0, 0), (5, 3.0, 0), (7, 1.5, 3)):
         sampling = SamplingConfig(solver, steps, guidance, guidance_rescale=0.1 * steps)
-        last = generate_images(config, params, TOKENIZER, [["a" * steps]], sampling=sampling,
+        last = generate_images(Sampler(config, params, TOKENIZER), [["a" * steps]], sampling=sampling,
                                seed=steps, preview=lambda *x: shown.append(x), every=every)  # fmt: skip
     assert image.denoise._cache_size() <= before + 1
     assert [step for step, _ in shown] == [1, 5, 3, 6, 7]
     assert all(images.shape == (1, 8, 8, 1) and np.isfinite(images).all() for _, images in shown)
     np.testing.assert_array_equal(shown[-1][1], last)
-    whole = generate_images(config, params, TOKENIZER, [["aaaaaaa"]], sampling=sampling, seed=7)
+    whole = generate_images(
+        Sampler(config, params, TOKENIZER), [["aaaaaaa"]], sampling=sampling, seed=7
+    )
     np.testing.assert_array_equal(whole, last)
 
 
-@pytest.mark.slow
-def test_the_batch_cut_over_four_devices_gives_the_same_images(config, params):
-    mesh = make_mesh(MeshConfig())
-    assert mesh.size == 4
-    sampling = SamplingConfig("heun", steps=2)
-    options = {"prompts": [["one"], ["two"], ["three"]], "sampling": sampling, "seed": 3}
-    one = generate_images(config, params, TOKENIZER, **options)
-    everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    four = generate_images(config, everywhere, TOKENIZER, mesh=mesh, **options)
-    np.testing.assert_allclose(four, one, atol=1e-5)
-    lowered = image.lower_paint(config, mesh, 4, 20)  # what `plan` compiles, from shapes alone
-    assert "while" in lowered.as_text()
-
-
-def test_bad_input_is_one_sentence(config, params):
+def test_invalid_input_raises_one_sentence(config, params):
     def write(*prompts, **settings):
-        generate_text(config, params, TOKENIZER, prompts, max_tokens=4, **settings)
+        generate_text(Sampler(config, params, TOKENIZER), prompts, max_tokens=4, **settings)
 
     def draw(prompt="a", size=None, **settings):
         sampling = dataclasses.replace(config.sampling, **settings)
-        generate_images(config, params, TOKENIZER, [[prompt]], sampling=sampling, size=size)
+        generate_images(
+            Sampler(config, params, TOKENIZER), [[prompt]], sampling=sampling, size=size
+        )
 
     large = Image(np.zeros((8, 10, 1), np.float32), denoise=False)
     for call, message in (
         (lambda: write(["a"], [""]), "prompt 2 is empty"),
-        (lambda: write(["a" * 160]), "prompt 1 has 161 tokens and 1 are to follow"),
+        (lambda: write(["a" * 160]), "prompt 1 has 161 tokens and 1 must follow"),
         (lambda: write(["a", large]), "image in prompt 1 is 8×10, but the model was trained up to"),
         (lambda: write(["a"], seed=[1, 2]), "2 seeds for 1 rows"),
         (lambda: write(["a"], seed=-1), "seed=-1 is not between"),
@@ -264,14 +262,14 @@ def test_bad_input_is_one_sentence(config, params):
         (lambda: SamplingParams(top_k=-1), "top_k=-1 must be 0"),
         (lambda: SamplingParams(repetition_penalty=0), "repetition_penalty=0 must be above 0"),
         (lambda: draw(""), "prompt 1 is empty"),
-        (lambda: draw("a" * 157), "prompt 1 has 159 tokens and 17 are to follow"),
-        (lambda: draw(size=(8, 16)), "the image to paint is 8×16, but the model was trained up to"),
-        (lambda: draw(size=(8, 7)), "both sides must be multiples of the patch of 2"),
+        (lambda: draw("a" * 157), "prompt 1 has 159 tokens and 17 must follow"),
+        (lambda: draw(size=(8, 16)), "the image to generate is 8×16, but the model was trained up to"),
+        (lambda: draw(size=(8, 7)), "both sides must be multiples of the patch size 2"),
         (lambda: draw(guidance=0.0), "guidance=0.0 must be above 0"),
         (lambda: draw(guidance=-2.0), "guidance=-2.0 must be above 0"),
         (lambda: draw(steps=0), "steps=0 must be above 0"),
         (lambda: draw(steps=1001), "steps=1001 must be 1000 or less"),
-        (lambda: draw(solver="rk4"), "solver='rk4' is none of euler, heun, ddpm, ddim"),
+        (lambda: draw(solver="rk4"), "solver='rk4' does not sample"),
         (lambda: draw(solver="ddim"), "'ddim' does not sample objective.kind='rectified_flow'"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):

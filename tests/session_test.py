@@ -1,4 +1,4 @@
-"""Text and images in one stream: every number of a session equals one full pass over what came out."""
+"""Sessions of text and images: outputs equal one uncached forward pass over the sequence."""
 
 import dataclasses
 
@@ -6,17 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import logits_of, output_of
 
-from monoformer_jax.batch import PATCH, TEXT, number_images, patchify
-from monoformer_jax.config import OriginalConfig, SamplingConfig
-from monoformer_jax.data.documents import Features, Image, build
+from monoformer_jax.batch import PATCH, TEXT, patchify
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.data.documents import Features, Image, build_document
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
-from monoformer_jax.models.monoformer import attention_mask
+from monoformer_jax.models.monoformer import OriginalConfig, attention_mask
 from monoformer_jax.sampling import text
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.session import Session
+from monoformer_jax.sampling.state import prefill
 from monoformer_jax.sampling.text import SamplingParams
 
 TOKENIZER = ByteTokenizer()
@@ -29,13 +32,13 @@ PICTURE = Image(np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8, 1), denoi
 
 @pytest.fixture(scope="module")
 def interleaved(config):
-    """Room for several images."""
+    """A context that is long enough for several images."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, max_seq_len=256))
 
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Random weights whose text opens images now and then, and ends sometimes."""
+    """Random weights that sometimes emit <|im_start|> and </s>."""
     params = monoformer.init(config.model, jax.random.key(3))
     head = params["text_head"]
     for token in (TOKENIZER.im_start_id, TOKENIZER.eos_id):
@@ -50,16 +53,14 @@ def full_pass(c, params):
     def run(streams, times):
         model = monoformer.bind(c, params)
         hidden, _ = model(streams, times, attention_mask(c, streams))
-        return model.text_logits(hidden), model.image_output(hidden, streams["image_ids"], times)
+        return logits_of(model, hidden), output_of(model, hidden, streams["image_ids"], times)
 
     def padded(document, times, length=256):
         n = len(document["tokens"])
         row = {
             k: np.pad(v, [(0, length - n)] + [(0, 0)] * (v.ndim - 1)) for k, v in document.items()
         }
-        row["segment_ids"] = (np.arange(length) < n).astype(np.int32)
         row["positions"] = np.arange(length, dtype=np.int32)
-        row["image_ids"] = number_images(row["token_types"])
         times = np.pad(np.asarray(times, np.float32), (0, 12 - len(times)))
         logits, output = run({k: v[None] for k, v in row.items()}, times[None])
         return np.asarray(logits)[0, :n], np.asarray(output)[0, :n]
@@ -74,12 +75,14 @@ def forward(interleaved, params):
 
 def session(config, params, rows, sampling=SAMPLING, **options):
     chosen = SamplingParams(temperature=0.8)
-    return Session(config, params, TOKENIZER, rows, sampling=sampling, text=chosen, **options)
+    return Session(
+        Sampler(config, params, TOKENIZER), rows, sampling=sampling, text=chosen, **options
+    )
 
 
 @pytest.fixture(scope="module")
 def talk(interleaved, params):
-    """Two rows, three turns: shown pictures, text and painted ones, not both rows in every turn."""
+    """Two rows, three turns: input images, text and generated images, not both rows in every turn."""
     s = session(interleaved, params, 2, seed=[4, 5])
     turns = [[["draw"], ["read this: ", PICTURE]],
              [["and now another"], None],
@@ -93,49 +96,46 @@ def talk(interleaved, params):
     return s, turns, [*replies, [[], []]]
 
 
-def test_the_talk_has_all_that_the_tests_are_about(talk):
+def test_the_conversation_covers_all_cases(talk):
     s, _, replies = talk
     images = [[sum(not isinstance(x, str) for x in reply) for reply in turn] for turn in replies]
-    assert max(map(max, images)) >= 2, "no row painted twice in one reply"
+    assert max(map(max, images)) >= 2, "no row generated two images in one reply"
     assert min(map(min, images)) == 0 and len({tuple(row) for row in zip(*images)}) > 1
     assert any(isinstance(x, str) for turn in replies for reply in turn for x in reply)
     assert len(set(s.lengths)) == 2
 
 
-def test_the_next_token_of_every_row_equals_one_full_pass(talk, forward, params, interleaved):
+def test_next_token_logits_equal_one_full_pass(talk, forward, params, interleaved):
     s, _, _ = talk
     model = monoformer.bind(interleaved.model, params)
-    logits = np.asarray(model.text_logits(s._rows.hidden))
+    logits = np.asarray(logits_of(model, s._sequences.state.hidden))
     for row in range(2):
         want, _ = forward(s.document(row), [0.0] * 12)
         np.testing.assert_allclose(logits[row], want[-1], atol=1e-5)
 
 
-def test_the_cache_holds_what_a_fresh_pass_over_the_stream_would_put_there(
-    talk, interleaved, params
-):
+def test_the_cache_equals_that_of_a_prefill_of_the_sequence(talk, interleaved, params):
     s, _, _ = talk
     for row in range(2):
         document = s.document(row)
-        fresh = session(interleaved, params, 1)
-        fresh._extend([document])
+        fresh = prefill(Sampler(interleaved, params, TOKENIZER), [document])
         n = len(document["tokens"])
         for name in ("k", "v"):
-            got = np.asarray(getattr(s._rows.cache, name))[:, row, -n:]
-            want = np.asarray(getattr(fresh._rows.cache, name))[:, 0, -n:]
+            got = np.asarray(getattr(s._sequences.state.cache, name))[:, row, -n:]
+            want = np.asarray(getattr(fresh.state.cache, name))[:, 0, -n:]
             np.testing.assert_allclose(got, want, atol=1e-5)
         assert s.lengths[row] == n
-        np.testing.assert_array_equal(s._rows.seen[row], fresh._rows.seen[0])
+        np.testing.assert_array_equal(s._sequences.seen[row], fresh.seen[0])
 
 
-def test_the_stream_is_one_document_of_all_turns(talk, interleaved):
+def test_the_sequence_is_one_document_of_all_turns(talk, interleaved):
     s, turns, replies = talk
     for row in range(2):
         parts = []
         for turn, reply in zip(turns, replies):
             parts += turn[row] or []
             parts += [x if isinstance(x, str) else Image(x, denoise=False) for x in reply[row]]
-        want = build(parts, TOKENIZER, interleaved.model, closing=[])
+        want = build_document(parts, TOKENIZER, interleaved.model.layout, closing=[])
         got = s.document(row)
         images, painted = got["token_types"] == PATCH, want["token_types"] == PATCH
         np.testing.assert_array_equal(got["patches"][images], want["patches"][painted])
@@ -145,8 +145,8 @@ def test_the_stream_is_one_document_of_all_turns(talk, interleaved):
         assert said == "".join(part for part in parts if isinstance(part, str))
 
 
-def test_every_painted_image_equals_uncached_denoising(talk, forward, interleaved):
-    """Each is painted again from its noise, by full passes over what stood before it."""
+def test_every_generated_image_equals_uncached_denoising(talk, forward, interleaved):
+    """Each image is denoised again from its noise, by full passes over its prefix."""
     s, turns, replies = talk
     checked = 0
     for row in range(2):
@@ -180,10 +180,10 @@ def start_noise(seed, number):
 
 
 def denoised(forward, before, x, model):
-    """Euler with two branches, written out: everything, and everything but the words."""
+    """Euler steps with two branches: the full prefix, and the prefix without text."""
     kept = (before["token_types"] != TEXT) | np.isin(before["tokens"], (1, 4, 5))
     branches = [before, {k: v[kept] for k, v in before.items()}]
-    block = build([Image(np.zeros((8, 8, 1)), True)], TOKENIZER, model, closing=[])
+    block = build_document([Image(np.zeros((8, 8, 1)), True)], TOKENIZER, model.layout, closing=[])
     block = {k: v[2:-1] for k, v in block.items()}
     for step in range(STEPS):
         t, v = 1 - step / STEPS, []
@@ -191,13 +191,14 @@ def denoised(forward, before, x, model):
             document = {k: np.concatenate([prefix[k], block[k]]) for k in block}
             image = document["denoise"] & (document["token_types"] == PATCH)
             document["patches"][image] = x
-            context = number_images(prefix["token_types"]).max()
+            context = prefix["image_ids"].max()
+            document["image_ids"] = np.append(prefix["image_ids"], block["image_ids"] + context)
             v.append(forward(document, [0.0] * context + [t])[1][image])
         x = x - (v[1] + 2.0 * (v[0] - v[1])) / STEPS
     return x
 
 
-def test_a_row_is_the_same_alone(talk, interleaved, params):
+def test_a_row_is_batch_invariant(talk, interleaved, params):
     _, turns, replies = talk
     alone = session(interleaved, params, 1, seed=[5])
     for turn, reply in zip(turns[:-1], replies):
@@ -211,8 +212,8 @@ def test_a_row_is_the_same_alone(talk, interleaved, params):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
-def test_the_first_image_is_that_of_generate_images(interleaved, params):
-    """Also for an edit, an image and an instruction, with a scale for each; and of other sides."""
+def test_the_first_image_equals_generate_images(interleaved, params):
+    """Also for editing with two guidance scales, and for a non-square size."""
     s = session(interleaved, params, 2, EDITING, seed=9)
     prompts = [["draw"], [PICTURE, "darker"]]
     s.append(prompts)
@@ -220,8 +221,8 @@ def test_the_first_image_is_that_of_generate_images(interleaved, params):
     got = s.generate_images([0, 1], size=(4, 8))
 
     def want(sampling):
-        return generate_images(interleaved, params, TOKENIZER, prompts, sampling=sampling, seed=9,
-                               size=(4, 8))  # fmt: skip
+        sampler = Sampler(interleaved, params, TOKENIZER)
+        return generate_images(sampler, prompts, sampling=sampling, seed=9, size=(4, 8))
 
     assert got.shape == (2, 4, 8, 1)
     np.testing.assert_allclose(got, want(EDITING), atol=1e-5)
@@ -230,39 +231,39 @@ def test_the_first_image_is_that_of_generate_images(interleaved, params):
     assert np.abs(changed[1] - got[1]).max() > 0.01
 
 
-def test_painted_images_go_through_the_vision_encoder_of_a_model_that_has_one(interleaved):
+def test_generated_images_are_reencoded_by_the_vision_encoder(interleaved):
     model = dataclasses.replace(
         interleaved.model, feature_dim=6, original=OriginalConfig(context_images="causal")
     )
     config = dataclasses.replace(interleaved, model=model)
     params = monoformer.init(model, jax.random.key(0))
-    with pytest.raises(InputError, match="through a vision encoder"):
+    with pytest.raises(InputError, match="with a vision encoder"):
         session(config, params, 1)
     seen = []
 
-    def look(pixels):
+    def reencode(pixels):
         seen.append(pixels)
         return Features(np.tile(pixels.mean((1, 2))[:6], (5, 1)).astype(np.float32))
 
-    s = session(config, params, 1, look=look)
+    s = session(config, params, 1, reencode=reencode)
     s.append([["a", Features(np.ones((5, 6), np.float32)), "b"]])
     s.begin_image([0])
     (painted,) = s.generate_images([0])
     np.testing.assert_array_equal(painted, seen[0])
     want, _ = full_pass(model, params)(s.document(0), [0.0, 0.0])
-    logits = monoformer.bind(model, params).text_logits(s._rows.hidden)
+    logits = logits_of(monoformer.bind(model, params), s._sequences.state.hidden)
     np.testing.assert_allclose(logits[0], want[-1], atol=1e-5)
     assert jnp.isfinite(logits).all()
 
 
-def test_a_stop_text_leaves_the_row_as_if_it_had_not_been_begun(interleaved, params, monkeypatch):
-    """Also where it begins among tokens that stand in the cache already."""
+def test_a_stop_string_is_removed_from_the_row(interleaved, params, monkeypatch):
+    """Also if it begins in tokens that are already in the cache."""
     monkeypatch.setattr(text, "_CHUNK", 4)
     letters = np.isin(np.arange(params["text_head"].shape[1]), TOKENIZER.encode("abcdefghijklmnop"))
     params = params | {"text_head": params["text_head"] * letters}
 
     def written(stop):
-        s = Session(interleaved, params, TOKENIZER, 1, text=SamplingParams(stop=stop))
+        s = Session(Sampler(interleaved, params, TOKENIZER), 1, text=SamplingParams(stop=stop))
         s.append([["so"]])
         return s, s.generate_text([12])[0]
 
@@ -274,12 +275,12 @@ def test_a_stop_text_leaves_the_row_as_if_it_had_not_been_begun(interleaved, par
     with pytest.raises(InputError, match="row 0 has nothing to continue"):
         s.generate_text([4])
     s.append([["!"]])
-    fresh = Session(interleaved, params, TOKENIZER, 1)
+    fresh = Session(Sampler(interleaved, params, TOKENIZER), 1)
     fresh.append([["so" + got.text + "!"]])
-    np.testing.assert_allclose(s._rows.hidden, fresh._rows.hidden, atol=1e-5)
+    np.testing.assert_allclose(s._sequences.state.hidden, fresh._sequences.state.hidden, atol=1e-5)
 
 
-def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
+def test_invalid_turns_raise_one_sentence_and_change_nothing(interleaved, params):
     s = session(interleaved, params, 2)
     s.append([["a"], ["b"]])
     large = Image(np.zeros((16, 8, 1), np.float32), denoise=False)
@@ -287,22 +288,17 @@ def test_bad_turns_are_one_sentence_and_change_nothing(interleaved, params):
         ([["a"], [""]], "the turn of row 2 is empty"),
         ([["a"]], "1 turns for 2 rows"),
         ([[large], None], "an image in the turn of row 1 is 16×8, but the model was trained up to"),
-        ([["ok"], ["b" * 255]], "in row 1 would come to 257 tokens, but the model's .* 256"),
+        ([["ok"], ["b" * 255]], "in row 1 would have 257 tokens, but the model's .* 256"),
     ):
         with pytest.raises(InputError, match=message):
             s.append(turn)
     assert list(s.lengths) == [2, 2]
-    with pytest.raises(InputError, match="row 1 has not opened an image"):
+    with pytest.raises(InputError, match="row 1 has not begun an image"):
         s.generate_images([1])
-    with pytest.raises(InputError, match="3 rows cannot be cut over 4 devices"):
-        from monoformer_jax.config import MeshConfig
-        from monoformer_jax.parallel import make_mesh
-
-        session(interleaved, params, 3, mesh=make_mesh(MeshConfig()))
 
 
-def test_a_context_that_is_full_to_the_last_token(interleaved, params):
-    """It is refused where nothing could be answered, and ends an answer that has filled it."""
+def test_a_full_context(interleaved, params):
+    """A turn that leaves no space for an answer is refused; an answer ends when the context is full."""
 
     def alone(max_seq_len):
         data = dataclasses.replace(interleaved.data, max_seq_len=max_seq_len)
@@ -310,9 +306,7 @@ def test_a_context_that_is_full_to_the_last_token(interleaved, params):
 
     s = alone(25)
     s.append([["a" * 24]])
-    with pytest.raises(
-        InputError, match=r"^the conversation would come to 26 tokens, but .* is 25 "
-    ):
+    with pytest.raises(InputError, match=r"^the conversation would have 26 tokens, but .* is 25 "):
         s.generate(max_tokens=4)
     s = alone(21)
     s.append([["a"]])

@@ -1,8 +1,8 @@
-"""Compiles attention for TPU chips that are not there, through libtpu.
+"""Compiles attention ahead of time for TPU topologies through libtpu, without a TPU.
 
-Run as a program by `attention_compile_test`, so that libtpu is loaded in no other test's process.
-Arguments: topology, then cases "B,L,K,G,H,dtype,pass". Prints a JSON list of what was found in each
-compiled program: bytes of temporaries, copies of arrays as large as q or k, kernels.
+`attention_compile_test` runs this as a program, so that no other test's process loads libtpu.
+Arguments: topology, then cases "B,L,K,G,H,dtype,pass". Prints a JSON list with, for each compiled
+program, bytes of temporaries, copies of arrays as large as q or k, and number of kernels.
 """
 
 import json
@@ -29,11 +29,11 @@ def layer(head_dim: int):
 
 
 def copies(text: str, sizes: tuple[int, ...]) -> dict[str, list[str]]:
-    """Copies of arrays of these sizes that stand alone: inside a fusion they cost nothing more.
+    """Standalone copies of arrays of these sizes; copies inside a fusion cost nothing extra.
 
     Returns:
-      "relayout": those that change the order of the dimensions; "retile": those that keep it and
-      only regroup its rows.
+      "relayout": copies that change the dimension order; "retile": copies that keep it and only
+      change the tiling.
     """
     layouts = dict(re.findall(r"(%[\w.-]+) = \w+\[[\d,]*\]\{([\d,]+)", text))
     found = {"relayout": [], "retile": []}
@@ -51,7 +51,7 @@ def copies(text: str, sizes: tuple[int, ...]) -> dict[str, list[str]]:
 
 
 def compile_case(topology: str, case: str) -> dict:
-    """Compiles one case; see the module's docstring."""
+    """Compiles one case; see the module docstring."""
     batch, length, kv_heads, groups, head_dim = map(int, case.split(",")[:5])
     dtype, direction = case.split(",")[5:]
     mesh = one_chip(topology)

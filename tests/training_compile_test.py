@@ -1,4 +1,4 @@
-"""The whole train step compiled for a TPU slice that is not there, the fused kernels cut along it."""
+"""Ahead-of-time compilation of the train step for a TPU slice, with sharded fused kernels."""
 
 import os
 import subprocess
@@ -10,25 +10,26 @@ pytest.importorskip("libtpu", reason="libtpu is for Linux only")
 
 
 def compile_step() -> None:
-    """What the test runs in a process of its own: a 4-chip v5e slice, fsdp 2 and tensor 2."""
+    """Run by the test in a subprocess: a 4-chip v5e slice, fsdp 2 and tensor 2."""
     import math
 
     import jax
     from jax.sharding import NamedSharding
 
     from monoformer_jax import batch as contract
-    from monoformer_jax.config import Config, DataConfig, MeshConfig, ModelConfig
+    from monoformer_jax.config import Config, DataConfig, MeshConfig
+    from monoformer_jax.models.monoformer import MonoFormerConfig
     from monoformer_jax.parallel import BATCH, make_mesh
     from monoformer_jax.planning.collectives import collectives
     from monoformer_jax.planning.estimate import bytes_on_device
     from monoformer_jax.planning.hardware import all_chips
     from monoformer_jax.training.state import abstract_train_state, make_train_step
 
-    model = ModelConfig(num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=64,
+    model = MonoFormerConfig(num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=64,
                         mlp_dim=512, channels=4)  # fmt: skip
     config = Config(batch_size=4, model=model, data=DataConfig(image_size=32, max_seq_len=1024))
     mesh = make_mesh(MeshConfig(1, 2, 2), all_chips("v5e:2x2"))
-    fields = contract.spec(config)
+    fields = contract.spec(config.layout, config.batch_size, config.data.max_seq_len)
     rows = NamedSharding(mesh, BATCH)
     batch = {k: jax.ShapeDtypeStruct(f.shape, f.dtype, sharding=rows) for k, f in fields.items()}
     compiled = (
@@ -36,15 +37,15 @@ def compile_step() -> None:
     )
     text = compiled.as_text()
     assert "interval_attention_forward" in text and "interval_attention_backward" in text
-    # Two rows a chip; one layer's dense float32 scores would be 2 · 4 heads · 1024² · 4 bytes.
+    # Two rows per chip; one layer's dense float32 scores would be 2 · 4 heads · 1024² · 4 bytes.
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < 2 * 4 * 1024**2 * 4
-    # Weights, average and moments are updated where they are.
+    # Weights, EMA and moments are donated.
     state = abstract_train_state(config, mesh)
     assert memory.alias_size_in_bytes >= bytes_on_device(state)
     assert memory.argument_size_in_bytes - memory.alias_size_in_bytes < 2**21  # the batch
 
-    # Every block has two reductions over tensor in a pass and gathers no activation.
+    # Every block has two reductions over tensor per pass and gathers no activation.
     stream = [model.embed_dim, config.data.max_seq_len, config.batch_size // 2]
     inside = [
         one

@@ -1,7 +1,7 @@
 """Compiles the Triton kernels to cubins on a machine without a GPU.
 
-Run as a program by `attention_gpu_test`, because compiling and interpreting exclude each other in a
-process. Arguments: compute capability, dtype, head dims. Prints a JSON list of
+`attention_gpu_test` runs this as a program, because one process cannot both compile and interpret.
+Arguments: compute capability, dtype, head dims. Prints a JSON list of
 [kernel, head dim, bytes of cubin, bytes spilled, shared memory].
 """
 
@@ -25,7 +25,7 @@ NAMES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 
 
 def spilled(ptx: str, capability: int) -> int:
-    """Bytes of registers that ptxas writes to memory."""
+    """Bytes of register spill stores and loads that ptxas reports."""
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -58,7 +58,7 @@ def build(name: str, tile: gpu_kernel.Tile, dtype: str, head_dim: int, capabilit
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
-    # Triton puts a program that stops at once where a tile does not fit the tensor memory.
+    # If a tile does not fit the tensor memory, Triton emits a program that traps at once.
     assert not re.search(r"\btrap;", compiled.asm["ptx"]), f"{name}: {tile} does not fit"
     spill = spilled(compiled.asm["ptx"], capability)
     return [name, head_dim, len(compiled.asm["cubin"]), spill, compiled.metadata.shared]

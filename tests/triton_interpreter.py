@@ -1,7 +1,7 @@
-"""Runs the Triton kernels on the CPU, in Triton's interpreter, over cases of the shared table.
+"""Runs cases of `attention_cases` through the Triton kernels in Triton's CPU interpreter.
 
-Run as a program by `attention_gpu_test`: the interpreter is chosen by TRITON_INTERPRET=1 before
-triton is imported, for the whole process. Prints one JSON object: errors of each case.
+`attention_gpu_test` runs this as a program, because TRITON_INTERPRET=1 must be set before triton is
+imported and applies to the process. Prints one JSON object: the errors of each case.
 """
 
 import functools
@@ -15,12 +15,12 @@ from attention_cases import CASES, errors
 from monoformer_jax.attention import gpu_kernel, gpu_triton
 from monoformer_jax.attention.gpu_kernel import Tile, Tiles
 
-# Small and unequal, so that every loop is taken and no two block sizes can be mixed up.
+# Small and unequal, to cover every loop and to detect a mix-up of the block sizes.
 TILES = Tiles(Tile(128, 64, 4, 1), Tile(64, 128, 4, 1), Tile(64, 128, 4, 1))
 
 
 class Tensor:
-    """As much of a torch tensor as the interpreter asks for, around a numpy array."""
+    """The part of torch.Tensor that the interpreter uses, around a numpy array."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, str(array.dtype)
@@ -50,11 +50,11 @@ class Tensor:
         return self.array.strides
 
     def copy_(self, _) -> None:
-        """The interpreter wrote into the array itself."""
+        """Does nothing: the interpreter wrote into the array itself."""
 
 
 def launch(static, name, arrays, outputs, grid, tile, constants):
-    """Stands in for `gpu_kernel._launch`."""
+    """Replaces `gpu_kernel._launch`."""
 
     def run(*inputs):
         results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
@@ -67,6 +67,6 @@ def launch(static, name, arrays, outputs, grid, tile, constants):
 
 if __name__ == "__main__":
     gpu_kernel._launch = launch
-    # The interpreter multiplies no bfloat16; a T4 does not either, and takes the float32 path.
+    # The interpreter has no bfloat16 products; neither has a T4 (7.5), which takes the float32 path.
     run = functools.partial(gpu_kernel.gpu_attention, capability=75, tiles=TILES)
     print(json.dumps({name: errors(CASES[name], run) for name in sys.argv[1:]}))

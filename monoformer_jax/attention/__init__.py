@@ -1,4 +1,4 @@
-"""Attention under the interval mask: `interval_attention` is the one door, whatever runs behind it."""
+"""Attention under the interval mask: `interval_attention` dispatches to XLA, TPU or GPU kernels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 IMPLEMENTATIONS = ("auto", "dense", "tpu", "gpu")
-# Under this many queries (decoding) the score matrix is small and a block would be mostly padding.
+# Below this many queries (decoding) the score matrix is small and a block would be mostly padding.
 SHORTEST_FOR_KERNELS = 128
 
 
@@ -50,31 +50,31 @@ def interval_attention(
 ) -> jax.Array:
     """Grouped-query attention in which query l of row b sees the keys [start, stop) of the mask.
 
-    Under `jax.set_mesh` the kernels run on each device's own rows (`parallel.BATCH_AXES`) and heads
-    (`TENSOR_AXIS`); with more than one device and no mesh set they cannot be cut. Dense attention is
-    ordinary XLA and does not care.
+    Under `jax.set_mesh` the kernels are sharded over the batch (`parallel.BATCH_AXES`) and the heads
+    (`TENSOR_AXIS`); with more than one device and no mesh set they cannot be sharded. Dense
+    attention is plain XLA, which partitions it by itself.
 
     Args:
       q: [B, L, N, H].
       k, v: [B, S, K, H]; N must be a multiple of K.
-      mask: ranges over the S keys; required, so that no caller can forget it. A tuple of masks
-        means their union: the ranges of one query must not overlap.
-      impl: "dense" is plain XLA, "tpu" and "gpu" are the kernels; "auto" picks, see `choose`.
-      debug_checks: check the ranges, also under `jit` (a callback to the host, so it is slow).
+      mask: ranges over the S keys; required, so that no caller can forget it. A tuple of masks is
+        their union: the ranges of one query must not overlap.
+      impl: "dense" is plain XLA, "tpu" and "gpu" are the kernels; "auto" selects, see `choose`.
+      debug_checks: check the ranges, also under `jit` (slow: it is a host callback).
 
     Returns:
       [B, L, N, H] in q's dtype; exactly 0 for a query that sees nothing.
 
     Raises:
-      ValueError: shapes that do not fit together, an unknown `impl`, something that the chosen
-        kernel or the mesh cannot do, or (under `debug_checks`) an unsound mask.
+      ValueError: incompatible shapes, an unknown `impl`, inputs that the chosen kernel or the mesh
+        does not support, or (under `debug_checks`) an invalid mask.
     """
     masks = mask if isinstance(mask, tuple) else (mask,)
     _check_shapes(q, k, v, masks)
     if debug_checks:
         _check_ranges(masks, k.shape[1])
     mesh = jax.sharding.get_abstract_mesh()
-    # The mesh may be of chips that are only compiled for, so it knows better than jax.devices().
+    # In ahead-of-time compilation the mesh's devices are not those of jax.devices().
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
     run = _runner(choose(q, k, impl, device.platform, device.device_kind), device.device_kind)
     if not mesh.empty and run is not dense_attention:
@@ -84,17 +84,17 @@ def interval_attention(
 
 
 def choose(q: jax.Array, k: jax.Array, impl: str, platform: str, chip: str | None = None) -> str:
-    """The implementation that `impl` stands for on a platform: "dense", "tpu" or "gpu".
+    """Resolves `impl` on a platform to "dense", "tpu" or "gpu".
 
-    "auto" is the platform's kernel wherever it takes this head dim, dtype and group size and there
-    are at least `SHORTEST_FOR_KERNELS` queries. Otherwise, on a CPU, and on a TPU whose `chip` (its
-    `device_kind`) has no block sizes, it is "dense": the same thing with an L × S matrix.
+    "auto" is the platform's kernel if it supports this head dim, dtype and group size and there are
+    at least `SHORTEST_FOR_KERNELS` queries. Otherwise, on a CPU, and on a TPU whose `chip` (its
+    `device_kind`) has no block sizes, it is "dense", which materializes the L × S scores.
 
     Raises:
-      ValueError: unknown `impl`, or a kernel asked for by name that cannot run here.
+      ValueError: unknown `impl`, or an explicitly requested kernel that cannot run here.
     """
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"attention impl {impl!r} is none of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"attention impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     platform = {"cuda": "gpu"}.get(platform, platform)
     kernels = {"tpu": tpu_kernel, "gpu": gpu_kernel}
     if impl == "auto":
@@ -110,15 +110,15 @@ def choose(q: jax.Array, k: jax.Array, impl: str, platform: str, chip: str | Non
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """Attention over the union of disjoint ranges from (output, log-sum-exp) over each: exact.
+    """Merges attention over disjoint key ranges by log-sum-exp; the result is exact.
 
     Args:
-      parts: output [B, L, N, H] and log-sum-exp float32 [B, L, N], `EMPTY_LSE` where nothing is
-        seen.
+      parts: output [B, L, N, H] and log-sum-exp float32 [B, L, N] over each range; `EMPTY_LSE`
+        where a query sees nothing.
     """
     outs, lses = (jnp.stack(x) for x in zip(*parts))
     top = jax.lax.stop_gradient(lses.max(0))
-    # A part that sees nothing weighs exp(-huge) = 0; where all do, every output is 0 anyway.
+    # An empty range has weight exp(EMPTY_LSE - top) = 0; if all are empty, every output is 0 anyway.
     weights = jnp.exp(lses - top)
     weights = weights / weights.sum(0)
     return (weights[..., None] * outs.astype(jnp.float32)).sum(0).astype(outs.dtype)
@@ -128,14 +128,16 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, masks: tuple[Interva
     batch, length, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     if k.shape != v.shape or k.shape != (batch, keys, kv_heads, head_dim):
-        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit together")
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} have incompatible shapes")
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
     if not masks:
         raise ValueError("mask is an empty tuple: a union needs at least one mask")
     for one in masks:
         if one.start.shape != (batch, length) or one.stop.shape != (batch, length):
-            raise ValueError(f"mask is {one.start.shape}, {one.stop.shape} for q {q.shape}")
+            raise ValueError(
+                f"mask start {one.start.shape} and stop {one.stop.shape} do not match q {q.shape}"
+            )
 
 
 def _check_ranges(masks: tuple[IntervalMask, ...], keys: int) -> None:
@@ -146,7 +148,7 @@ def _check_ranges(masks: tuple[IntervalMask, ...], keys: int) -> None:
 
 
 def _runner(impl: str, device_kind: str):
-    """(q, k, v, mask) -> (output, log-sum-exp) on a device of this kind."""
+    """Returns (q, k, v, mask) -> (output, log-sum-exp) for a device of this kind."""
     if impl == "tpu":
         return functools.partial(tpu_kernel.tpu_attention, chip=device_kind)
     if impl == "gpu":
@@ -156,7 +158,7 @@ def _runner(impl: str, device_kind: str):
 
 
 def _on_mesh(run, mesh: AbstractMesh, q: jax.Array, k: jax.Array):
-    """The kernel on each device's rows and heads: XLA cannot cut a custom call by itself."""
+    """Shards the kernel over batch and heads: XLA cannot partition a custom call by itself."""
     batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
     rows = 1
     for axis in batch_axes:

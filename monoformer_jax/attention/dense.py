@@ -1,4 +1,4 @@
-"""Interval attention in plain XLA: the oracle of every kernel, and what runs on a CPU."""
+"""Interval attention in plain XLA: the reference for every kernel, and the CPU implementation."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention.mask import IntervalMask, dense_mask
 
-# Finite, so that a row which sees nothing gives 0 and no NaN in either pass.
+# Finite, so that a query that sees nothing yields 0 and no NaN in either pass.
 EMPTY_LSE = -1e30
 
 
 def dense_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: IntervalMask
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention over one key range a query; scores and statistics are float32.
+    """Softmax attention over one key range per query; scores and statistics are float32.
 
     Args:
-      q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K; query head n reads key/value head
+      q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K; query head n uses key/value head
         n // (N // K), and k and v are never repeated.
       mask: ranges over the S keys.
 
     Returns:
       Output [B, L, N, H] in q's dtype and the log-sum-exp of the scaled scores, float32 [B, L, N].
-      A query that sees nothing has output 0, log-sum-exp `EMPTY_LSE` and passes no gradient.
+      A query that sees nothing has output 0, log-sum-exp `EMPTY_LSE` and no gradient.
     """
     kv_heads, scale = k.shape[2], q.shape[-1] ** -0.5
     allowed = dense_mask(mask, k.shape[1])[:, None, None]  # [B, 1, 1, L, S]
-    # As plain products of matrices, [G·L, H] by [H, S]: other orders make a CPU transpose the scores.
+    # Plain matrix products, [G·L, H] by [H, S]: with other layouts a CPU transposes the scores.
     length = q.shape[1]
     q = rearrange(q, "B L (K G) H -> B K (G L) H", K=kv_heads)
     k, v = rearrange(k, "B S K H -> B K H S"), rearrange(v, "B S K H -> B K S H")
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) * scale
     scores = rearrange(scores, "B K (G L) S -> B K G L S", L=length)
     scores = jnp.where(allowed, scores, EMPTY_LSE)
-    # A maximum above EMPTY_LSE makes every masked weight exp(-huge) = 0, in empty rows too.
+    # A maximum above EMPTY_LSE makes every masked weight exp(-huge) = 0, also in empty rows.
     top = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), EMPTY_LSE / 10)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)

@@ -1,8 +1,8 @@
 """Interval attention on NVIDIA GPUs: the differentiable operation around the Triton kernels.
 
-The kernels are called through `jax_triton`, imported when the first call is traced: it needs the
-CUDA plugin of JAX. Both passes visit the blocks that the mask's bounds name and no others. The
-backward is two kernels, one for dq and one for dk and dv, so nothing is added atomically.
+The kernels are called through `jax_triton`, which needs JAX's CUDA plugin and is therefore imported
+when the first call is traced. Both passes visit only the blocks inside the mask's block bounds. The
+backward pass has two kernels, one for dq and one for dk and dv, so it needs no atomic adds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOWEST_CAPABILITY = 75
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Tokens in a block of queries and of keys, warps of a program, stages of its load pipeline."""
+    """Query and key block sizes in tokens, `num_warps` and `num_stages` of a Triton program."""
 
     queries: int
     keys: int
@@ -41,8 +41,8 @@ class Tiles:
     dkv: Tile
 
 
-# By generation (the highest entry at or under the compute capability) and head dim. Chosen so that
-# the compiler spills no register for the head dims 64 and 128; nothing here was timed on a device.
+# By compute capability (the largest entry not above the device's) and head dim. Chosen so that the
+# compiler spills no registers for the head dims 64 and 128; not timed on a device.
 TILES = {
     80: {
         64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
@@ -60,8 +60,8 @@ TILES = {
         256: Tiles(Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 8, 1)),
     },
 }
-# float32 products, which run on the ordinary units. Triton drives no tensor core of a generation
-# before 80, so there this is the path of every dtype.
+# For float32 products, which run on the CUDA cores. Triton uses no tensor cores below compute
+# capability 8.0, so there every dtype uses this table.
 FLOAT32_TILES = {
     64: Tiles(Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 32, 8, 1)),
     128: Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
@@ -70,12 +70,12 @@ FLOAT32_TILES = {
 
 
 def product_dtype(dtype: jnp.dtype, capability: int) -> str:
-    """Dtype of the operands of the matrix products: the input's own if tensor cores exist."""
+    """Dtype of the matrix product operands: the input's, or float32 if Triton uses no tensor cores."""
     return "float32" if capability < 80 else jnp.dtype(dtype).name
 
 
 def choose_tiles(dtype: jnp.dtype, head_dim: int, capability: int) -> Tiles:
-    """The table's tiles for a device of compute capability 10 · major + minor.
+    """Default tiles for a device of compute capability 10 · major + minor.
 
     Raises:
       ValueError: the device is too old, or has too little shared memory for this head dim.
@@ -96,16 +96,16 @@ def choose_tiles(dtype: jnp.dtype, head_dim: int, capability: int) -> Tiles:
 
 
 def _needed(module: str):
-    """Imports what only GPUs need.
+    """Imports a module of the extra [cuda].
 
     Raises:
-      ValueError: it is not there; the text says what to install.
+      ValueError: the module is missing; the message names the extra to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"attention impl 'gpu' needs {module}, of the extra [cuda]: {error}"
+            f"attention impl 'gpu' needs {module}; install the extra [cuda]: {error}"
         ) from error
 
 
@@ -120,7 +120,7 @@ def _launch(
         grid=grid,
         num_warps=tile.warps,
         num_stages=tile.stages,
-        # Else jax_triton asks the driver, and nothing could be lowered where there is none.
+        # Otherwise jax_triton asks the driver, so lowering would fail on a machine without one.
         compute_capability=static.capability,
         name=f"interval_attention_{name}",
         **constants,
@@ -133,7 +133,7 @@ class _Static:
     tiles: Tiles
 
     def constants(self, q: jax.Array, k: jax.Array, tile: Tile) -> dict:
-        """What a kernel is compiled for; see `gpu_triton` for the names."""
+        """Compile-time constants of a kernel; see `gpu_triton` for their names."""
         tl = _needed("triton.language")
         (batch, length, heads, head_dim), (_, keys, kv_heads, _) = q.shape, k.shape
         dot = getattr(tl, product_dtype(q.dtype, self.capability))
@@ -144,7 +144,7 @@ class _Static:
 
 
 def _bounds(mask: IntervalMask, tile: Tile):
-    """Of the query blocks; the tail of the last one sees nothing."""
+    """Key block bounds of the query blocks; the padding queries of the last block see nothing."""
     extra = -mask.start.shape[1] % tile.queries
     ends = (jnp.pad(x, ((0, 0), (0, extra))) for x in (mask.start, mask.stop))
     return key_block_bounds(IntervalMask(*ends), tile.queries, tile.keys)
@@ -192,9 +192,9 @@ _attention = differentiable(_run_forward, _run_backward)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernel cannot take q [B, L, N, H] and k [B, S, K, H], or None."""
+    """Why the kernel does not support q [B, L, N, H] and k [B, S, K, H], or None."""
     if q.shape[3] not in HEAD_DIMS:
-        return f"head dim {q.shape[3]} is none of {', '.join(map(str, HEAD_DIMS))}"
+        return f"head dim {q.shape[3]} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in DTYPES or q.dtype != k.dtype:
         return f"dtypes {q.dtype} and {k.dtype} are not both bfloat16, float16 or float32"
     return None
@@ -209,19 +209,19 @@ def gpu_attention(
     capability: int,
     tiles: Tiles | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over one key range a query; differentiable in both results.
+    """Attention over one key range per query; differentiable in both results.
 
     Args:
       q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K. bfloat16, float16 or float32.
       mask: ranges over the S keys.
       capability: compute capability of the device, 10 · major + minor.
-      tiles: blocks to take instead of the table's.
+      tiles: replace the default tiles.
 
     Returns:
-      Output [B, L, N, H] in q's dtype and log-sum-exp float32 [B, L, N], as `dense_attention`.
+      Output [B, L, N, H] in q's dtype and log-sum-exp float32 [B, L, N], as in `dense_attention`.
 
     Raises:
-      ValueError: head dim, dtype or device outside what the kernels do.
+      ValueError: head dim, dtype or device that the kernels do not support.
     """
     if reason := unsupported(q, k):
         raise ValueError(f"attention impl 'gpu': {reason}")

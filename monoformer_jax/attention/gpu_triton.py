@@ -1,9 +1,9 @@
 """The Triton kernels of interval attention: forward, dq, and dk with dv.
 
-Importing this needs triton and nothing else, so the kernels compile and run interpreted on a
-machine without a GPU. Arrays are q, out [B, L, N, H], k, v [B, S, K, H], start and stop [B, L],
-bounds [4, B, blocks], and lse, delta float32 [B, N, L], lse in base 2. Everything in capitals is
-a constant of the compilation; QB and KB are the tokens in a block of queries and of keys.
+This module imports only triton, so the kernels can be compiled and run interpreted on a machine
+without a GPU. Arrays are q, out [B, L, N, H], k, v [B, S, K, H], start and stop [B, L], bounds
+[4, B, blocks], and lse, delta float32 [B, N, L], lse in base 2. Upper-case arguments are
+compile-time constants; QB and KB are the query and key block sizes in tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# As in the TPU kernels: MASKED < LOWEST keeps exp2 of a masked score at 0 before any key was seen,
-# and NOTHING, the log-sum-exp of a query that sees nothing, does so in the backward.
+# As in the TPU kernels: MASKED < LOWEST makes exp2 of a masked score 0 before any key was seen, and
+# NOTHING, the log-sum-exp of a query that sees nothing, does the same in the backward pass.
 MASKED = tl.constexpr(-1e30)
 LOWEST = tl.constexpr(-1e29)
 NOTHING = tl.constexpr(1e30)
@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _bounds(bounds, row, block, B: tl.constexpr, BLOCKS: tl.constexpr):
-    """lo, full_lo, full_hi, hi of one block of one row."""
+    """Loads lo, full_lo, full_hi, hi of one block of one row."""
     at = bounds + row * BLOCKS + block
     step: tl.constexpr = B * BLOCKS
     return tl.load(at), tl.load(at + step), tl.load(at + 2 * step), tl.load(at + 3 * step)
@@ -30,7 +30,7 @@ def _bounds(bounds, row, block, B: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def _tile(base, token, TOKENS: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr,
           DOT: tl.constexpr, GUARD: tl.constexpr):  # fmt: skip
-    """Rows `token` of one head as [tokens, H] in the dtype of the products; 0 past the end."""
+    """Loads the rows `token` of one head as [tokens, H] in dtype DOT; with GUARD, 0 past the end."""
     at = base + token[:, None] * STRIDE + tl.arange(0, H)[None, :]
     if GUARD:
         return tl.load(at, mask=token[:, None] < TOKENS, other=0.0).to(DOT)
@@ -39,7 +39,7 @@ def _tile(base, token, TOKENS: tl.constexpr, STRIDE: tl.constexpr, H: tl.constex
 
 @triton.jit
 def _seen(start, stop, key):
-    """Which of the keys [KB] each query [QB] sees: [QB, KB]."""
+    """Whether each query [QB] sees each key [KB]: bool [QB, KB]."""
     return (key[None, :] >= start[:, None]) & (key[None, :] < stop[:, None])
 
 
@@ -49,7 +49,7 @@ def _forward_blocks(
     S: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr, KB: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds the key blocks [lo, hi) to the running softmax; only edge blocks apply the mask."""
+    """Adds the key blocks [lo, hi) to the running softmax; the mask is applied only if EDGE."""
     scale: tl.constexpr = LOG2E / H**0.5
     for block in range(lo, hi):
         key = block * KB + tl.arange(0, KB)
@@ -76,7 +76,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of one block of queries of one head; grid (blocks, B · N)."""
     block, row, head = tl.program_id(0), tl.program_id(1) // N, tl.program_id(1) % N
-    wide = row.to(tl.int64)  # a whole array can be longer than 2^31
+    wide = row.to(tl.int64)  # offsets in an array can exceed 2^31
     token = block * QB + tl.arange(0, QB)
     inside = token < L
     first = tl.load(start + row * L + token, mask=inside, other=0)
@@ -114,7 +114,7 @@ def _dq_blocks(
     S: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr, KB: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the key blocks [lo, hi) give to dq, without the scale of the scores."""
+    """Adds the contribution of the key blocks [lo, hi) to dq, without the softmax scale."""
     scale: tl.constexpr = LOG2E / H**0.5
     for block in range(lo, hi):
         key = block * KB + tl.arange(0, KB)
@@ -168,7 +168,7 @@ def _dkv_blocks(
     L: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr, QB: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the query blocks [lo, hi) of one head give to dk (unscaled) and dv; [keys, H]."""
+    """Adds the query blocks [lo, hi) of one head to dk (without the scale) and dv; [keys, H]."""
     scale: tl.constexpr = LOG2E / H**0.5
     for block in range(lo, hi):
         token = block * QB + tl.arange(0, QB)
@@ -200,8 +200,8 @@ def dkv_kernel(
 ):  # fmt: skip
     """dk and dv of one block of keys of one key/value head; grid (blocks, B · K).
 
-    All query heads of the group are visited here, so nothing is added atomically and two runs give
-    the same bits.
+    One program visits all query heads of the group, so there are no atomic adds and the result is
+    deterministic.
     """
     block, row, kv_head = tl.program_id(0), tl.program_id(1) // K, tl.program_id(1) % K
     wide = row.to(tl.int64)

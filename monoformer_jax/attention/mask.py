@@ -36,7 +36,7 @@ from monoformer_jax.batch import PAD, PATCH
 
 @flax.struct.dataclass
 class IntervalMask:
-    """Query l of row b sees the keys [start[b, l], stop[b, l]); equal ends see nothing."""
+    """Query l of row b sees the keys [start[b, l], stop[b, l]); an empty range sees nothing."""
 
     start: jax.Array  # int32 [B, L]
     stop: jax.Array  # int32 [B, L]
@@ -45,10 +45,10 @@ class IntervalMask:
 def interval_mask(
     token_types: jax.Array, segment_ids: jax.Array, image_ids: jax.Array
 ) -> IntervalMask:
-    """The mask of packed rows; PAD may stand on either side of the documents.
+    """Builds the mask of packed rows; PAD may precede or follow the documents.
 
     Args:
-      kinds, segment_ids, image_ids: int32 [B, L], see `batch`.
+      token_types, segment_ids, image_ids: int32 [B, L], see `batch`.
     """
     length = token_types.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
@@ -64,16 +64,16 @@ def interval_mask(
 
 
 def dense_mask(mask: IntervalMask, keys: int) -> jax.Array:
-    """The same mask as bool [B, L, keys]."""
+    """Expands the mask to bool [B, L, keys]."""
     key = jnp.arange(keys, dtype=jnp.int32)
     return (mask.start[..., None] <= key) & (key < mask.stop[..., None])
 
 
 class BlockBounds(NamedTuple):
-    """The blocks that one block of the other side has to visit: [lo, hi), all int32.
+    """The blocks of the other side (keys or queries) that each block visits: [lo, hi), all int32.
 
-    Those in [full_lo, full_hi) are seen whole, so a kernel visits [lo, full_lo) and [full_hi, hi)
-    with the mask applied and what lies between without it. lo <= full_lo <= full_hi <= hi.
+    Blocks in [full_lo, full_hi) are fully visible, so a kernel applies the mask only in
+    [lo, full_lo) and [full_hi, hi). lo <= full_lo <= full_hi <= hi.
     """
 
     lo: jax.Array
@@ -83,13 +83,13 @@ class BlockBounds(NamedTuple):
 
 
 def key_block_bounds(mask: IntervalMask, block_q: int, block_k: int) -> BlockBounds:
-    """For each block of queries the blocks of keys it sees: int32 [B, L // block_q] each.
+    """For each query block the key blocks that it sees: int32 [B, L // block_q] per bound.
 
-    Right for any start <= stop; monotone rows are what gives short runs.
+    Correct for any start <= stop; the bounds are tight if the rows are monotone.
 
     Args:
       mask: [B, L] with L a multiple of `block_q`.
-      block_q, block_k: tokens in a block of queries and of keys.
+      block_q, block_k: query and key block sizes in tokens.
     """
     batch, length = mask.start.shape
     blocks = (batch, length // block_q, block_q)
@@ -104,16 +104,16 @@ def key_block_bounds(mask: IntervalMask, block_q: int, block_k: int) -> BlockBou
 
 
 def query_block_bounds(bounds: BlockBounds, key_blocks: int) -> BlockBounds:
-    """The same table read the other way: for each block of keys the blocks of queries that see it.
+    """Transposes the bounds: for each key block the query blocks that see it.
 
     Args:
-      bounds: of the query blocks, [B, Q].
+      bounds: bounds of the query blocks, [B, Q].
       key_blocks: number of key blocks J.
 
     Returns:
-      int32 [B, J] each. A run may hold query blocks that see nothing of this key block (rows that
-      are not monotone, PAD in the middle); the mask takes care of those. If the blocks seen whole
-      are not one run, only the first such run counts as full.
+      int32 [B, J] per bound. A range may include query blocks that see nothing of this key block
+      (rows that are not monotone, PAD in the middle); the mask handles those. If the fully visible
+      blocks are not contiguous, only the first contiguous run counts as full.
     """
     number = bounds.lo.shape[1]
     key = jnp.arange(key_blocks, dtype=jnp.int32)[None, :, None]
@@ -129,16 +129,16 @@ def query_block_bounds(bounds: BlockBounds, key_blocks: int) -> BlockBounds:
 
 
 def mask_area(mask: IntervalMask) -> jax.Array:
-    """Number of (query, key) pairs that the mask lets through: int32 [B]."""
+    """Number of visible (query, key) pairs: int32 [B]."""
     return (mask.stop - mask.start).sum(-1)
 
 
 def check_mask(masks: IntervalMask | tuple[IntervalMask, ...], keys: int) -> None:
-    """Raises ValueError, naming row and query, unless every range is sound. For the host.
+    """Raises ValueError, naming row and query, if a range is invalid. Runs on the host.
 
     Args:
       masks: one mask, or the disjoint masks of a union.
-      keys: number of keys S that the ranges may point at.
+      keys: number of keys S that the ranges index.
     """
     masks = masks if isinstance(masks, tuple) else (masks,)
     ends = [(np.asarray(m.start), np.asarray(m.stop)) for m in masks]
@@ -150,8 +150,8 @@ def check_mask(masks: IntervalMask | tuple[IntervalMask, ...], keys: int) -> Non
             raise ValueError(f"mask row {row}, query {query} sees {ranges}: {text}")
 
     for start, stop in ends:
-        stop_at(start > stop, "start lies behind stop")
-        stop_at((start < 0) | (stop > keys), f"a range reaches outside the {keys} keys")
+        stop_at(start > stop, "start is greater than stop")
+        stop_at((start < 0) | (stop > keys), f"a range extends outside the {keys} keys")
     for i, (start, stop) in enumerate(ends):
         for other_start, other_stop in ends[:i]:
             shared = np.minimum(stop, other_stop) - np.maximum(start, other_start)

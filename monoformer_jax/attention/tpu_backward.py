@@ -1,10 +1,10 @@
 """The backward pass of interval attention in Pallas for TPU: dq, dk and dv in one kernel.
 
-A grid step holds one block of keys and visits the blocks of queries that see it. Everything is
-transposed (queries in lanes), so the log-sum-exp is a row and needs no shuffles, and the five
-products are those of the forward pass plus four. dq lives in VMEM, in float32, until the last block
-of keys has been visited. Rows too long for that are cut into chunks of queries, one call each;
-dk and dv of the chunks are summed in float32.
+A grid step holds one key block and visits the query blocks that see it. Everything is transposed
+(queries in lanes), so the log-sum-exp is a row vector and needs no shuffles. There are five matrix
+products: the recomputed scores, dv, dp, dk and dq. dq is accumulated in VMEM, in float32, until the
+last key block has been visited. Rows too long for that are split into chunks of queries, one call
+per chunk; dk and dv of the chunks are summed in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from monoformer_jax.attention.mask import (
 from monoformer_jax.attention.tpu_forward import Blocks, Heads, matmul_precision, walk_blocks
 from monoformer_jax.attention.vjp import LOG2E
 
-FULL_PER_TURN = 2  # query blocks in one turn of the loop without the mask
+FULL_PER_TURN = 2  # query blocks per iteration of the unmasked loop
 
 
 def _backward_kernel(
@@ -35,7 +35,7 @@ def _backward_kernel(
     dq_ref, dk_ref, dv_ref, dq_acc, dk_acc, dv_acc,
     *, heads: Heads, blocks: Blocks, scale: float,
 ):  # fmt: skip
-    """One block of keys against one chunk of queries.
+    """One key block against one chunk of queries.
 
     Shapes: q, dout, dq [chunk, count · H]; k, v, dk, dv [bk, width]; start, stop [Q, 1, T];
     lse, delta [Q, 1, R]; scratch: dq [Q, H, R], dk and dv [bk, width]; R = count · T,
@@ -66,12 +66,12 @@ def _backward_kernel(
         q, dout = heads.stack(q_ref[at, :]), heads.stack(dout_ref[at, :])
         s = dot(k, q, (((1,), (1,)), ((), ()))) * (scale * LOG2E)  # [bk, R]
         p = jnp.exp2(s - lse_ref[i])
-        if masked:  # after exp2, which takes fewer bundles than before it; an inf goes with it
+        if masked:  # after exp2: fewer bundles than before it, and inf is removed
             start, stop = (jnp.tile(x[i], (1, heads.count)) for x in (start_ref, stop_ref))
             p = jnp.where((key >= start) & (key < stop), p, 0.0)
         dv_acc[...] += dot(p.astype(dout.dtype), dout, (((1,), (0,)), ((), ())))
         dp = dot(v, dout, (((1,), (1,)), ((), ())))
-        ds = (p * (dp - delta_ref[i])).astype(q.dtype)  # scale is left to the end
+        ds = (p * (dp - delta_ref[i])).astype(q.dtype)  # the scale is applied at the end
         dk_acc[...] += dot(ds, q, (((1,), (0,)), ((), ())))
         dq = dot(k, ds, (((0,), (0,)), ((), ())))  # [width, R]
         if heads.pair == 2:
@@ -111,7 +111,7 @@ def _backward_chunk(
     interpret: bool | pltpu.InterpretParams,
     whole: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """dq [B, chunk, N·H] of one chunk of queries, and what it adds to dk and dv [B, S, K·H]."""
+    """dq [B, chunk, N·H] of one chunk of queries, and its part of dk and dv [B, S, K·H]."""
     q, _, k, *_ = operands
     batch, keys, _ = k.shape
     head_blocks, key_blocks = k.shape[2] // heads.width, keys // blocks.keys
@@ -126,8 +126,8 @@ def _backward_chunk(
     stat = pl.BlockSpec(
         (None, None, count, 1, rows), lambda b, h, j, chunk, *_: (b, h, chunk[0], 0, 0)
     )
-    # Parts of dk and dv are summed in float32. dq of a chunk is final, but putting bfloat16 chunks
-    # together in a loop crashes libtpu 0.0.51 for Ironwood, which confuses two tilings there.
+    # Parts of dk and dv are summed in float32. dq of a chunk is final, but assembling bfloat16 chunks
+    # in a loop crashes libtpu 0.0.51 for Ironwood, which confuses two tilings in this case.
     dtype = q.dtype if whole else jnp.float32
     dkey = jax.ShapeDtypeStruct(k.shape, dtype)
     pairs = batch * area * q.shape[2]
@@ -160,7 +160,7 @@ def _backward_chunk(
 
 
 def _delta_kernel(out_ref, dout_ref, dlse_ref, delta_ref, *, heads: Heads):
-    """out, dout [T, count · H]; dlse, delta [1, R]."""
+    """Shapes: out, dout [T, count · H]; dlse, delta [1, R]."""
     product = out_ref[...].astype(jnp.float32) * dout_ref[...].astype(jnp.float32)
     delta_ref[...] = heads.stack(product).T.sum(0, keepdims=True) - dlse_ref[...]
 
@@ -173,16 +173,16 @@ def delta(
     heads: Heads,
     interpret: bool | pltpu.InterpretParams,
 ) -> jax.Array:
-    """Σ_H out · dout - dlse, what every score's gradient is measured from.
+    """Σ_H out · dout - dlse, the row term that the softmax gradient subtracts from dp.
 
-    A kernel of its own, because XLA would first copy the product into another layout.
+    A separate kernel, because XLA would first copy the product into another layout.
 
     Args:
       out, dout: [B, L, N·H].
       dlse: gradient of the natural log-sum-exp, float32 [B, head blocks, L // T, 1, R].
 
     Returns:
-      Laid out like `dlse`.
+      Array with the shape of `dlse`.
     """
     batch, head_blocks, query_blocks, _, rows = dlse.shape
     size = rows // heads.count
@@ -219,10 +219,10 @@ def backward(
       q, dout: [B, L, N·H]. k, v: [B, S, K·H]. L and S are multiples of `blocks.chunk` and
         `blocks.keys`.
       mask: [B, L].
-      lse: what `forward` kept, in rows of `blocks.queries` tokens: [B, head blocks, L // T, 1, R].
-      delta: see `delta`; laid out like `lse`.
+      lse: from `forward`, in rows of `blocks.queries` tokens: [B, head blocks, L // T, 1, R].
+      delta: see `delta`; same shape as `lse`.
       heads, blocks: layout of a grid step.
-      **options: area, vmem_limit and interpret as for `forward`.
+      **options: area, vmem_limit and interpret, see `forward`.
 
     Returns:
       dq, dk, dv with the shapes and dtypes of q, k and v.

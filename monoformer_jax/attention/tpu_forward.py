@@ -1,9 +1,9 @@
 """The forward pass of interval attention in Pallas for TPU.
 
-A grid step holds one block of queries of all heads that share a key/value block, and one chunk of
-keys and values (all S of them where they fit into VMEM). Its heads are stacked as rows, so keys are
-loaded once for a whole group. Scores keep keys in lanes; the running maximum and sum are
-replicated over the 128 lanes, which costs memory but no shuffles.
+A grid step holds one query block of all heads that share a key/value block, and one chunk of keys
+and values (all S of them if they fit into VMEM). The heads are stacked as rows, so keys are loaded
+once per group. The lanes of the scores are keys; the running maximum and sum are replicated over
+the 128 lanes, which costs memory but needs no shuffles.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from monoformer_jax.attention.vjp import LOG2E, NOTHING
 
 LANES = 128
 MASKED = -1e30
-# Above MASKED, so that exp2(MASKED - maximum) is 0 for a query that has seen nothing yet.
+# Above MASKED, so that exp2(MASKED - maximum) is 0 for a query that has seen no key yet.
 LOWEST = -1e29
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """How heads lie in a block of lanes.
+    """Layout of the heads in a lane block.
 
     Args:
       dim: head dim H.
-      groups: query heads for each key/value head, G.
-      pair: key/value heads in one lane block: 2 where H is 64 (a block has at least 128 lanes),
-        else 1.
+      groups: query heads per key/value head, G.
+      pair: key/value heads per lane block: 2 if H is 64 (a block has at least 128 lanes) and there
+        is more than one, else 1.
     """
 
     dim: int
@@ -44,20 +44,20 @@ class Heads:
 
     @property
     def width(self) -> int:
-        """Lanes of a block of keys or values."""
+        """Lanes of a key or value block."""
         return self.pair * self.dim
 
     @property
     def count(self) -> int:
-        """Query heads in a block; they are the rows of one matrix product."""
+        """Query heads per block, stacked as rows of one matrix product."""
         return self.pair * self.groups
 
     def stack(self, block: jax.Array) -> jax.Array:
-        """[T, count · H] -> [count · T, width]: heads become rows.
+        """[T, count · H] -> [count · T, width]: stacks the heads as rows.
 
-        In a pair each head keeps zeros in the lanes of the other key/value head: a product with the
-        whole pair then meets its own key/value head only, at the price of the lanes that a 64-wide
-        operand would leave idle anyway.
+        In a pair each query head has zeros in the lanes of the other key/value head, so a product
+        with the pair uses only its own one. This costs only lanes that a 64-wide operand would
+        leave idle anyway.
         """
         heads = []
         for n in range(self.count):
@@ -70,7 +70,7 @@ class Heads:
         return jnp.concatenate(heads, axis=0)
 
     def unstack(self, rows: jax.Array) -> jax.Array:
-        """[count · T, width] -> [T, count · H], reading each head in its own lanes."""
+        """[count · T, width] -> [T, count · H], reading each head from its own lanes."""
         size = rows.shape[0] // self.count
         heads = []
         for n in range(self.count):
@@ -81,11 +81,11 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Tokens in a block of queries, in a block of keys, and in what stays in VMEM at once.
+    """Query block size, key block size, and tokens that stay in VMEM at once.
 
     `chunk` counts keys in the forward pass and queries in the backward pass; it is a multiple of
-    the block of that side. `wide`, a multiple of `keys`, is how many keys the forward pass takes at
-    once where it needs no mask: small blocks skip more, wide ones keep the matrix units busier.
+    that side's block size. `wide`, a multiple of `keys`, is how many keys an unmasked visit of the
+    forward pass takes: small blocks skip more, wide ones use the matrix units better.
     """
 
     queries: int
@@ -95,7 +95,7 @@ class Blocks:
 
     @property
     def per_turn(self) -> int:
-        """Blocks of keys in one turn of the forward pass's loop without the mask."""
+        """Key blocks per iteration of the forward pass's unmasked loop."""
         return 2 * self.wide // self.keys
 
 
@@ -110,14 +110,14 @@ def walk_blocks(
     edge: Callable[[jax.Array], None],
     full: Callable[[jax.Array], None],
 ) -> None:
-    """Calls `full` with the first of every `per_turn` blocks that are seen whole, `edge` with the rest.
+    """Calls `full` with the first of every `per_turn` fully visible blocks, `edge` with the rest.
 
-    Two visits or more in a body let the compiler overlap the softmax of one with the products of
-    another, which a loop of single visits does not allow. So the blocks before and after the whole
-    ones are one list, visited in pairs.
+    Two or more visits per loop body let the compiler overlap the softmax of one with the products
+    of another, which a loop of single visits does not allow. So the blocks before and after the
+    full ones form one list, visited in pairs.
 
     Args:
-      bounds: lo <= full_lo <= full_hi <= hi; the blocks are lo … hi, whole are full_lo … full_hi.
+      bounds: lo <= full_lo <= full_hi <= hi; blocks are [lo, hi), the full ones [full_lo, full_hi).
     """
     lo, full_lo, full_hi, hi = bounds
     turns = lax.div(full_hi - full_lo, per_turn)
@@ -139,7 +139,7 @@ def walk_blocks(
 
 
 def matmul_precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """float32 operands are worth their full precision; the default would round them to bfloat16."""
+    """Full precision for float32 operands; the default would round them to bfloat16."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -148,7 +148,7 @@ def _forward_kernel(
     out_ref, lse_ref, max_ref, sum_ref, acc_ref, start_col, stop_col,
     *, heads: Heads, blocks: Blocks, scale: float,
 ):  # fmt: skip
-    """One block of queries against one chunk of keys.
+    """One query block against one chunk of keys.
 
     Shapes: q, out [T, count · H]; k, v [chunk, width]; start, stop [1, T]; lse [1, R] in base 2;
     scratch: max, sum [R, 128], acc [R, width], columns [T, 128]; R = count · T.
@@ -167,7 +167,7 @@ def _forward_kernel(
             col[...] = jnp.broadcast_to(row[...], (LANES, blocks.queries)).T
 
     def visit(block, width, masked):
-        """Adds `width` keys from a block on, counted from the row's first, to the softmax."""
+        """Adds `width` keys to the softmax, from `block` on, counted from the row's first block."""
         at = pl.ds(pl.multiple_of(block * bk - chunk * blocks.chunk, bk), width)
         k, v = k_ref[at, :], v_ref[at, :]
         s = lax.dot_general(
@@ -227,20 +227,20 @@ def forward(
     vmem_limit: int,
     interpret: bool | pltpu.InterpretParams,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over one range of keys a query.
+    """Attention over one key range per query.
 
     Args:
       q: [B, L, N·H]. k, v: [B, S, K·H]. L and S are multiples of `blocks.queries` and
         `blocks.chunk`.
       mask: [B, L].
       heads, blocks: layout of a grid step.
-      area: visible (query, key) pairs of a row, for XLA's scheduler only.
-      vmem_limit: bytes of VMEM that the kernel may take.
+      area: visible (query, key) pairs per row, for XLA's scheduler only.
+      vmem_limit: bytes of VMEM that the kernel may use.
       interpret: run in the Pallas interpreter.
 
     Returns:
-      Output [B, L, N·H] in q's dtype and the log-sum-exp in base 2 as the kernels keep it: float32
-      [B, blocks of heads, L // T, 1, R] with R = count · T rows, NOTHING if a query sees nothing.
+      Output [B, L, N·H] in q's dtype and the log-sum-exp in base 2, in the kernels' layout: float32
+      [B, head blocks, L // T, 1, R] with R = count · T rows, NOTHING if a query sees nothing.
     """
     batch, length, _ = q.shape
     keys = k.shape[1]
@@ -251,7 +251,7 @@ def forward(
     bounds = [x.reshape(-1) for x in key_block_bounds(mask, blocks.queries, blocks.keys)]
 
     def key_index(b, h, i, c, lo_ref, full_lo_ref, full_hi_ref, hi_ref):
-        # A chunk that the queries do not see repeats a neighbour's index: nothing is fetched.
+        # A chunk that the queries do not see repeats a neighbour's index, so nothing is fetched.
         if chunks == 1:
             return b, 0, h
         n = b * query_blocks + i

@@ -1,7 +1,7 @@
 """Interval attention on TPU: the differentiable operation around the two Pallas kernels.
 
-q, k and v are taken as the projections give them, [B, L, N·H], so no head is transposed into place;
-which blocks are visited comes from the mask alone. See `tpu_forward` and `tpu_backward`.
+q, k and v keep the layout of the projections, [B, L, N·H], so no heads are transposed; the mask
+alone determines which blocks are visited. See `tpu_forward` and `tpu_backward`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """What suits one chip generation, in tokens.
+    """Block sizes for one chip generation, in tokens.
 
     Args:
-      vmem: VMEM of a core in bytes.
-      rows: stacked rows (heads · queries) of a block; a block has at least 128 queries.
-      keys: keys of a block in bfloat16, half as many in float32; up to a quarter more where that
-        divides S. What blocks are skipped is decided in these.
-      wide: keys of a visit that needs no mask, in the forward pass.
+      vmem: VMEM per core in bytes.
+      rows: stacked rows (heads · queries) per block; a block has at least 128 queries.
+      keys: keys per block in bfloat16, half as many in float32; up to a quarter more, in multiples
+        of 128, where that divides S. It is the granularity of block skipping.
+      wide: keys per unmasked visit, in the forward pass.
     """
 
     vmem: int
@@ -42,8 +42,8 @@ class Tuning:
     wide: int
 
 
-# By `device_kind`, chosen by the bundle counts of `bench attention --static`; how heads fill the
-# rows (and so the head dim) then decides the number of queries in a block, see `plan_blocks`.
+# By `device_kind`, chosen from the bundle counts of `bench attention --static`; `plan_blocks` derives
+# the queries per block from `rows` and the number of stacked heads.
 _V4 = Tuning(16 * MIB, rows=512, keys=256, wide=512)
 _V5P = Tuning(64 * MIB, rows=1024, keys=256, wide=512)
 _V5E = Tuning(128 * MIB, rows=1024, keys=256, wide=512)
@@ -61,7 +61,7 @@ TUNING = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Block sizes of both passes in tokens, and the VMEM that a kernel may take in bytes."""
+    """Block sizes of both passes in tokens, and the VMEM that a kernel may use in bytes."""
 
     queries: int
     keys: int
@@ -79,7 +79,7 @@ class _Static:
     interpret: bool | pltpu.InterpretParams
 
     def options(self) -> dict:
-        """What both passes take beside arrays and blocks."""
+        """Arguments of both passes other than arrays and blocks."""
         return {
             "heads": self.heads,
             "area": self.area,
@@ -89,9 +89,9 @@ class _Static:
 
 
 def fit(size: int, most: int, unit: int) -> tuple[int, int]:
-    """Block of at most `most` tokens, a multiple of `unit`, and `size` padded to whole blocks.
+    """Block size of at most `most` tokens, a multiple of `unit`, and `size` padded to full blocks.
 
-    A block that divides the size is worth up to half its length, because padding is a copy.
+    A block that divides the size is preferred if it is at least half of `most`: padding is a copy.
     """
     units, cap = -(-size // unit), max(most // unit, 1)
     block = max(d for d in range(1, cap + 1) if units % d == 0 or d == units)
@@ -104,31 +104,31 @@ def plan_blocks(heads: Heads, length: int, keys: int, itemsize: int, chip: str) 
     """Block sizes for rows of `length` queries and `keys` keys on a chip.
 
     Raises:
-      ValueError: the chip is not in the table.
+      ValueError: the chip is not in `TUNING`.
     """
     if chip not in TUNING:
-        raise ValueError(f"attention impl 'tpu' knows no block sizes for chip {chip!r}")
+        raise ValueError(f"attention impl 'tpu' has no block sizes for chip {chip!r}")
     tuning = TUNING[chip]
     most = max(tuning.rows // heads.count, LANES)
     queries, _ = fit(length, min(most, 512), LANES)
-    # float32 operands take twice the room.
+    # float32 operands take twice the memory.
     narrow = itemsize // 2
     block_keys, padded = fit(keys, tuning.keys // narrow * 5 // 4, LANES)
-    # Stacking many heads makes rows plenty: fewer keys a visit keep the products as efficient.
+    # With many stacked heads, the products stay efficient with fewer keys per visit.
     stacked = max(heads.count * queries // tuning.rows, 1)
     wide = max(tuning.wide // narrow // stacked // block_keys, 1) * block_keys
-    # Operands and results are buffered twice; half of the VMEM is theirs, the rest is for scores.
+    # Operands and results are double-buffered in half of the VMEM; the rest is for scores.
     lanes = heads.count * heads.dim
-    room = tuning.vmem // 2 - 4 * queries * lanes * itemsize  # beside the queries and the output
+    room = tuning.vmem // 2 - 4 * queries * lanes * itemsize  # without the queries and the output
     chunk_keys, _ = fit(padded, room // (4 * heads.width * itemsize), block_keys)
-    per_query = lanes * (2 * (2 * itemsize + 4) + 4)  # q, dout, dq; and the sum of dq
+    per_query = lanes * (2 * (2 * itemsize + 4) + 4)  # q, dout, dq; and the dq accumulator
     chunk_queries, _ = fit(length, tuning.vmem // 2 // per_query, queries)
     limit = tuning.vmem * 15 // 16
     return Plan(queries, block_keys, wide, chunk_keys, chunk_queries, limit)
 
 
 def _pad(x: jax.Array, block: int) -> jax.Array:
-    """Zeros behind the tokens (axis 1), up to whole blocks."""
+    """Zero-pads the tokens (axis 1) to a multiple of `block`."""
     extra = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
 
@@ -172,15 +172,15 @@ _attention = differentiable(_run_forward, _run_backward)
 
 
 def unsupported(q: jax.Array, k: jax.Array) -> str | None:
-    """Why the kernel cannot take q [B, L, N, H] and k [B, S, K, H], or None."""
+    """Why the kernel does not support q [B, L, N, H] and k [B, S, K, H], or None."""
     head_dim, groups = q.shape[3], q.shape[2] // k.shape[2]
     if head_dim not in HEAD_DIMS:
-        return f"head dim {head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+        return f"head dim {head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
     if q.dtype not in DTYPES or q.dtype != k.dtype:
         return f"dtypes {q.dtype} and {k.dtype} are not both bfloat16 or both float32"
     most = MAX_STACKED_HEADS // (2 if head_dim == 64 and k.shape[2] > 1 else 1)
     if groups > most:
-        return f"{groups} query heads for a key/value head are more than {most}"
+        return f"{groups} query heads per key/value head exceed the limit of {most}"
     return None
 
 
@@ -195,22 +195,22 @@ def tpu_attention(
     plan: Plan | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention over one key range a query; differentiable in both results.
+    """Attention over one key range per query; differentiable in both results.
 
     Args:
       q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K. bfloat16 or float32.
       mask: ranges over the S keys.
-      chip: `device_kind` that block sizes are chosen for.
-      area: visible (query, key) pairs of a row, if known when tracing; it tells XLA's scheduler
-        what the call costs (otherwise: what a causal mask would cost) and changes no result.
-      plan: block sizes to take instead of the chosen ones.
+      chip: `device_kind` for which block sizes are chosen.
+      area: visible (query, key) pairs per row, if known when tracing; used only in the cost
+        estimate for XLA's scheduler (default: the pairs of a causal mask).
+      plan: replaces the chosen block sizes.
       interpret: run in the Pallas interpreter, on any platform.
 
     Returns:
-      Output [B, L, N, H] in q's dtype and log-sum-exp float32 [B, L, N], as `dense_attention`.
+      Output [B, L, N, H] in q's dtype and log-sum-exp float32 [B, L, N], as in `dense_attention`.
 
     Raises:
-      ValueError: head dim, dtype, number of heads or chip outside what the kernel does.
+      ValueError: head dim, dtype, number of heads or chip that the kernel does not support.
     """
     if reason := unsupported(q, k):
         raise ValueError(f"attention impl 'tpu': {reason}")

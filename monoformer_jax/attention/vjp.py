@@ -1,4 +1,4 @@
-"""The differentiable operation that both kernels are: a custom VJP around a forward and a backward."""
+"""The custom VJP shared by the TPU and GPU kernels."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jax.ad_checkpoint import checkpoint_name
 from monoformer_jax.attention.dense import EMPTY_LSE
 
 LOG2E = 1.4426950408889634
-# Log-sum-exp that the kernels keep for a query that sees nothing: exp2(score - NOTHING) is 0 in the
-# backward pass.
+# The kernels' log-sum-exp of a query that sees nothing: exp2(score - NOTHING) is 0 in the backward
+# pass.
 NOTHING = 1e30
 
 
 def natural_lse(lse: jax.Array) -> jax.Array:
-    """The kernels' log-sum-exp, in base 2, as `dense_attention` gives it."""
+    """Converts the kernels' base-2 log-sum-exp to that of `dense_attention`."""
     return jnp.where(lse == NOTHING, EMPTY_LSE, lse / LOG2E)
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:
-    """(static, q, k, v, mask) -> (output, natural log-sum-exp), differentiable in both results.
+    """Builds (static, q, k, v, mask) -> (output, natural log-sum-exp), differentiable in both.
 
     Args:
       forward: (static, q, k, v, mask) -> output, natural log-sum-exp, and the kernel's own.
@@ -36,7 +36,7 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
     def rule_forward(static, q, k, v, mask):
         out, natural, lse = forward(static, q, k, v, mask)
-        # Named here, in the rule, so that a block which saves them does not run the kernel again.
+        # Named inside the rule, so that a remat policy that saves them does not rerun the kernel.
         out, lse = (checkpoint_name(x, "attention_out") for x in (out, lse))
         return (out, natural), (q, k, v, mask, out, lse)
 

@@ -1,1 +1,1 @@
-"""What is fast and how fast: every bench prints a table and writes the same rows as JSON."""
+"""Benchmarks: each prints its measurements and, with --json, writes them to a file."""

@@ -1,4 +1,4 @@
-"""`python -m monoformer_jax.bench NAME …`: one module for each bench."""
+"""`python -m monoformer_jax.bench NAME …`: one module per benchmark."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import sys
 from monoformer_jax.errors import InputError
 
 BENCHES = {
-    "attention": "the interval attention kernels against their peers, or --static counts",
-    "training": "the training step: time, useful FLOP/s, memory, waiting for data",
-    "sampling": "images and text of a model, with and without the cache of the prompt",
+    "attention": "interval attention kernels against other libraries, or --static TPU counts",
+    "training": "the training step: time, model FLOP/s, memory, share of time waiting for data",
+    "sampling": "image and text generation, with and without the KV cache of the prompt",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the bench that the first argument names; returns the exit code."""
+    """Runs the benchmark named by the first argument; returns the exit code."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    usage = "usage: python -m monoformer_jax.bench NAME [options]   (NAME --help tells more)\n\n"
+    usage = "usage: python -m monoformer_jax.bench NAME [options]   (options: NAME --help)\n\n"
     usage += "".join(f"  {key:16}{text}\n" for key, text in BENCHES.items())
     if name in ("-h", "--help"):
         print(usage, end="")
         return 0
     if name not in BENCHES:
-        print(f"bench {name!r} is none of {', '.join(BENCHES)}\n\n{usage}", end="", file=sys.stderr)
+        print(f"unknown bench {name!r}: choose from {', '.join(BENCHES)}\n\n{usage}", end="",
+              file=sys.stderr)  # fmt: skip
         return 2
     try:
         return importlib.import_module(f"monoformer_jax.bench.{name}").main(rest)

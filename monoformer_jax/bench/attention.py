@@ -1,11 +1,11 @@
-"""How fast interval attention is on this machine, next to whatever else is installed.
+"""Times interval attention on this machine against the other attention libraries installed.
 
     python -m monoformer_jax.bench attention            every mix, forward and backward
     python -m monoformer_jax.bench attention --static   compiler counts for TPU, no TPU needed
 
-Numbers are checked before they are timed: an implementation that is not within 2e-2 of the float32
-oracle (relative to its largest value) is reported as wrong and not timed. TFLOP/s are useful ones:
-products of visible pairs only, so skipping shows and padding does not.
+Outputs are checked before timing: an implementation that differs by more than 2e-2 from the float32
+reference (relative to its largest value) is reported as wrong and not timed. Useful TFLOP/s count only
+visible (query, key) pairs, so block skipping raises them and work on padding does not.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from monoformer_jax.bench.attention_peers import PEERS, Missing, platform
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
 from monoformer_jax.bench.matmul import matmul_tflops, milliseconds, native_dtype
 
-FLOPS = {"forward": 4, "backward": 10, "both": 14}  # a visible pair and value of the head dim
+FLOPS = {"forward": 4, "backward": 10, "both": 14}  # per visible pair, query head, head dim element
 LARGEST_ERROR = 2e-2
-TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # in a call
+TOKENS = {"cpu": 2048, "gpu": 16384, "tpu": 16384}  # per call
 HEADS = {"cpu": "4x1x64", "gpu": "16x4x128", "tpu": "16x4x128"}
 CPU_MIXES = ["text to image 256, 512 unpacked", "text to image 256, packed 2048"]
 
 
 def make_inputs(heads: str, mask: IntervalMask, dtype) -> list[jax.Array]:
-    """q, k, v and the output's gradient for heads given as "NxKxH"."""
+    """Returns q, k, v and the gradient of the output, for heads given as "NxKxH"."""
     query_heads, kv_heads, head_dim = map(int, heads.split("x"))
     batch, length = mask.start.shape
     shapes = [(batch, length, n, head_dim) for n in (query_heads, kv_heads, kv_heads, query_heads)]
@@ -40,7 +40,7 @@ def make_inputs(heads: str, mask: IntervalMask, dtype) -> list[jax.Array]:
 
 
 def relative_error(out: np.ndarray, inputs: list[jax.Array], mask: IntervalMask) -> float:
-    """Largest error of the first row over the oracle's largest value."""
+    """Largest error in the first row, relative to the largest value of the float32 reference."""
     row = jax.tree.map(lambda x: jnp.asarray(x[:1]), mask)
     q, k, v = (x[:1].astype(jnp.float32) for x in inputs[:3])
     with jax.default_matmul_precision("highest"):
@@ -49,11 +49,11 @@ def relative_error(out: np.ndarray, inputs: list[jax.Array], mask: IntervalMask)
 
 
 def time_passes(run, inputs: list[jax.Array], repeats: int) -> dict[str, float]:
-    """Milliseconds of the forward pass, of the backward pass alone, and of both in one program."""
+    """Milliseconds per forward pass, backward pass alone, and both passes in one program."""
     *qkv, dout = inputs
     forward = jax.jit(run)
-    # The function that jax.vjp returns is a pytree of residuals, so it can leave one program and
-    # enter another.
+    # The function that jax.vjp returns is a pytree of residuals, so one jitted program can return
+    # it and another can take it as an argument.
     residuals = jax.jit(lambda *x: jax.vjp(run, *x)[1])(*qkv)
     backward = jax.jit(lambda pull, gradient: pull(gradient))
     both = jax.jit(lambda gradient, *x: jax.vjp(run, *x)[1](gradient))
@@ -65,10 +65,10 @@ def time_passes(run, inputs: list[jax.Array], repeats: int) -> dict[str, float]:
 
 
 def bench_mix(name: str, options: argparse.Namespace) -> list[dict]:
-    """Rows of every implementation that runs here, for one mix; prints why others do not."""
+    """Result rows of every implementation that runs here, for one mix; prints why others do not."""
     mix = MIXES[name]
     count = max(options.tokens // mix.length, 1)
-    # Equal rows, so that peers which fix the mask when tracing can take part.
+    # All rows are equal, because some libraries need the mask to be static at trace time.
     mask = jax.tree.map(lambda x: np.repeat(x, count, 0), sample_rows(mix, 1))
     inputs = make_inputs(options.heads, mask, native_dtype())
     query_heads, _, head_dim = map(int, options.heads.split("x"))
@@ -105,7 +105,7 @@ def bench_mix(name: str, options: argparse.Namespace) -> list[dict]:
 
 
 def print_rows(rows: list[dict], ceiling: float) -> None:
-    """One line for each implementation and pass; the ratio is the time of ours over its time."""
+    """Prints a line per implementation and pass; the ratio is its time divided by the time of ours."""
     subject = "dense" if platform() == "cpu" else "ours"
     mine = {row["pass"]: row["ms"] for row in rows if row["impl"] == subject}
     for row in rows:
@@ -118,7 +118,7 @@ def print_rows(rows: list[dict], ceiling: float) -> None:
 
 
 def live(options: argparse.Namespace) -> dict:
-    """Times everything on this machine and prints it."""
+    """Times every implementation on this machine and prints the results."""
     device = jax.devices()[0]
     ceiling = matmul_tflops(native_dtype(), options.repeats)
     print(f"{device.device_kind}, jax {jax.__version__}: matmul {ceiling:.3f} TFLOP/s")
@@ -132,10 +132,10 @@ def live(options: argparse.Namespace) -> dict:
 
 
 def static(options: argparse.Namespace) -> dict:
-    """Prints the compiler's counts."""
+    """Prints the bundle counts of the TPU compiler."""
     from monoformer_jax.bench import attention_static
 
-    print("static estimate: bundles that libtpu schedules, nothing was run or timed")
+    print("static estimate from the bundles that libtpu schedules; nothing was run or timed")
     print(f"{'chip':6}{'H':>4}  {'pass':10}{'mix':36}{'bundles':>8}{'of MXU':>8}{'of dense':>10}")
     rows = attention_static.static_rows(options.chips, options.head_dims)
     for row in rows:
@@ -147,18 +147,20 @@ def static(options: argparse.Namespace) -> dict:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Options, with defaults that suit the platform."""
+    """Parses the options; some defaults depend on the platform."""
     parser = argparse.ArgumentParser(
         "python -m monoformer_jax.bench attention",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help="row mixes to time")
-    parser.add_argument("--heads", help="NxKxH, e.g. 32x4x64; default by platform")
-    parser.add_argument("--tokens", type=int, help="tokens in a call; default by platform")
-    parser.add_argument("--repeats", type=int, default=20, help="calls that are timed")
-    parser.add_argument("--static", action="store_true", help="count TPU bundles; time nothing")
+    parser.add_argument(
+        "--heads", help="query heads x KV heads x head dim, e.g. 32x4x64; default by platform"
+    )
+    parser.add_argument("--tokens", type=int, help="tokens per call; default by platform")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls (default 20)")
+    parser.add_argument("--static", action="store_true", help="count TPU bundles without timing")
     parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"], help="for --static")
     parser.add_argument(
         "--head-dims", nargs="+", type=int, default=[64, 128], choices=(64, 128, 256),
@@ -169,7 +171,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         from monoformer_jax.bench.attention_static import CHIPS
 
         if unknown := set(options.chips) - set(CHIPS):
-            parser.error(f"--chips: {', '.join(sorted(unknown))} is none of {', '.join(CHIPS)}")
+            parser.error(
+                f"--chips: unknown {', '.join(sorted(unknown))}, choose from {', '.join(CHIPS)}"
+            )
         return options
     options.mixes = options.mixes or (CPU_MIXES if platform() == "cpu" else list(MIXES))
     options.heads = options.heads or HEADS[platform()]
@@ -178,7 +182,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the bench; returns the exit code."""
+    """Runs the benchmark; returns the exit code."""
     options = parse(arguments)
     found = static(options) if options.static else live(options)
     if options.json:

@@ -1,4 +1,4 @@
-"""PyTorch's FlexAttention as a peer, where torch with CUDA is installed; times only, in torch."""
+"""Times PyTorch's FlexAttention with CUDA events, where torch with CUDA is installed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from monoformer_jax.bench.attention_peers import Missing
 def times(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, dout: np.ndarray, mask: IntervalMask, repeats: int
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Runs FlexAttention compiled, block table made before the clock starts.
+    """Times compiled FlexAttention; its block mask is created before timing starts.
 
     Args:
       q, dout: float32 [B, L, N, H]. k, v: [B, S, K, H]. They are rounded to bfloat16.
       mask: [B, L].
-      repeats: calls that are timed.
+      repeats: timed calls.
 
     Returns:
-      Output float32 [B, L, N, H] and milliseconds by pass.
+      The output, float32 [B, L, N, H], and milliseconds per pass.
 
     Raises:
-      Missing: no torch, or no CUDA.
+      Missing: torch is not installed or finds no CUDA device.
     """
     try:
         import torch
@@ -30,7 +30,7 @@ def times(
     except ImportError as error:
         raise Missing("torch with FlexAttention is not installed") from error
     if not torch.cuda.is_available():
-        raise Missing("torch sees no CUDA device")
+        raise Missing("torch finds no CUDA device")
     start, stop = (torch.tensor(np.asarray(x), device="cuda") for x in (mask.start, mask.stop))
 
     def seen(row, head, query, key):

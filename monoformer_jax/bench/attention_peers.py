@@ -1,8 +1,8 @@
 """Other implementations that can compute the same attention, where they are installed.
 
-Each maker takes the mask of the rows (host arrays) and gives a function (q, k, v) -> output
-[B, L, N, H], or raises `Missing` with the reason. What a peer needs beside q, k and v (a dense
-mask, block tables) is made here, before the clock starts, which favours the peers.
+Each factory takes the mask of the rows (host arrays) and returns a function (q, k, v) -> output
+[B, L, N, H], or raises `Missing` with the reason. Inputs besides q, k and v (a dense mask, block
+tables) are created here, before timing starts, which favours the other implementations.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Missing(Exception):
-    """This peer cannot run here; the text says why."""
+    """The implementation cannot run on this machine; the message gives the reason."""
 
 
 def platform() -> str:
-    """ "cpu", "tpu" or "gpu"."""
+    """The JAX platform: "cpu", "tpu" or "gpu"."""
     return {"cuda": "gpu"}.get(jax.devices()[0].platform, jax.devices()[0].platform)
 
 
 def ours(mask: IntervalMask) -> Attention:
-    """The kernel of this platform."""
+    """The interval attention kernel of this platform."""
     if platform() == "cpu":
-        raise Missing("there is no kernel for a CPU; dense is what runs there")
+        raise Missing("there is no CPU kernel; the library uses dense attention on CPU")
     mask = jax.tree.map(jnp.asarray, mask)
     return lambda q, k, v: interval_attention(q, k, v, mask, impl=platform())
 
 
 def dense(mask: IntervalMask) -> Attention:
-    """The library's own path without a kernel."""
+    """This library's dense attention, in plain JAX without a kernel."""
     mask = jax.tree.map(jnp.asarray, mask)
     return lambda q, k, v: dense_attention(q, k, v, mask)[0]
 
@@ -52,17 +52,17 @@ def jax_nn(mask: IntervalMask, implementation: str) -> Attention:
 
     def run(q, k, v):
         out = jax.nn.dot_product_attention(q, k, v, mask=allowed, implementation=implementation)
-        # A query that sees nothing gets the mean of v there; here it is 0.
+        # jax.nn returns the mean of v for a query with no visible key; ours returns 0.
         return jnp.where(some, out, 0).astype(q.dtype)
 
     return run
 
 
 def splash(mask: IntervalMask, interpret: bool = False) -> Attention:
-    """JAX's splash attention with `stop` in place of the query's index: no mask is stored.
+    """JAX's splash attention with `stop` in place of the query index, so that no mask is stored.
 
-    Documents become segment ids. Its tables are fixed when tracing, so every row of the batch must
-    have the same mask; splash then skips as well as it can.
+    Documents become segment ids. Splash builds its block tables at trace time, so every row of the
+    batch must have the same mask; in exchange it skips as many blocks as it can.
     """
     if platform() != "tpu" and not interpret:
         raise Missing("splash attention needs a TPU")
@@ -71,13 +71,13 @@ def splash(mask: IntervalMask, interpret: bool = False) -> Attention:
 
     start, stop = mask.start[0], mask.stop[0]
     if (mask.start != start).any() or (mask.stop != stop).any():
-        raise Missing("splash attention fixes the mask when tracing: rows must be equal")
+        raise Missing("splash attention needs a static mask: all rows must be equal")
     length = len(stop)
-    # Documents start at different tokens; PAD sees nothing and is a segment of its own.
+    # The start of a document identifies it; PAD tokens form a segment of their own.
     segments = jnp.asarray(np.where(start < stop, start, length))
 
     class StopMask(masks._ComputableMask):
-        """Key k is seen by a query whose `stop` lies behind it."""
+        """A key is visible to a query if its index is below the query's `stop`."""
 
         def __init__(self):
             super().__init__((length, length), lambda stop, key: key < stop)
@@ -113,7 +113,7 @@ def splash(mask: IntervalMask, interpret: bool = False) -> Attention:
 
 
 def tokamax(mask: IntervalMask) -> Attention:
-    """tokamax with the dense mask: its public function takes no ranges."""
+    """tokamax with the dense mask: its public API takes no per-query key ranges."""
     if importlib.util.find_spec("tokamax") is None:
         raise Missing("tokamax is not installed")
     import tokamax as library

@@ -1,4 +1,4 @@
-"""The row mixes that attention is measured on: captions and images, packed or one a row."""
+"""Row mixes for the attention benchmark: captions and images, packed or one document per row."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 
 from monoformer_jax.attention import IntervalMask
 
-SHORTEST_TEXT, LONGEST_TEXT = 64, 256  # tokens, uniform
+SHORTEST_TEXT, LONGEST_TEXT = 64, 256  # tokens, drawn uniformly
 
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """Documents of one text and one image, drawn until the row is full.
+    """Documents of one text and one image, sampled until the row is full.
 
     Args:
-      length: tokens in a row.
-      image: patches of an image; 0 for text alone.
-      image_first: the image stands before the text.
-      packed: as many documents as fit; else one document a row.
+      length: tokens per row.
+      image: patches per image; 0 for text only.
+      image_first: whether the image comes before the text.
+      packed: whether to pack as many documents as fit; otherwise one document per row.
     """
 
     length: int
@@ -40,7 +40,7 @@ MIXES = {
 
 
 def sample_rows(mix: Mix, count: int, seed: int = 0) -> IntervalMask:
-    """`count` rows of a mix as int32 [count, length]; the same seed gives the same rows."""
+    """Samples the masks of `count` rows, int32 [count, length]; deterministic for a given seed."""
     rng = np.random.default_rng(seed)
     start = np.zeros((count, mix.length), np.int32)
     stop = np.zeros((count, mix.length), np.int32)

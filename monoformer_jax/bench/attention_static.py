@@ -1,8 +1,8 @@
-"""Static estimate of the TPU kernels: the compiler's own schedule, counted without a TPU.
+"""Static cost estimate of the TPU kernels from the compiler's schedule; needs no TPU.
 
-libtpu compiles for a chip that is not there and writes down the bundles (one is issued in a cycle)
-of every loop. Bundles times the blocks that the mask makes a loop visit is an estimate that knows
-nothing of memory, of waiting or of the clock: never a measurement.
+libtpu compiles ahead of time for a chip that need not be present and dumps the VLIW bundles (one issues
+per cycle) of every loop. The estimate is these bundles times the blocks that the mask makes each loop
+visit. It ignores memory traffic, stalls and clock rate: it is not a measurement.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from monoformer_jax.attention.tpu_forward import Heads
 from monoformer_jax.attention.tpu_kernel import Plan, plan_blocks
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
 
-# Topology, `device_kind`, and multiply-adds that the matrix units of one core start in a bundle.
+# Topology, `device_kind`, and multiply-adds that the matrix units of one core start per bundle.
 CHIPS = {
     "v4": ("v4:2x2x1", "TPU v4", 65536),
     "v5e": ("v5e:2x2", "TPU v5 lite", 65536),
     "v5p": ("v5p:2x2x1", "TPU v5", 65536),
     "v6e": ("v6e:2x2", "TPU v6 lite", 262144),
 }
-# As TinyLlama has them (64), or with the same width in larger heads.
+# Head dim: (key/value heads, query heads per key/value head). 64 is TinyLlama; 128 and 256 have the
+# same width in larger heads.
 GROUPED_HEADS = {64: (4, 8), 128: (4, 4), 256: (2, 4)}
 PASSES = ("forward", "backward")
 ROWS_PER_MIX = 64
@@ -38,15 +39,15 @@ ROWS_PER_MIX = 64
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Bundles of one kernel.
+    """Bundle counts of one kernel.
 
     Args:
-      once: of a grid step outside its loops over blocks.
-      pair: of a turn of the loop that visits two blocks with the mask applied.
-      edge: of the visit of the last such block where their number is odd.
-      full: of one turn of the loop without the mask: two wide visits in the forward pass,
-        `FULL_PER_TURN` blocks of queries in the backward pass.
-      other: of one turn of loops without products (dq is cleared and written in such loops).
+      once: per grid step, outside its loops over blocks.
+      pair: per iteration of the loop that visits two masked blocks.
+      edge: for the last masked block where their number is odd.
+      full: per iteration of the loop over unmasked blocks: two wide visits in the forward pass,
+        `FULL_PER_TURN` query blocks in the backward pass.
+      other: per iteration of loops without matrix products (these clear and write dq).
     """
 
     once: int
@@ -57,13 +58,13 @@ class Schedule:
 
 
 def innermost_loops(text: str) -> tuple[int, list[tuple[int, int]]]:
-    """Bundles of a program, and (bundles, matrix products) of each loop that holds no other loop.
+    """Counts the bundles of a program and (bundles, matrix products) of each innermost loop.
 
     Args:
-      text: a listing in which a loop's first bundle is marked LB and `>` counts the loops around
-        a bundle.
+      text: a bundle listing in which LB marks the first bundle of a loop and the number of `>` is
+        the loop depth.
     """
-    open_loops: list[list] = []  # [depth, bundles, products, holds a loop]
+    open_loops: list[list] = []  # [depth, bundles, products, contains a loop]
     loops, total = [], 0
     for line in text.splitlines():
         found = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)(.*)", line)
@@ -71,7 +72,7 @@ def innermost_loops(text: str) -> tuple[int, list[tuple[int, int]]]:
             continue
         label, depth, body = found[1], len(found[2]), found[3]
         total += 1
-        if depth or body.split("/*")[0].strip() != "{}":  # an empty bundle does not show its depth
+        if depth or body.split("/*")[0].strip() != "{}":  # empty bundles carry no depth
             while open_loops and (
                 open_loops[-1][0] > depth or (label == "LB" and open_loops[-1][0] == depth)
             ):
@@ -91,16 +92,17 @@ def schedule_of(directory: pathlib.Path, name: str) -> Schedule:
     """Reads the schedule of a pass from the compiler's dump.
 
     Raises:
-      RuntimeError: the dump does not hold the three loops that the kernel is written with.
+      RuntimeError: the dump does not contain the three loops of the kernel's source.
     """
     files = sorted(directory.glob(f"*interval_attention_{name}*-packed-bundles-post-ra.txt"))
     if not files:
-        raise RuntimeError(f"libtpu wrote no schedule of the {name} kernel")
+        raise RuntimeError(f"libtpu dumped no schedule for the {name} kernel")
     total, loops = innermost_loops(files[-1].read_text(errors="replace"))
     visits = [loop for loop in loops if loop[1]]
     if len(visits) != 3 or visits[0][1] != 2 * visits[1][1]:
         raise RuntimeError(
-            f"{name}: loops of {visits} (bundles, products) are not a pair of blocks, one, and full"
+            f"{name}: loops with (bundles, products) {visits} are not the expected three: a pair of "
+            "masked blocks, one masked block, unmasked blocks"
         )
     other = sum(bundles for bundles, count in loops if not count)
     once = total - sum(bundles for bundles, _ in loops)
@@ -108,7 +110,7 @@ def schedule_of(directory: pathlib.Path, name: str) -> Schedule:
 
 
 def compile_and_dump(chip: str, head_dim: int, length: int) -> dict[str, Schedule]:
-    """Compiles both passes for a chip in a process of its own; schedules by pass."""
+    """Compiles both passes for a chip in a subprocess; returns the schedule of each pass."""
     with tempfile.TemporaryDirectory() as directory:
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true",
@@ -122,12 +124,12 @@ def compile_and_dump(chip: str, head_dim: int, length: int) -> dict[str, Schedul
 
 
 def heads_of(head_dim: int) -> Heads:
-    """The layout that the kernel takes for the benched heads."""
+    """The kernel's head layout for `GROUPED_HEADS`."""
     return Heads(head_dim, GROUPED_HEADS[head_dim][1], 2 if head_dim == 64 else 1)
 
 
 def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
-    """Bundles of one pass over the rows of a mask, for one block of heads, a row on average."""
+    """Mean bundles per row of one pass over the rows of a mask, for one block of heads."""
     rows, length = mask.start.shape
     bounds = key_block_bounds(mask, plan.queries, plan.keys)
     if name == "backward":
@@ -143,13 +145,13 @@ def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
 
 
 def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
-    """One row for each chip, head dim, mix and pass; in "both" the two passes are added up."""
+    """One result row per chip, head dim, mix and pass; "both" is the sum of the two passes."""
     rows = []
     for chip in chips:
         _, kind, per_bundle = CHIPS[chip]
         for head_dim in head_dims:
             heads = heads_of(head_dim)
-            schedules = {}  # rows with the same blocks run the same program
+            schedules = {}  # by block sizes, which determine the compiled program
             for mix_name, mix in MIXES.items():
                 plan = plan_blocks(heads, mix.length, mix.length, 2, kind)
                 blocks = (plan.queries, plan.keys, plan.wide)
@@ -173,17 +175,17 @@ def static_rows(chips: list[str], head_dims: list[int]) -> list[dict]:
 
 
 def work(name: str, heads: Heads, plan: Plan) -> int:
-    """Useful multiply-adds in one turn of a pass's loop without the mask."""
+    """Useful multiply-adds per iteration of a pass's loop over unmasked blocks."""
     if name == "forward":
         pairs = 2 * plan.queries * 2 * plan.wide
     else:
         pairs = 5 * plan.queries * FULL_PER_TURN * plan.keys
-    # Of a pair of 64-wide heads only one is met: the other half of the products are with zeros.
+    # With a pair of 64-wide key/value heads, half of each product is with zeros: see `Heads.stack`.
     return pairs * heads.count * heads.dim
 
 
 def compile_for(chip: str, head_dim: int, length: int) -> None:
-    """Compiles forward and backward for a chip; what the child process does."""
+    """Compiles the forward and backward pass for a chip; runs in the subprocess."""
     import jax
     import jax.numpy as jnp
 

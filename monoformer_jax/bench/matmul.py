@@ -1,4 +1,4 @@
-"""The ceiling that every bench compares with: a large matrix product on the machine at hand."""
+"""Reference rate for every benchmark: a large matrix product on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Mean time of a call, after one that compiles, waiting once at the end."""
+    """Mean time of a call after one warm-up call, blocking only after the last."""
     jax.block_until_ready(call())
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -20,12 +20,12 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def native_dtype() -> str:
-    """What models compute in here: "float32" on a CPU, "bfloat16" elsewhere."""
+    """The benchmark's compute dtype: "float32" on CPU, "bfloat16" elsewhere."""
     return "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
 
 
 def matmul_tflops(dtype: str, repeats: int) -> float:
-    """Rate of a large matrix product of this dtype."""
+    """Rate of a large matrix product in this dtype, in TFLOP/s."""
     size = 1024 if jax.devices()[0].platform == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)

@@ -1,26 +1,27 @@
-"""How fast a model paints and writes on this machine, and what keeping the prompt's cache saves.
+"""Times image and text generation on this machine, and what the KV cache of the prompt saves.
 
     python -m monoformer_jax.bench sampling                 8 images, 20 steps, prompts of 64 tokens
-    python -m monoformer_jax.bench sampling --sweep         and other batches, steps and prompts
+    python -m monoformer_jax.bench sampling --sweep         also other batches, steps and prompts
     python -m monoformer_jax.bench sampling --workdir=runs/digits --prompt_tokens=16
-    python -m monoformer_jax.bench sampling --compare=DIR   next to what others took for the same
+    python -m monoformer_jax.bench sampling --compare=DIR   compare with other implementations
 
-Without --workdir the model has 6.6 M fresh parameters (8 layers of 256, 8 query and 4 key/value heads)
-and images of 256 patches. Every image is guided, which makes two rows of it; Euler's solver runs the
-model once a step, as DDPM and DDIM do. Everything is compiled before the clock starts.
+Without --workdir the model is randomly initialized: 6.6 M parameters (8 layers of width 256, 8 query
+and 4 key/value heads), images of 256 patches. Every image uses classifier-free guidance, so it takes
+two sequences of the batch. The Euler, DDPM and DDIM solvers run the model once per step. Compilation
+is not timed.
 
-DIR holds a JSON file for each implementation and each work that it was timed on:
+DIR holds a JSON file per implementation and workload:
 {"name": "…", "seconds": 18.2, "images": 8, "steps": 20, "prompt_tokens": 64}
 
-In the JSON that is written:
+Keys of the JSON output:
   seconds              from the prompts to the images
-  uncached_seconds     the same images where the prompt is computed anew at every step
-  prefix_cache_saves   the share of uncached_seconds that the prompt's cache saves
-  share_of_matmul      floating-point operations of the decoder that the images need, a second, over
-                       those of a large matrix product in the same dtype
-  denoising_starts_ms  of a single image: from its prompt to the start of denoising
-  first_image_ms       of a single image: from its prompt to the image
-  text_tokens_per_s    of as many rows as there are images, each writing 64 tokens
+  uncached_seconds     the same, with the prompt recomputed at every step
+  prefix_cache_saves   the share of uncached_seconds that the KV cache of the prompt saves
+  share_of_matmul      FLOP/s of the decoder, counting only the operations that the images need, divided
+                       by those of a large matrix product in the same dtype
+  denoising_starts_ms  for a single image: from its prompt to the start of denoising
+  first_image_ms       for a single image: from its prompt to the image
+  text_tokens_per_s    for a batch of as many sequences as images, 64 new tokens each
 """
 
 from __future__ import annotations
@@ -40,59 +41,66 @@ from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.others import WORK, print_others, read_others
 from monoformer_jax.bench.sampling_uncached import generate_images_uncached
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.config import Config, DataConfig, ModelConfig, SamplingConfig
+from monoformer_jax.config import Config, SamplingConfig
 from monoformer_jax.data.tokenizer import ByteTokenizer, Tokenizer
 from monoformer_jax.errors import require
-from monoformer_jax.models import monoformer
-from monoformer_jax.planning import flops
-from monoformer_jax.sampling.image import generate_images, guidance_documents
-from monoformer_jax.sampling.prompts import encode_prompt
+from monoformer_jax.models import get_model, make_config
+from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.prompts import encode_prompt, guidance_documents
 from monoformer_jax.sampling.state import prefill
 from monoformer_jax.sampling.text import GREEDY, decode_tokens, make_sampling_arrays, row_keys
 
-TEXT_TOKENS = 64  # that a row writes
-LARGEST_DIFFERENCE = 2e-2  # of the cached images and the uncached, over the largest value
+TEXT_TOKENS = 64  # new tokens per sequence
+LARGEST_DIFFERENCE = 2e-2  # between cached and uncached images, relative to the largest value
 
 
 def fresh_model(dtype: str) -> Model:
-    """The model that is measured without --workdir."""
-    c = ModelConfig(
-        vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
-        mlp_dim=704, channels=4, patch_size=2, dtype=dtype, remat="none",
-    )  # fmt: skip
-    config = Config(model=c, data=DataConfig(image_size=32, max_seq_len=8192))
-    params = monoformer.init(c, jax.random.key(0))
-    return Model(config, params, ByteTokenizer(), ImageProcessor(config))
+    """The randomly initialized model that is measured without --workdir."""
+    config = make_config({
+        "model": {
+            "vocab_size": 512, "num_layers": 8, "embed_dim": 256, "num_heads": 8,
+            "num_kv_heads": 4, "head_dim": 32, "mlp_dim": 704, "channels": 4, "patch_size": 2,
+            "dtype": dtype, "remat": "none",
+        },
+        "data": {"image_size": 32, "max_seq_len": 8192, "end_of_prompt": False},
+    })  # fmt: skip
+    params = get_model(config.model).init(config.model, jax.random.key(0))
+    processor = ImageProcessor(config.layout, config.data.image_size)
+    return Model(config, params, ByteTokenizer(), image_processor=processor)
 
 
 def words(tokenizer: Tokenizer, tokens: int) -> str:
-    """A text of so many tokens."""
+    """Returns a text of exactly `tokens` tokens.
+
+    Raises:
+      InputError: no such text was found.
+    """
     text = ""
     while (count := len(tokenizer.encode(text))) < tokens:
         text += " a" if count + 2 <= tokens else "a"
-    require(count == tokens, f"no text of exactly {tokens} tokens was found for this tokenizer")
+    require(count == tokens, f"found no text of exactly {tokens} tokens for this tokenizer")
     return text
 
 
 def needed_flops(config: Config, prompt_tokens: int, evaluations: int) -> float:
-    """Of the decoder for one guided image: products of its matrices, and visible pairs in attention.
+    """FLOPs of the decoder for one guided image: matrix products and visible attention pairs.
 
-    The prompt, and the <s> and <|im_start|> of the unguided branch, run once.
+    The prompt, and the <s> and <|im_start|> of the unconditional branch, are counted once.
     """
-    c, image = config.model, config.image_tokens
-    patches = image - c.time_tokens
+    c, image, time_tokens = config.model, config.image_tokens, config.layout.time_tokens
+    patches = image - time_tokens
     total = 0
     for prefix in (prompt_tokens, 2):
-        # A patch sees all of its image, the time token what came before it and itself.
-        seen = patches * (prefix + image) + c.time_tokens * (prefix + 1)
+        # Patches attend to the prefix and the complete image, the time token causally.
+        seen = patches * (prefix + image) + time_tokens * (prefix + 1)
         pairs = prefix * (prefix + 1) / 2 + evaluations * seen
         tokens = prefix + evaluations * image
-        total += flops.layers(c) * tokens + flops.attention(c) * pairs
+        total += get_model(c).flops(c, tokens=tokens, pairs=pairs)
     return total
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call that gives host arrays."""
+    """Median time of a call in seconds."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -101,22 +109,21 @@ def seconds_of(call: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def painter(model: Model, text: str, solver: str, paint=generate_images):
-    """(images, steps) -> the images, as `generate_images` gives them."""
-    config, params, tokenizer = model.config, model.params, model.tokenizer
+def painter(model: Model, text: str, solver: str, generate=generate_images):
+    """Returns a function (images, steps) -> the images, as `generate` returns them."""
 
     def run(images: int, steps: int) -> np.ndarray:
         sampling = SamplingConfig(solver=solver, steps=steps, guidance=2.0)
-        return paint(config, params, tokenizer, [[text]] * images, sampling=sampling)
+        return generate(model, [[text]] * images, sampling=sampling)
 
     return run
 
 
 def time_painting(model: Model, images: int, steps: int, prompt_tokens: int,
                   options: argparse.Namespace, ceiling: float) -> dict:  # fmt: skip
-    """Seconds of one work, and the rates that follow from them."""
+    """Times one workload; returns its seconds and the rates derived from them."""
     run = painter(model, words(model.tokenizer, prompt_tokens - 2), options.solver)
-    run(images, 1)  # compiles: the number of steps is an array
+    run(images, 1)  # compiles for any number of steps, which is a traced array
     seconds = seconds_of(lambda: run(images, steps), options.repeats)
     evaluations = 2 * steps - 1 if options.solver == "heun" else steps
     work = images * needed_flops(model.config, prompt_tokens, evaluations)
@@ -131,46 +138,50 @@ def time_painting(model: Model, images: int, steps: int, prompt_tokens: int,
 
 
 def time_uncached(model: Model, found: dict, options: argparse.Namespace) -> dict:
-    """The same work with the prompt computed at every step; checks that the images are the same."""
+    """Times the same workload with the prompt recomputed at every step.
+
+    Raises:
+      InputError: the images differ from the cached ones by more than `LARGEST_DIFFERENCE`.
+    """
     text = words(model.tokenizer, found["prompt_tokens"] - 2)
     cached = painter(model, text, options.solver)(found["images"], 1)
     run = painter(model, text, options.solver, generate_images_uncached)
     difference = np.abs(run(found["images"], 1) - cached).max() / np.abs(cached).max()
     require(
         float(difference) <= LARGEST_DIFFERENCE,
-        f"the uncached images differ by {difference:.1e} of the largest value: not timed",
+        f"the uncached images differ from the cached ones by {difference:.1e} of the largest value: "
+        "not timed",
     )
     seconds = seconds_of(lambda: run(found["images"], found["steps"]), options.repeats)
     return {"uncached_seconds": seconds, "prefix_cache_saves": 1 - found["seconds"] / seconds}
 
 
 def time_single(model: Model, found: dict, options: argparse.Namespace) -> dict:
-    """Milliseconds of one image, with everything compiled by another prompt of the same bucket."""
+    """Milliseconds for one image, after compiling with another prompt of the same length bucket."""
     c, tokenizer = model.config, model.tokenizer
     text = words(tokenizer, found["prompt_tokens"] - 2)
     other = "b" + text[1:]
 
     def start(words: str):
-        document = encode_prompt([words], tokenizer, c, room=c.image_tokens,
-                          closing=[tokenizer.im_start_id])  # fmt: skip
-        documents = guidance_documents(document, tokenizer, c.model, 2)
-        return prefill(model.params, documents, tokenizer.pad_id, c.model, None).cache.k
+        document = encode_prompt(model, [words], reserve=c.image_tokens,
+                                 closing=[tokenizer.im_start_id])  # fmt: skip
+        return prefill(model, guidance_documents(document, tokenizer, c.layout, 2)).state
 
     jax.block_until_ready(start(other))
     painter(model, other, options.solver)(1, 1)
     run = painter(model, text, options.solver)
     starts = seconds_of(lambda: start(text), options.repeats)
-    there = seconds_of(lambda: run(1, found["steps"]), options.repeats)
-    return {"denoising_starts_ms": 1e3 * starts, "first_image_ms": 1e3 * there}
+    complete = seconds_of(lambda: run(1, found["steps"]), options.repeats)
+    return {"denoising_starts_ms": 1e3 * starts, "first_image_ms": 1e3 * complete}
 
 
 def time_text(model: Model, found: dict, options: argparse.Namespace) -> dict:
-    """Tokens a second that the decode loop writes after the prompts; no token ends it."""
+    """New tokens per second of the decode loop after prefill; stop tokens are disabled."""
     c, tokenizer, rows = model.config, model.tokenizer, found["images"]
     text = words(tokenizer, found["prompt_tokens"] - 1)
-    document = encode_prompt([text], tokenizer, c, room=TEXT_TOKENS)
-    prefix = prefill(model.params, [document] * rows, tokenizer.pad_id, c.model, None)
-    arrays = make_sampling_arrays(GREEDY, row_keys(0, rows), tokenizer, c.model, True)
+    document = encode_prompt(model, [text], reserve=TEXT_TOKENS)
+    prefix = prefill(model, [document] * rows)
+    arrays = make_sampling_arrays(model, GREEDY, row_keys(0, rows), True)
     arrays = arrays.replace(stops=np.zeros_like(arrays.stops))
     most = np.full(rows, TEXT_TOKENS)
 
@@ -182,7 +193,7 @@ def time_text(model: Model, found: dict, options: argparse.Namespace) -> dict:
 
 
 def sweep(model: Model, found: dict, options: argparse.Namespace, ceiling: float) -> list[dict]:
-    """Other batches, steps and prompts, one changed at a time."""
+    """Times other batch sizes, steps and prompt lengths, changing one at a time."""
     base = {name: found[name] for name in WORK["sampling"]}
     works = [base | {"images": n} for n in (1, 2 * found["images"])]
     works += [base | {"steps": n} for n in (found["steps"] // 2, 2 * found["steps"]) if n]
@@ -202,10 +213,10 @@ def print_found(found: dict) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Times everything and prints it.
+    """Runs all measurements and prints them.
 
     Raises:
-      InputError: no trained model in the workdir, or a prompt that is too long for it.
+      InputError: the workdir holds no trained model, or the prompt is too long for it.
     """
     others = read_others(options.compare) if options.compare else []
     dtype = native_dtype()
@@ -219,16 +230,16 @@ def measure(options: argparse.Namespace) -> dict:
     print_found(found)
     found |= time_uncached(model, found, options)
     print(
-        f"prompt computed at every step: {found['uncached_seconds']:.2f} s; its cache saves "
+        f"prompt recomputed at every step: {found['uncached_seconds']:.2f} s; its KV cache saves "
         f"{found['prefix_cache_saves']:.1%}"
     )
     found |= time_single(model, found, options)
     print(
         f"one image: denoising starts after {found['denoising_starts_ms']:.1f} ms, the image is "
-        f"there after {found['first_image_ms']:.0f} ms"
+        f"complete after {found['first_image_ms']:.0f} ms"
     )
     found |= time_text(model, found, options)
-    print(f"text: {found['text_tokens_per_s']:.0f} tokens/s, {found['images']} rows together")
+    print(f"text: {found['text_tokens_per_s']:.0f} tokens/s, batch of {found['images']}")
     if others:
         print_others("sampling", found, others)
     found |= {"device": device, "dtype": dtype, "matmul_tflops": ceiling}
@@ -247,17 +258,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--prompt_tokens", type=int, default=64,
-                        help="with <s> and <|im_start|> (default 64)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=8, help="in a batch (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="of the solver (default 20)")
-    parser.add_argument("--solver", default="euler", help="default euler; heun runs twice a step")
+                        help="prompt length, <s> and <|im_start|> included (default 64)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=8, help="images per batch (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="solver steps (default 20)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="runs, the median counts (default 3)"
+        "--solver", default="euler", help="default euler; heun runs the model twice per step"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs; the median is reported (default 3)"
     )
     parser.add_argument("--workdir", type=Path, help="folder of a trained run to measure")
-    parser.add_argument("--sweep", action="store_true", help="other batches, steps and prompts too")
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="timings of others, see above")
-    parser.add_argument("--json", metavar="FILE", help="write what was found there")
+    parser.add_argument(
+        "--sweep", action="store_true", help="also time other batch sizes, steps and prompts"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="DIR", help="timings of other implementations, see above"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     for name in ("images", "steps", "repeats"):
         if getattr(options, name) < 1:
@@ -268,7 +285,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the bench; returns the exit code."""
+    """Runs the benchmark; returns the exit code."""
     options = parse(arguments)
     found = measure(options)
     if options.json:

@@ -1,13 +1,14 @@
-"""How fast the training step is on this machine, next to what its matrix units can do.
+"""Times the training step on this machine and compares its FLOP/s with a large matrix product.
 
-    python -m monoformer_jax.bench training                       a small model on random rows, float32
+    python -m monoformer_jax.bench training                       a small model on random data, float32
     python -m monoformer_jax.bench training --config=configs/digits.py --config.batch_size=24
 
-Without --config: 6.57 M parameters (width 256, 8 blocks), 8 rows of 64 text tokens and a picture of
-256 patches, DDPM with learned sigma. Model FLOPs are the products of real tokens, visible pairs and
-predicted tokens, forward and backward; what remat repeats and what padding costs is time and no work.
+Without --config: 6.57 M parameters (width 256, 8 layers), batches of 8 rows of 64 text tokens and an
+image of 256 patches, DDPM with learned sigma. Model FLOPs count the matrix products of non-padding
+tokens, visible attention pairs and predicted tokens, forward and backward; recomputation by remat and
+computation on padding take time but are not counted.
 
---compare=DIR puts a step next to those of other implementations, a JSON file for each:
+--compare=DIR compares with other implementations, one JSON file each, with the seconds of a step:
 {"name": "…", "seconds": 1.21, "batch_size": 8, "max_seq_len": 321}
 """
 
@@ -25,86 +26,77 @@ import grain
 import jax
 import numpy as np
 
-from monoformer_jax.attention import mask_area
+from monoformer_jax.attention import interval_mask, mask_area
 from monoformer_jax.batch import PAD, PATCH, Batch
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.others import print_others, read_others
 from monoformer_jax.cli import load_config
-from monoformer_jax.config import (
-    Config,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    SamplingConfig,
-)
-from monoformer_jax.data.documents import Image, build
+from monoformer_jax.config import Config
+from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.data.packing import pack
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer, open_tokenizer
 from monoformer_jax.errors import InputError
-from monoformer_jax.models.monoformer import attention_mask
+from monoformer_jax.models import get_model, make_config
 from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
-from monoformer_jax.planning import flops
+from monoformer_jax.planning.estimate import TRAINING
 from monoformer_jax.planning.hardware import CHIPS
 from monoformer_jax.training.state import init_train_state, make_train_step
 
-SMALL = Config(
-    name="bench", batch_size=8,
-    model=ModelConfig(
-        vocab_size=512, num_layers=8, embed_dim=256, num_heads=8, num_kv_heads=4, head_dim=32,
-        mlp_dim=704, channels=4, learn_sigma=True, dtype="float32",
-        remat="save_names:attention_out,mlp_hidden",
-    ),
-    objective=ObjectiveConfig(kind="ddpm"),
-    data=DataConfig(image_size=32, max_seq_len=64 + 257),
-    optimizer=OptimizerConfig(b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999),
-    mesh=MeshConfig(), sampling=SamplingConfig(solver="ddpm"),
-)  # fmt: skip
-# Peak of bfloat16 products by `device_kind`, 10^12 a second.
+SMALL = make_config({
+    "name": "bench", "batch_size": 8,
+    "model": {
+        "vocab_size": 512, "num_layers": 8, "embed_dim": 256, "num_heads": 8, "num_kv_heads": 4,
+        "head_dim": 32, "mlp_dim": 704, "channels": 4, "dtype": "float32",
+        "remat": "save_names:attention_out,mlp_hidden",
+    },
+    "objective": {"kind": "ddpm", "learn_sigma": True},
+    "data": {"image_size": 32, "max_seq_len": 64 + 257},
+    "optimizer": {"b2": 0.999, "weight_decay": 0.0, "clip_norm": 2.0, "ema_decay": 0.9999},
+    "sampling": {"solver": "ddpm"},
+})  # fmt: skip
+# Peak bfloat16 TFLOP/s by `device_kind`.
 PEAKS = {
     "TPU v4": CHIPS["v4"].tflops, "TPU v5 lite": CHIPS["v5e"].tflops, "TPU v5": CHIPS["v5p"].tflops,
     "TPU v6 lite": CHIPS["v6e"].tflops, "TPU7x": CHIPS["tpu7x"].tflops,
     "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989,
 }  # fmt: skip
-WARM = 2  # steps before the first that is timed
+WARM = 2  # untimed warm-up steps
 
 
 def random_rows(config: Config) -> Iterator[Batch]:
-    """Endless batches of one caption and one picture a row, made as the pipeline makes them."""
+    """Endless batches with one caption and one image per row, packed as in the training pipeline."""
     tokenizer = ByteTokenizer()
     size, text = config.data.image_size, config.data.max_seq_len - config.image_tokens - 4
 
-    def write(number: int):
+    def make(number: int):
         rng = np.random.default_rng(number)
         caption = "".join(chr(c) for c in rng.integers(97, 123, text))
-        pixels = rng.normal(size=(size, size, config.model.channels)).astype(np.float32)
-        return build([caption, Image(pixels, denoise=True)], tokenizer, config.model)
+        pixels = rng.normal(size=(size, size, config.layout.channels)).astype(np.float32)
+        return build_document([caption, Image(pixels, denoise=True)], tokenizer, config.layout)
 
-    documents = grain.MapDataset.range(1 << 20).map(write)
+    documents = grain.MapDataset.range(1 << 20).map(make)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    rows = pack(documents.to_iter_dataset(options), config, tokenizer.pad_id)
+    rows = pack(
+        documents.to_iter_dataset(options), length=config.data.max_seq_len, seed=config.seed,
+        bins=config.data.packing_bins, pad_id=tokenizer.pad_id, max_images=config.max_images,
+    )  # fmt: skip
     return iter(rows.batch(config.batch_size))
 
 
 def model_flops(batch: Batch, config: Config) -> float:
-    """Of a training step on this batch."""
+    """Model FLOPs of a training step on this batch."""
     c = config.model
     tokens, patches = (batch["token_types"] != PAD).sum(), (batch["token_types"] == PATCH).sum()
-    pairs = np.asarray(mask_area(attention_mask(c, batch)), np.float64).sum()
+    mask = interval_mask(*(batch[name] for name in ("token_types", "segment_ids", "image_ids")))
+    pairs = np.asarray(mask_area(mask), np.float64).sum()
     predicted = (batch["target_weights"] > 0).sum()
-    forward = (
-        tokens * flops.layers(c)
-        + pairs * flops.attention(c)
-        + predicted * flops.text_head(c)
-        + patches * flops.patch(c)
-    )
-    return flops.TRAINING * float(forward)
+    counts = {"tokens": tokens, "pairs": pairs, "patches": patches, "text": predicted}
+    return TRAINING * float(get_model(c).flops(c, **counts))
 
 
 def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
-    """Runs the compiled step and returns the numbers of one object."""
+    """Times `steps` compiled training steps; returns the measurements by their JSON keys."""
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
     state, step = init_train_state(config, mesh), make_train_step(config, mesh)
@@ -115,7 +107,7 @@ def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
     begin = time.perf_counter()
     state, metrics = step(state, batch)
     jax.block_until_ready(metrics)
-    alone = time.perf_counter() - begin  # of a step that waits for no batch
+    alone = time.perf_counter() - begin  # seconds of a step that does not wait for data
 
     host, taken, waited = next(batches), [], 0.0
     begin = time.perf_counter()
@@ -130,13 +122,13 @@ def measure(config: Config, batches: Iterator[Batch], steps: int) -> dict:
 
 
 def _numbers(taken: list[Batch], seconds: float, waited: float, config: Config) -> dict:
-    """Of the steps that took these batches; counted after the clock, which on a CPU it would slow."""
+    """Measurements of steps on the batches `taken`; computed after timing, to not slow a CPU run."""
     devices = jax.devices()
     rate = sum(model_flops(host, config) for host in taken) / seconds / 1e12
     matmul = matmul_tflops(native_dtype(), 20) * (
         1 if devices[0].platform == "cpu" else len(devices)
     )
-    # Kilobytes on Linux, bytes on macOS.
+    # ru_maxrss is in kilobytes on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 2**10
     found = {
         "step_ms": 1e3 * seconds / len(taken),
@@ -157,16 +149,20 @@ def _numbers(taken: list[Batch], seconds: float, waited: float, config: Config) 
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the bench; returns the exit code."""
+    """Runs the benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(
         "python -m monoformer_jax.bench training",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE[:ARG]", help="with its own data; default: above")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed (default 10)")
-    parser.add_argument("--compare", type=Path, metavar="DIR", help="steps of others, see above")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", help="config and its data; default: the model above"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
+    parser.add_argument(
+        "--compare", type=Path, metavar="DIR", help="timings of other implementations, see above"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     options, rest = parser.parse_known_args(arguments)
     overrides = [a for a in rest if a.startswith("--config.")]
     if unknown := [a for a in rest if a not in overrides]:
@@ -177,11 +173,11 @@ def main(arguments: list[str]) -> int:
         others = read_others(options.compare) if options.compare else []
         config = load_config(options.config, overrides) if options.config else SMALL
         if options.config:
-            tokenizer = open_tokenizer(config.data, Path(), config.model.vocab_size)
+            tokenizer = open_tokenizer(config.data, Path(), config.layout.vocab_size)
             batches = Batches(config, tokenizer).iterator
         else:
             if overrides:
-                parser.error(f"{overrides[0]} changes a --config, and there is none")
+                parser.error(f"{overrides[0]} needs --config=FILE")
             batches = random_rows(config)
         found = measure(config, batches, options.steps)
     except InputError as error:

@@ -1,6 +1,6 @@
-"""The demo's data: scanned digits with their names, and sentences that count and add in words.
+"""Example dataset: images of digits with their names, and sentences that count and add in words.
 
-The digits are the 1,797 scans of 8×8 pixels that scikit-learn ships, split 80/20 by label with seed 0.
+The digits are the 1,797 scans of 8×8 pixels in scikit-learn, in a stratified 80/20 split with seed 0.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def draw_prompt(digit: int) -> str:
 
 
 def sentences() -> list[tuple[str, str]]:
-    """(beginning, continuation) of everything that "say" is trained on; each follows from the other.
+    """(beginning, continuation) of all sentences of the "say" task; the beginning determines the rest.
 
-    100 sums of two digits, and counting up and down between any two of zero to nine.
+    100 sums of two digits, and 90 counts up or down between two different digits.
     """
     said = [
         (f"{NAMES[a]} plus {NAMES[b]} is", f" {NAMES[a + b]}") for a in range(10) for b in range(10)

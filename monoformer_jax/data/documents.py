@@ -1,13 +1,13 @@
-"""A document: a list of texts and images, turned into streams that are one entry a token.
+"""Documents: the parts of an example as fields with one entry per token.
 
-    build(["draw a one", Image(x, denoise=True)], …)
+    build_document(["draw a one", Image(x, denoise=True)], …)
 
-    tokens    <s>  d  r  …  e             <|im_start|>  <image>  <image> … <image>      <|im_end|>  </s>
-    kinds     TEXT …                      TEXT          TIME     PATCH   … PATCH        TEXT        TEXT
-    targets   d    r  a  …  <|im_start|>  -             -        -       … <|im_end|>   </s>        -
+    tokens       <s>  d r …  e             <|im_start|>  <image>  <image> … <image>     <|im_end|>  </s>
+    token_types  TEXT …                    TEXT          TIME     PATCH   … PATCH       TEXT        TEXT
+    targets      d    r a …  <|im_start|>  -             -        -       … <|im_end|>  </s>        -
 
-Each position carries the token that it must predict (`-`: none, weight 0), so packing cannot make a
-loss cross from one document into the next.
+Each position has its target token (`-`: none, weight 0), so after packing no loss crosses a document
+boundary.
 """
 
 from __future__ import annotations
@@ -18,88 +18,116 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monoformer_jax.batch import PATCH, TEXT, TIME, patchify
-from monoformer_jax.config import ModelConfig
+from monoformer_jax.batch import PATCH, TEXT, TIME, Document, concatenate, empty, patchify, select
+from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import require
-
-# The streams of the batch contract that do not depend on the row: [n, …] for n tokens.
-Document = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image in a document: context to look at, or one that the model learns to paint."""
+    """An image in a document: a conditioning image, or one that the model learns to generate."""
 
     pixels: np.ndarray  # float [height, width, C], in [-1, 1] or the mean of a VAE latent
     denoise: bool
-    logvar: np.ndarray | None = None  # of a VAE latent, as large
+    logvar: np.ndarray | None = None  # log-variance of a VAE latent, same shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """An image to look at as a vision encoder sees it: the only kind in a model that has one."""
+    """A conditioning image as vision encoder features; required by a model with a vision encoder."""
 
     values: np.ndarray  # float [n, F]
 
 
 @dataclasses.dataclass(frozen=True)
 class UntrainedText:
-    """Text that is read and not learned: what the other side of a conversation says."""
+    """Text without loss, such as a user's turn."""
 
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
 class EndOfTurn:
-    """</s> inside a document: an answer is over, and the conversation goes on."""
+    """</s> inside a document: the end of a prompt or an answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The prompt of an example in one or more wordings; `draw_prompts` samples one of them."""
+
+    texts: tuple[str, ...]
 
 
 Part = str | UntrainedText | EndOfTurn | Image | Features
 
 
-def build(
+def draw_prompts(
+    parts: Sequence[Part | Prompt], rng: np.random.Generator, dropout: float, end_of_prompt: bool
+) -> list[Part]:
+    """Samples one wording of every prompt; with `end_of_prompt`, appends </s> to it.
+
+    Prompts are dropped with probability `dropout`, for classifier-free guidance.
+    """
+    drawn: list[Part] = []
+    for part in parts:
+        if not isinstance(part, Prompt):
+            drawn.append(part)
+        elif rng.random() >= dropout:
+            drawn += [str(rng.choice(part.texts)), *([EndOfTurn()] if end_of_prompt else [])]
+    return drawn
+
+
+def build_document(
     parts: Sequence[Part],
     tokenizer: Tokenizer,
-    model: ModelConfig,
+    layout: TokenLayout,
     *,
     text_beside_images: bool = True,
     closing: Sequence[int] | None = None,
-    with_logvar: bool = False,
+    after: Document | None = None,
 ) -> Document:
-    """Streams of one document.
+    """Builds the fields of one document, or of the continuation of one.
 
     Args:
-      parts: texts, images and features in reading order; an image brings its <|im_start|> and
-        <|im_end|>.
-      tokenizer: gives the ids.
-      model: gives the patch size and the channels.
-      text_beside_images: False gives no text loss in a document with a denoised image.
-      closing: ids of its last tokens, </s> unless given; a prompt to be continued has none.
-      with_logvar: whether the log-variance of latents goes with them.
+      parts: texts, images and features in reading order; <|im_start|> and <|im_end|> are added
+        around images.
+      tokenizer: see `data.tokenizer`.
+      layout: token layout of the model.
+      text_beside_images: False: no text loss in a document with a denoised image.
+      closing: ids of the last tokens, default </s>; [] for a prompt to be continued.
+      after: the document that this one continues: no <s> is added, positions and image ids
+        continue, and <|im_start|> is not repeated if `after` ends with it.
 
     Raises:
-      InputError: an image whose side is not divisible by the patch, or with other channels, or
-        an image to look at that is not in the form which this model sees.
+      InputError: an image whose side is not divisible by the patch size, one with another number of
+        channels, or a conditioning image in a form that the model does not take.
     """
-    pieces = [_text([tokenizer.bos_id], model)]
-    for part in parts:
+    pieces = [] if after is not None else [_text([tokenizer.bos_id])]
+    begun = after is not None and int(after["tokens"][-1]) == tokenizer.im_start_id
+    images = 0 if after is None else int(after["image_ids"].max())
+    for part in _joined(parts):
         if isinstance(part, Image | Features):
-            pieces.append(_text([tokenizer.im_start_id], model))
-            image = _image if isinstance(part, Image) else _features
-            pieces.append(image(part, tokenizer, model))
-            pieces.append(_text([tokenizer.im_end_id], model))
+            if not begun:
+                pieces.append(_text([tokenizer.im_start_id]))
+            images += 1
+            piece = _image if isinstance(part, Image) else _features
+            pieces.append(piece(part, tokenizer, layout) | {"image_ids": images})
+            pieces.append(_text([tokenizer.im_end_id]))
         elif isinstance(part, EndOfTurn):
-            pieces.append(_text([tokenizer.eos_id], model))
+            pieces.append(_text([tokenizer.eos_id]))
         else:
-            asked = isinstance(part, UntrainedText)
-            ids = tokenizer.encode(part.text if asked else part)
-            pieces.append(_text(ids, model) | {"target_weights": np.full(len(ids), not asked)})
-    pieces.append(_text([tokenizer.eos_id] if closing is None else closing, model))
-    document = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    if not with_logvar:
-        document["patch_logvar"] = document["patch_logvar"][:, :0]
-    said = (document["token_types"] == TEXT) & document["target_weights"]
-    learned = np.append(said[1:], False)
+            read = isinstance(part, UntrainedText)
+            ids = tokenizer.encode(part.text if read else part)
+            pieces.append(_text(ids) | {"target_weights": float(not read)})
+        begun = False
+    pieces.append(_text([tokenizer.eos_id] if closing is None else closing))
+    document = concatenate([empty(layout, len(piece["tokens"]), **piece) for piece in pieces])
+    first = 0 if after is None else int(after["positions"][-1]) + 1
+    document["positions"] = np.arange(first, first + len(document["tokens"]), dtype=np.int32)
+    # Whether each token is to be predicted; then, shifted by one, whether each position has a target.
+    learned = (document["token_types"] == TEXT) & (document["target_weights"] > 0)
+    learned = np.append(learned[1:], False)
     if not text_beside_images and document["denoise"].any():
         learned[:] = False
     document["targets"] = np.append(document["tokens"][1:], tokenizer.pad_id).astype(np.int32)
@@ -107,69 +135,76 @@ def build(
     return document
 
 
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Joins adjacent texts of one kind, which must be tokenized together."""
+    joined: list[Part] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, str) and isinstance(last, str):
+            joined[-1] = last + part
+        elif isinstance(part, UntrainedText) and isinstance(last, UntrainedText):
+            joined[-1] = UntrainedText(last.text + part.text)
+        else:
+            joined.append(part)
+    return joined
+
+
 def truncate(document: Document, length: int) -> Document:
-    """The first `length` tokens of a text; a document with an image comes back whole."""
+    """Truncates a text document to `length` tokens; a document with an image is returned unchanged."""
     if len(document["tokens"]) <= length or (document["token_types"] != TEXT).any():
         return document
-    document = {name: stream[:length].copy() for name, stream in document.items()}
-    document["target_weights"][-1] = 0  # its target was cut off
+    document = select(document, slice(length))
+    document["target_weights"] = np.append(document["target_weights"][:-1], np.float32(0))
     return document
 
 
 def describe(tokens: np.ndarray, token_types: np.ndarray, tokenizer: Tokenizer) -> str:
-    """One line to recognise a document by: its text, and <image n> for an image of n patches."""
-    words = []
-    for kind, run in itertools.groupby(range(len(token_types)), key=lambda i: token_types[i]):
+    """One-line description of a document: its text, and <image n> for an image of n patches."""
+    pieces = []
+    for token_type, run in itertools.groupby(range(len(token_types)), key=lambda i: token_types[i]):
         run = list(run)
-        if kind == TEXT:
-            words.append(tokenizer.decode(tokens[run].tolist()))
-        elif kind == PATCH:
-            words.append(f"<image {len(run)}>")
-    return "".join(words)
+        if token_type == TEXT:
+            pieces.append(tokenizer.decode(tokens[run].tolist()))
+        elif token_type == PATCH:
+            pieces.append(f"<image {len(run)}>")
+    return "".join(pieces)
 
 
-def _text(ids: Sequence[int], model: ModelConfig) -> Document:
-    n = len(ids)
-    return {
-        "tokens": np.asarray(ids, np.int32),
-        "token_types": np.full(n, TEXT, np.int32),
-        "denoise": np.zeros(n, np.bool_),
-        "patches": np.zeros((n, model.patch_dim), np.float32),
-        "patch_logvar": np.zeros((n, model.patch_dim), np.float32),
-        "patch_positions": np.zeros((n, 2), np.int32),
-        "features": np.zeros((n, model.feature_dim), np.float32),
-        "target_weights": np.ones(n, np.bool_),  # whether each is worth predicting
-    }
+def _text(ids: Sequence[int]) -> dict:
+    tokens = np.asarray(ids, np.int32)
+    return {"tokens": tokens, "token_types": TEXT, "segment_ids": 1, "target_weights": 1.0}
 
 
-def _image(image: Image, tokenizer: Tokenizer, model: ModelConfig) -> Document:
-    fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == model.channels
-    require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {model.channels}]")
+def _image(image: Image, tokenizer: Tokenizer, layout: TokenLayout) -> dict:
+    fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == layout.channels
+    require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {layout.channels}]")
     require(
-        image.denoise or not model.feature_dim,
-        "this model looks at images through its vision encoder: give Features",
+        image.denoise or not layout.feature_dim,
+        "this model encodes conditioning images with a vision encoder: give Features",
     )
-    patches, patch_positions = patchify(image.pixels, model.patch_size)
-    first = model.time_tokens  # which stand in front
-    n = first + len(patches)
-    stream = _text([tokenizer.image_id] * n, model) | {
-        "token_types": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
-        "denoise": np.full(n, image.denoise),
-        "patches": np.pad(patches, ((first, 0), (0, 0))),
-        "patch_positions": np.pad(patch_positions, ((first, 0), (0, 0))),
+    patches, positions = patchify(image.pixels, layout.patch_size)
+    tokens, padding = _image_tokens(len(patches), tokenizer, layout)
+    tokens |= {
+        "denoise": image.denoise,
+        "patches": np.pad(patches, padding),
+        "patch_positions": np.pad(positions, padding),
     }
-    if image.logvar is not None:
-        logvar, _ = patchify(image.logvar, model.patch_size)
-        stream["patch_logvar"] = np.pad(logvar, ((first, 0), (0, 0)))
-    return stream
+    if image.logvar is not None and layout.latent_variance:
+        tokens["patch_logvar"] = np.pad(patchify(image.logvar, layout.patch_size)[0], padding)
+    return tokens
 
 
-def _features(image: Features, tokenizer: Tokenizer, model: ModelConfig) -> Document:
-    fits = image.values.ndim == 2 and image.values.shape[1] == model.feature_dim
-    require(fits, f"features {image.values.shape} are not [n, {model.feature_dim}]")
-    first = model.time_tokens
-    n = first + len(image.values)
-    return _text([tokenizer.image_id] * n, model) | {
-        "token_types": np.array([TIME] * first + [PATCH] * (n - first), np.int32),
-        "features": np.pad(image.values, ((first, 0), (0, 0))).astype(np.float32),
-    }
+def _features(image: Features, tokenizer: Tokenizer, layout: TokenLayout) -> dict:
+    fits = image.values.ndim == 2 and image.values.shape[1] == layout.feature_dim
+    require(fits, f"features {image.values.shape} are not [n, {layout.feature_dim}]")
+    tokens, padding = _image_tokens(len(image.values), tokenizer, layout)
+    return tokens | {"features": np.pad(image.values, padding)}
+
+
+def _image_tokens(patches: int, tokenizer: Tokenizer, layout: TokenLayout):
+    """TIME and PATCH tokens of an image, and the padding of its [n, …] arrays to their length."""
+    first = layout.time_tokens
+    tokens = np.full(first + patches, tokenizer.image_id, np.int32)
+    token_types = np.array([TIME] * first + [PATCH] * patches, np.int32)
+    fields = {"tokens": tokens, "token_types": token_types, "segment_ids": 1}
+    return fields, ((first, 0), (0, 0))

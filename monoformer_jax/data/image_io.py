@@ -1,4 +1,4 @@
-"""Pictures of people to arrays and back; whatever they give, it ends as a picture or a sentence."""
+"""Decodes user images to arrays and converts arrays to images; bad input raises InputError."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from einops import rearrange, repeat
 from monoformer_jax.errors import InputError, require
 
 MOST_PIXELS = 1 << 26  # 67 million; decoded, that is 200 MB
-_SIDE = 128  # pixels that a picture in a grid has at least, or 8×8 digits would be specks
+_SIDE = 128  # pixels up to which small images in a grid, such as 8×8 digits, are enlarged
 
 
 def open_image(source, name: str = "the image") -> PIL.Image.Image:
-    """A picture, decoded and upright, mode L or RGB, transparency on white, a strip cut to 4 : 1.
+    """Decodes an image to mode L or RGB and center-crops it to an aspect ratio of at most 4:1.
+
+    The EXIF orientation is applied, and transparency is composited on white.
 
     Args:
       source: a path, bytes, an open binary file, a PIL image, or an array [h, w], [h, w, 1] or
-        [h, w, 3] of uint8, or of floats in [-1, 1].
-      name: of the picture in messages.
+        [h, w, 3] of uint8, or of floats in [-1, 1] (values up to ±1.5 are clipped).
+      name: name of the image in error messages.
 
     Raises:
-      InputError: no such file, nothing that can be read, or more than `MOST_PIXELS`.
+      InputError: the file does not exist, is not an image, or has more than `MOST_PIXELS`.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name)
@@ -39,36 +41,37 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            picture = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
-            # The size stands in the header: nothing is decoded before it is checked.
+            image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+            # The size comes from the header, so it is checked before anything is decoded.
             require(
-                picture.width * picture.height <= MOST_PIXELS,
-                f"{name} is {picture.width}×{picture.height}: over {MOST_PIXELS // 10**6} million "
+                image.width * image.height <= MOST_PIXELS,
+                f"{name} is {image.width}×{image.height}: over {MOST_PIXELS // 10**6} million "
                 "pixels, make it smaller",
             )
-            picture.load()
-            return _plain(PIL.ImageOps.exif_transpose(picture))
+            image.load()
+            return _plain(PIL.ImageOps.exif_transpose(image))
     except PIL.Image.DecompressionBombError as error:
         raise InputError(f"{name} has too many pixels, make it smaller") from error
     except InputError:
         raise
-    except Exception as error:  # decoders raise whatever the broken part raised
+    except Exception as error:  # image decoders raise many exception types on corrupt data
         reason = str(error).split("\n")[0][:100]
-        raise InputError(f"{name} is no picture that can be read ({reason})") from error
+        raise InputError(f"{name} cannot be read as an image ({reason})") from error
 
 
-def _plain(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I;16") or picture.mode == "I":  # 16 bits a pixel
-        values = np.asarray(picture).astype(np.float64) / 257
-        picture = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        over = PIL.Image.new("RGBA", picture.size, "white")
-        picture = PIL.Image.alpha_composite(over, picture.convert("RGBA"))
-    # Only the centre is ever looked at, and resizing a strip by its short side would be a bomb.
-    most = 4 * min(picture.size)
-    left, top = (max(side - most, 0) // 2 for side in picture.size)
-    box = (left, top, left + min(picture.width, most), top + min(picture.height, most))
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB").crop(box)
+def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits per pixel
+        values = np.asarray(image).astype(np.float64) / 257
+        image = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        over = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(over, image.convert("RGBA"))
+    # Only the center crop is used, and resizing a long strip by its short side would take too much
+    # memory.
+    most = 4 * min(image.size)
+    left, top = (max(side - most, 0) // 2 for side in image.size)
+    box = (left, top, left + min(image.width, most), top + min(image.height, most))
+    return image.convert("L" if image.mode in ("1", "L") else "RGB").crop(box)
 
 
 def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
@@ -78,15 +81,16 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
     require(values.size <= 3 * MOST_PIXELS, f"{name} has too many pixels, make it smaller")
     if values.dtype != np.uint8:
         inside = np.issubdtype(values.dtype, np.floating) and np.abs(values).max() <= 1.5
-        require(bool(inside), f"{name} is neither uint8 nor floats in [-1, 1]")  # and no NaN
+        require(bool(inside), f"{name} is neither uint8 nor floats in [-1, 1]")  # also rejects NaN
         return _plain(to_pil(values))
     return _plain(PIL.Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values))
 
 
 def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """Float32 [size, size, 3] in [-1, 1]: the centre, its shorter side made `size` (as in ADM)."""
+    """Resizes the shorter side to `size` and center-crops (as in ADM): float32 [size, size, 3] in
+    [-1, 1]."""
     image = image.convert("RGB")
-    # Whole halvings first, by averaging, so that nothing aliases.
+    # Halve with a box filter first, to avoid aliasing.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
     scale = size / min(image.size)
@@ -98,23 +102,23 @@ def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int) -> np.ndarray:
-    """Float32 [size, size, 1 or 3] in [-1, 1]: the centre of the picture, as training sees it."""
+    """The center crop as used in training, float32 [size, size, 1 or 3] in [-1, 1]."""
     return crop(picture.convert({1: "L", 3: "RGB"}[channels]), size)[..., :channels]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] to 0 … 255."""
+    """Maps [-1, 1] to uint8 0 … 255, clipping."""
     return np.clip((np.asarray(images) + 1) * 127.5, 0, 255).round().astype(np.uint8)
 
 
 def to_pil(image: np.ndarray) -> PIL.Image.Image:
-    """Float [h, w, 1 or 3] in [-1, 1] to a picture, mode L or RGB."""
+    """Converts float [h, w, 1 or 3] in [-1, 1] to a PIL image, mode L or RGB."""
     pixels = to_uint8(image)
     return PIL.Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int) -> PIL.Image.Image:
-    """Images [h, w, C] of one size as one picture of rows, small ones enlarged."""
+    """Arranges images [h, w, C] of equal size in a grid; small images are enlarged."""
     missing = -len(images) % columns
     images = np.pad(np.asarray(images), ((0, missing), (0, 0), (0, 0), (0, 0)), constant_values=-1)
     grid = rearrange(images, "(r c) h w C -> (r h) (c w) C", c=columns)

@@ -1,4 +1,4 @@
-"""Documents into rows: whole documents, first fit, several rows filled at a time."""
+"""Packing of complete documents into rows: first-fit, with several rows open at a time."""
 
 from __future__ import annotations
 
@@ -7,27 +7,14 @@ import functools
 import grain
 import numpy as np
 
-from monoformer_jax.batch import number_images
-from monoformer_jax.config import Config
-from monoformer_jax.data.documents import Document
+from monoformer_jax.batch import FIELDS, Document, shift
 from monoformer_jax.errors import InputError, require
 
-_STREAMS = (
-    "tokens",
-    "token_types",
-    "denoise",
-    "patches",
-    "patch_logvar",
-    "patch_positions",
-    "features",
-    "targets",
-    "target_weights",
-)
-_PROBE = 1000  # documents that may all be too long before it is called an error
+_PROBE = 1000  # raise an error if the first so many documents are all too long
 
 
 class LengthFilter:
-    """Filter for documents that fit a row; counts the ones it drops."""
+    """Filter that keeps documents that fit in a row, and counts the dropped ones."""
 
     def __init__(self, length: int):
         self.length, self.kept, self.dropped = length, 0, 0
@@ -44,35 +31,44 @@ class LengthFilter:
         return fits
 
 
-def pack(documents: grain.IterDataset, config: Config, pad_id: int) -> grain.IterDataset:
-    """Rows of the batch contract, without the batch axis.
+def pack(
+    documents: grain.IterDataset,
+    *,
+    length: int,
+    bins: int,
+    pad_id: int,
+    max_images: int,
+    seed: int = 0,
+) -> grain.IterDataset:
+    """Packs documents into rows of the batch contract, without the batch axis.
 
-    `data.packing_bins` rows are filled at the same time; a document goes to the first that has room.
+    Args:
+      length: tokens per row.
+      bins: number of open rows; a document is added to the first one with space.
+      max_images: maximum number of images per row.
 
     Raises:
-      InputError: with the row, if more images than the model counts came together in one.
+      InputError: when iterated, if a row has more images.
     """
+    padding = {name: pad_id if field.pad is None else field.pad for name, field in FIELDS.items()}
     rows = grain.experimental.FirstFitPackIterDataset(
         documents,
-        length_struct=dict.fromkeys(_STREAMS, config.data.max_seq_len),
-        num_packing_bins=config.data.packing_bins,
-        seed=config.seed,
-        meta_features=_STREAMS[1:],  # packed and padded like tokens, which give the segments
-        padding_struct=dict.fromkeys(_STREAMS, 0) | {"tokens": pad_id, "targets": pad_id},
+        length_struct=dict.fromkeys(FIELDS, length),
+        num_packing_bins=bins,
+        seed=seed,
+        # Packed and padded like tokens; segment ids are derived from tokens only.
+        meta_features=[name for name in FIELDS if name != "tokens"],
+        padding_struct=padding,
     )
-    return rows.map(functools.partial(_finish, config=config))
+    return rows.map(functools.partial(_finish, max_images=max_images))
 
 
-def _finish(row: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    row = dict(row)
-    row["segment_ids"] = row.pop("tokens_segment_ids").astype(np.int32)
-    row["positions"] = row.pop("tokens_positions").astype(np.int32)
-    row["image_ids"] = number_images(row["token_types"])
+def _finish(row: dict[str, np.ndarray], max_images: int) -> dict[str, np.ndarray]:
+    row = shift({name: row[name] for name in FIELDS}, row["tokens_segment_ids"])
     images = row["image_ids"].max()
     require(
-        images <= config.max_images,
-        f"{images} images came into one row, but data.max_seq_len={config.data.max_seq_len} and "
-        f"data.image_size={config.data.image_size} make room for {config.max_images}: image_size "
-        "must be that of the smallest image",
+        images <= max_images,
+        f"{images} images are packed in one row, but data.max_seq_len={len(row['tokens'])} and "
+        f"data.image_size allow {max_images}: image_size must be that of the smallest image",
     )
     return row

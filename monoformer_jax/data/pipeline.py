@@ -1,16 +1,18 @@
-"""The training stream: sources -> documents -> mixture -> rows -> batches; deterministic, resumable."""
+"""Data pipeline: sources -> documents -> mixture -> rows -> batches; deterministic and resumable."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from monoformer_jax.config import Config
-from monoformer_jax.data.documents import Document, build, truncate
+from monoformer_jax.batch import Document
+from monoformer_jax.config import Config, DataConfig, TokenLayout
+from monoformer_jax.data.documents import build_document, draw_prompts, truncate
 from monoformer_jax.data.packing import LengthFilter, pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
@@ -18,44 +20,51 @@ from monoformer_jax.errors import require
 
 
 class Batches:
-    """Endless host batches: the rows of the global batch that one process holds.
+    """Infinite host batches: the rows of the global batch that one process holds.
 
-    The global batch is `data.streams` groups of rows. Each group is packed by a stream of its own from
-    its own share of every source, so what a row holds depends on the config, the step and the row
-    alone, and never on the number of processes. A process runs the streams that its rows come from,
-    and keeps its rows.
+    The global batch consists of `data.streams` groups of rows. Each group is packed by its own stream
+    from its own shard of every source, so the content of a row depends only on the config, the step and
+    the row index, not on the number of processes. A process runs the streams of its rows and discards
+    the other rows.
 
     Attributes:
-      iterator: gives batches of these rows, see `batch.spec`; see `RowIterator` for its state.
-      dropped: documents left out because they are longer than a row, since this process started.
+      iterator: iterator over batches of these rows, see `batch.spec` and `RowIterator`.
+      dropped: number of documents dropped as longer than a row, since this process started.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, rows: Sequence[int] | None = None):
         """Args:
-        config: of the run.
+        config: config of the run.
         tokenizer: see `data.tokenizer.open_tokenizer`.
-        rows: in ascending order; None is all, 0 to batch_size - 1.
+        rows: row indices in ascending order; None: all, 0 to batch_size - 1.
         """
+        layout, c = config.layout, config.data
         require(
-            config.model.vocab_size >= tokenizer.vocab_size,
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+            layout.vocab_size >= tokenizer.vocab_size,
+            f"model.vocab_size={layout.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size}",
         )
-        sources = open_sources(config.data)
+        sources = open_sources(c)
         for name, source in sources.items():
             require(
-                len(source.examples) >= config.data.streams,
-                f"data.streams={config.data.streams}, but source {name} has only "
-                f"{len(source.examples)} examples to share out",
+                len(source.examples) >= c.streams,
+                f"data.streams={c.streams}, but source {name} has only "
+                f"{len(source.examples)} examples",
             )
-        group = config.batch_size // config.data.streams
+        group = config.batch_size // c.streams
         rows = range(config.batch_size) if rows is None else rows
         needed = sorted({row // group for row in rows})
-        self._fits = [LengthFilter(config.data.max_seq_len) for _ in needed]
-        streams = {
-            number: iter(_stream(sources, config, tokenizer, number, fits).batch(group))
-            for number, fits in zip(needed, self._fits)
-        }
+        self._fits = [LengthFilter(c.max_seq_len) for _ in needed]
+        to_document = functools.partial(
+            _ToDocument, tokenizer=tokenizer, layout=layout, data=c,
+            text_beside_images=config.loss.text_beside_images,
+        )  # fmt: skip
+        streams = {}
+        for number, fits in zip(needed, self._fits):
+            documents = _documents(sources, to_document, c, config.seed, number).filter(fits)
+            packed = pack(documents, length=c.max_seq_len, bins=c.packing_bins, seed=config.seed,
+                          pad_id=tokenizer.pad_id, max_images=config.max_images)  # fmt: skip
+            streams[number] = iter(packed.batch(group))
         made = [number * group + i for number in needed for i in range(group)]
         kept = slice(None) if made == list(rows) else [made.index(row) for row in rows]
         self.iterator = RowIterator(streams, kept)
@@ -66,8 +75,8 @@ class Batches:
 
 
 class RowIterator:
-    """Rows of several streams, one batch a step. The state of a stream belongs to it, not to a process:
-    whoever runs it next goes on from there."""
+    """Iterator over rows of several streams, one batch per step. States are per stream, so any process
+    can resume a stream."""
 
     def __init__(self, streams: dict[int, grain.DatasetIterator], kept: list[int] | slice):
         self._streams, self._kept = streams, kept
@@ -80,61 +89,54 @@ class RowIterator:
         return {name: np.concatenate([g[name] for g in groups])[self._kept] for name in groups[0]}
 
     def get_state(self) -> dict[str, Any]:
-        """JSON values by number of the stream, of those that run here."""
+        """Returns the states of this process's streams, {stream number: JSON values}."""
         return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
     def set_state(self, states: Mapping[str, Any]) -> None:
-        """Goes to `states`, which may hold other streams as well; KeyError if one is missing."""
+        """Restores `states`, which may include other streams; raises KeyError if one is missing."""
         for number, stream in self._streams.items():
             stream.set_state(states[str(number)])
 
 
-def _stream(
-    sources: Mapping[str, Source],
-    config: Config,
-    tokenizer: Tokenizer,
-    number: int,
-    fits: LengthFilter,
-) -> grain.IterDataset:
-    """The rows of one stream, without the batch axis."""
-    weights = np.array([config.data.mixture[name] for name in sources])
-    documents = [
-        _documents(source, config, tokenizer, place)[number :: config.data.streams].repeat()
-        for place, source in enumerate(sources.values())
-    ]
-    mixture = grain.MapDataset.mix(documents, weights / weights.sum())
-    # Records come from storage, many at a time and ahead; the digits are in memory, and the next
-    # batch is made while the device works.
-    threads, ahead = (16, 64) if config.data.records else (0, 0)
-    stream = mixture.to_iter_dataset(grain.ReadOptions(threads, ahead))
-    return pack(stream.filter(fits), config, tokenizer.pad_id)
-
-
 def _documents(
-    source: Source, config: Config, tokenizer: Tokenizer, place: int
-) -> grain.MapDataset:
-    """One source, reshuffled and written anew every epoch."""
-    # Seeds are given, not derived: adding a source must not reorder the others.
-    seed = config.seed * 1000 + place
-    examples = grain.MapDataset.source(source.examples).seed(seed).shuffle()
-    return examples.random_map(_Writer(source, config, tokenizer), seed=seed)
+    sources: Mapping[str, Source],
+    to_document: Callable[[Source], _ToDocument],
+    c: DataConfig,
+    seed: int,
+    number: int,
+) -> grain.IterDataset:
+    """Documents of one stream: its shard of every source, mixed by weight."""
+    weights = np.array([c.mixture[name] for name in sources])
+    documents = []
+    for index, source in enumerate(sources.values()):
+        # Explicit seeds: adding a source must not reorder the others.
+        own = seed * 1000 + index
+        examples = grain.MapDataset.source(source.examples).seed(own).shuffle()
+        built = examples.random_map(
+            to_document(source), seed=own
+        )  # with new random numbers every epoch
+        documents.append(built[number :: c.streams].repeat())
+    mixture = grain.MapDataset.mix(documents, weights / weights.sum())
+    # Records are prefetched from storage by threads; the digits are in memory and need none, since the
+    # host builds the next batch while the device runs.
+    threads, ahead = (16, 64) if c.records else (0, 0)
+    return mixture.to_iter_dataset(grain.ReadOptions(threads, ahead))
 
 
-@dataclasses.dataclass(
-    frozen=True, repr=False
-)  # grain asks for its repr; all examples would be in it
-class _Writer:
+# repr=False: grain logs the repr, which would contain all examples.
+@dataclasses.dataclass(frozen=True, repr=False)
+class _ToDocument:
     source: Source
-    config: Config
     tokenizer: Tokenizer
+    layout: TokenLayout
+    data: DataConfig
+    text_beside_images: bool
 
     def __call__(self, example, rng) -> Document:
-        c = self.config
-        document = build(
-            self.source.write(example, rng),
-            self.tokenizer,
-            c.model,
-            text_beside_images=c.loss.text_beside_images,
-            with_logvar=c.data.sample_latents,
+        c = self.data
+        parts = self.source.to_parts(example, rng)
+        parts = draw_prompts(parts, rng, c.prompt_dropout, c.end_of_prompt)
+        document = build_document(
+            parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images
         )
-        return truncate(document, c.data.max_seq_len) if c.data.truncate_text else document
+        return truncate(document, c.max_seq_len) if c.truncate_text else document

@@ -1,16 +1,21 @@
-"""Datasets as training reads them: folders of ArrayRecord files, and what one record holds.
+"""Training datasets: folders of ArrayRecord files, and the format of a record.
 
-DIR/records-00000-of-00313.array_record   msgpack, one example each, in reach by its number
+DIR/records-00000-of-00313.array_record   msgpack, one example per record, random access
 DIR/info.json                             {"examples", "files", "shape"}; [h, w, C] of the latents
 
-An example is {"captions": [...]} with an image to paint, or {"messages": [...]} of a conversation,
-the first asked and every second one answered, with or without an image to look at. The image is the
-mean and the log-variance of a latent, times the autoencoder's scale, in half precision.
+A record is an example: a list of its parts in reading order, each a map of one of these forms.
+
+    {"prompt": ["a cat", "an animal"]}                 wordings of the prompt, see `Prompt`
+    {"text": "hello"}                                  text with loss
+    {"text": "hi", "train": false}                     text without loss
+    {"end_of_turn": true}                              </s>
+    {"shape", "mean", "logvar", "denoise"}             a conditioning image, or one to generate
+
+Images are mean and log-variance of a normalized latent, in float16.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 
@@ -20,70 +25,84 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from monoformer_jax.data.templates import CHAT_TEMPLATE
+from monoformer_jax.data.documents import EndOfTurn, Image, Part, Prompt, UntrainedText
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.files import atomic_write
 
-ASK, ANSWER = CHAT_TEMPLATE
+Example = Sequence[Part | Prompt]
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One record; `captions` or `messages`, the other one empty."""
+def pack(example: Example) -> bytes:
+    """Serializes an example to the bytes of a record."""
+    return msgpack.packb([_pack_part(part) for part in example])
 
-    captions: Sequence[str] = ()
-    messages: Sequence[str] = ()
-    mean: np.ndarray | None = None  # float16 [h, w, C]
-    logvar: np.ndarray | None = None
 
-    def pack(self) -> bytes:
-        values = {"captions": list(self.captions), "messages": list(self.messages)}
-        if self.mean is not None:
-            values["shape"] = self.mean.shape
-            values |= {k: getattr(self, k).astype("<f2").tobytes() for k in ("mean", "logvar")}
-        return msgpack.packb(values)
+def unpack(record: bytes) -> list[Part | Prompt]:
+    """Deserializes a record; images are float32."""
+    return [_unpack_part(values) for values in msgpack.unpackb(record)]
 
-    @classmethod
-    def unpack(cls, record: bytes) -> Example:
-        values = msgpack.unpackb(record)
-        shape = values.pop("shape", None)
-        for name in ("mean", "logvar"):
-            if name in values:
-                values[name] = np.frombuffer(values[name], "<f2").reshape(shape)
-        return cls(**values)
+
+def _pack_part(part: Part | Prompt) -> dict:
+    if isinstance(part, Prompt):
+        return {"prompt": list(part.texts)}
+    if isinstance(part, str):
+        return {"text": part}
+    if isinstance(part, UntrainedText):
+        return {"text": part.text, "train": False}
+    if isinstance(part, EndOfTurn):
+        return {"end_of_turn": True}
+    arrays = {"mean": part.pixels, "logvar": part.logvar}
+    packed = {k: x.astype("<f2").tobytes() for k, x in arrays.items() if x is not None}
+    return {"shape": part.pixels.shape, "denoise": part.denoise} | packed
+
+
+def _unpack_part(values: dict) -> Part | Prompt:
+    if "prompt" in values:
+        return Prompt(tuple(values["prompt"]))
+    if "text" in values:
+        return values["text"] if values.get("train", True) else UntrainedText(values["text"])
+    if "end_of_turn" in values:
+        return EndOfTurn()
+    arrays = {
+        name: np.frombuffer(values[name], "<f2").reshape(values["shape"]).astype(np.float32)
+        for name in ("mean", "logvar")
+        if name in values
+    }
+    return Image(arrays["mean"], values["denoise"], arrays.get("logvar"))
 
 
 def write_file(path: epath.Path, examples: Iterable[Example]) -> None:
-    """Writes one file, which gets its name when it is whole."""
-    # One record a group, so that reading one does not decompress its neighbours.
+    """Writes one file atomically."""
+    # One record per group, so that reading one does not decompress its neighbours.
     with atomic_write(path) as staging:
         writer = ArrayRecordWriter(str(staging), "group_size:1")
         for example in examples:
-            writer.write(example.pack())
+            writer.write(pack(example))
         writer.close()
 
 
 def count_records(files: Sequence[epath.Path]) -> int:
+    """Number of records in these files."""
     return len(grain.sources.ArrayRecordDataSource([str(file) for file in files]))
 
 
 class Records(Sequence):
-    """The examples of a folder, by number.
+    """Random-access sequence of the examples of a folder.
 
     Raises:
-      InputError: no such folder, or one that `encode_latents` has not finished.
+      InputError: no such folder, or `encode_latents` has not finished it.
     """
 
     def __init__(self, folder: str):
         path = epath.Path(folder)
         info = path / "info.json"
-        require(info.exists(), f"{folder} holds no finished records: it has no info.json; "
+        require(info.exists(), f"{folder} has no complete records: there is no info.json; "
                                "`encode_latents` writes such folders")  # fmt: skip
         self.info = json.loads(info.read_text())
         files = sorted(str(file) for file in path.glob("*.array_record"))
         require(
             len(files) == self.info["files"],
-            f"{folder} has {len(files)} files of records, {self.info['files']} were written",
+            f"{folder} has {len(files)} record files, but {self.info['files']} were written",
         )
         self._source = grain.sources.ArrayRecordDataSource(files)
         require(len(self) > 0, f"{folder} holds no examples")
@@ -91,15 +110,15 @@ class Records(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, number: int) -> Example:
-        return Example.unpack(self._source[number])
+    def __getitem__(self, number: int) -> list[Part | Prompt]:
+        return unpack(self._source[number])
 
     def __repr__(self) -> str:
         return f"Records({len(self)} examples)"
 
 
 def check_shape(name: str, records: Records, side: int) -> None:
-    """Raises InputError where a record's images are not of the size that the config says."""
+    """Raises InputError if the latents do not have the size of the config."""
     shape = records.info["shape"]
     if shape is not None and shape[:2] != [side, side]:
         raise InputError(

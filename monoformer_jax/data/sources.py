@@ -1,9 +1,8 @@
-"""Where documents come from: a source is a sequence of examples and a way to write one down.
+"""Data sources: a source is a sequence of examples, and a function from an example to parts.
 
-The digits are the 1,797 scanned 8×8 digits that scikit-learn ships, split 80/20 by label with seed 0.
-"draw" paints the digit that is asked for, "read" names the digit that is shown, "say" counts and adds
-in words. Every other source is a folder of records: captions with an image to paint, or conversations
-with or without an image to look at.
+Digits tasks (see `digits`): "draw" generates the requested digit, "read" names the digit in an image,
+"say" is counting and addition in words. Every other source is a folder of records, whose examples are
+lists of parts: captions with an image to generate, conversations with or without images, or others.
 """
 
 from __future__ import annotations
@@ -16,40 +15,34 @@ import numpy as np
 
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
-from monoformer_jax.data.documents import EndOfTurn, Image, Part, UntrainedText
-from monoformer_jax.data.records import ANSWER, ASK, Example, Records, check_shape
+from monoformer_jax.data.documents import Image, Part, Prompt
+from monoformer_jax.data.records import Records, check_shape
 from monoformer_jax.errors import require
-
-Parts = list[Part]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`write(example, rng)` gives the parts of a document; rng is the example's own."""
+    """`to_parts(example, rng)` returns the parts of a document; rng is seeded per example."""
 
     examples: Sequence[Any]
-    write: Callable[[Any, np.random.Generator], Parts]
+    to_parts: Callable[[Any, np.random.Generator], Sequence[Part | Prompt]]
 
 
 def _draw(c: DataConfig) -> Source:
-    def write(example, rng):
+    def to_parts(example, rng):
         image, label = example
-        prompt = [] if rng.random() < c.prompt_dropout else [draw_prompt(label)]
-        return [*prompt, Image(image, denoise=True)]
+        return [Prompt((draw_prompt(label),)), Image(image, denoise=True)]
 
-    return Source(_training_digits(c), write)
+    return Source(_training_digits(c), to_parts)
 
 
 def _read(c: DataConfig) -> Source:
-    def write(example, rng):
+    def to_parts(example, rng):
         image, label = example
-        return [
-            READ_PROMPT,
-            Image(_shifted(image, c.shift_pixels, rng), denoise=False),
-            NAMES[label],
-        ]
+        image = Image(_shifted(image, c.shift_pixels, rng), denoise=False)
+        return [READ_PROMPT, image, NAMES[label]]
 
-    return Source(_training_digits(c), write)
+    return Source(_training_digits(c), to_parts)
 
 
 def _training_digits(c: DataConfig) -> list[tuple[np.ndarray, int]]:
@@ -62,7 +55,7 @@ def _say(c: DataConfig) -> Source:
 
 
 def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
-    """The image moved by up to `most` pixels each way, background coming in."""
+    """Shifts an image by up to `most` pixels in each direction, filled with background."""
     height, width, _ = image.shape
     y, x = rng.integers(0, 2 * most + 1, 2)
     padded = np.pad(image, ((most, most), (most, most), (0, 0)), constant_values=-1)
@@ -72,43 +65,23 @@ def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
 def _records(c: DataConfig, name: str) -> Source:
     records = Records(c.records[name])
     check_shape(name, records, c.image_size)
-
-    def write(example: Example, rng):
-        image = []
-        if example.mean is not None:
-            mean, logvar = (x.astype(np.float32) for x in (example.mean, example.logvar))
-            image = [Image(mean, denoise=bool(example.captions), logvar=logvar)]
-        if not example.captions:
-            return [*image, *conversation(example.messages)]
-        prompt = [] if rng.random() < c.prompt_dropout else [str(rng.choice(example.captions))]
-        return [*prompt, *image]
-
-    return Source(records, write)
-
-
-def conversation(messages: Sequence[str]) -> Parts:
-    """What is asked is not learned; every answer but the last is followed by its own </s>."""
-    parts = []
-    for asked, answer in zip(messages[::2], messages[1::2], strict=True):
-        parts += [UntrainedText(ASK.format(asked)), ANSWER.format(answer), EndOfTurn()]
-    return parts[:-1]
+    return Source(records, lambda example, rng: example)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}
 
 
 def open_sources(c: DataConfig) -> dict[str, Source]:
-    """The sources of the mixture that have a weight.
+    """Opens the sources of the mixture with a weight above 0.
 
     Raises:
-      InputError: a name that is neither one of `SOURCES` nor in data.records, or what the source
-        itself refuses.
+      InputError: a name that is neither in `SOURCES` nor in data.records, or an invalid source.
     """
     for name in c.mixture:
         require(
             name in SOURCES or name in c.records,
-            f"data.mixture.{name} is no source; there are {', '.join(SOURCES)}, and the folders of "
-            f"records that data.records names: --config.data.records.{name}=DIR",
+            f"data.mixture.{name} is not a source: choose from {', '.join(SOURCES)}, or give its "
+            f"records with --config.data.records.{name}=DIR",
         )
     opened = {}
     for name, weight in c.mixture.items():

@@ -1,47 +1,71 @@
-"""Words around what a user says: the chat template, and prompts for the classes of ImageNet.
+"""Prompt templates: the chat template, and prompts for the ImageNet classes.
 
-They are what the released weights were trained on, so their words matter more than their style.
+The released weights were trained on these exact strings, errors included.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from monoformer_jax.data.documents import EndOfTurn, Part, UntrainedText
 from monoformer_jax.errors import require
 
-CHAT_TEMPLATE = ("### Human: {}### Assistant: ", "{}")  # what is asked, what is answered
+_USER, _ASSISTANT = "### Human: ", "### Assistant: "
+ROLES = ("user", "assistant", "system")
 
 IMAGENET_TEMPLATES = (
     "Please generate an image of {}.",
     "{}",
     "an image of {}.",
-    "an photo of {}.",  # as trained
+    "an photo of {}.",  # sic, as trained
 )
-# Two names stand for two classes each: with the name alone the model cannot know which is meant.
+# Two ImageNet names are shared by two classes each; these names are unique.
 _AMBIGUOUS = {134: "crane (bird)", 517: "crane (machine)",
               638: "maillot (one-piece suit)", 639: "maillot (tank suit)"}  # fmt: skip
 
 
-def apply_chat_template(message: str) -> str:
-    """A message as the original's chat template has it, ready to be answered."""
-    return CHAT_TEMPLATE[0].format(message.strip())
+def chat_parts(messages: Sequence[Mapping]) -> list[Part]:
+    """Formats a conversation with the chat template of the original; every answer ends with </s>.
+
+    Only answers have a loss.
+
+    Args:
+      messages: {"role": one of `ROLES`, "content": a text, or a list of texts and other parts}.
+    """
+    parts: list[Part] = []
+    for message in messages:
+        content = message["content"]
+        content = [content] if isinstance(content, str) else list(content)
+        if message["role"] == "assistant":
+            parts += [*content, EndOfTurn()]
+            continue
+        turn = [UntrainedText(x) if isinstance(x, str) else x for x in content]
+        if message["role"] == "user":
+            turn = [UntrainedText(_USER), *turn, UntrainedText(_ASSISTANT)]
+        parts += turn
+    return parts
+
+
+def complete_prompt(parts: Sequence[Part], end_of_prompt: bool) -> list[Part]:
+    """Ends a prompt as in training: with data.end_of_prompt, </s> marks it as complete."""
+    return [*parts, EndOfTurn()] if end_of_prompt else list(parts)
 
 
 def class_prompts(label: str) -> list[str]:
-    """Every way in which training asks for a class."""
+    """Returns all training prompts of a class."""
     return [template.format(label) for template in IMAGENET_TEMPLATES]
 
 
 def read_labels(path: Path) -> list[str]:
-    """The 1000 names of a JSON list or {"number": name}, in which no two classes share a name.
+    """Reads 1000 class names from a JSON list or {"number": name} and makes them unique.
 
     Raises:
-      InputError: no such file, not 1000 names, or two classes of one name.
+      InputError: no such file, not 1000 names, or two classes with the same name.
     """
-    require(path.is_file(), f"there is no file of labels {path}")
+    require(path.is_file(), f"the label file {path} does not exist")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError):
@@ -49,21 +73,21 @@ def read_labels(path: Path) -> list[str]:
     if isinstance(values, dict):
         values = [values.get(str(i)) for i in range(len(values))]
     fits = isinstance(values, list) and all(isinstance(v, str) for v in values)
-    require(fits and len(values) == 1000, f"{path} is no JSON list of the 1000 names of ImageNet")
+    require(fits and len(values) == 1000, f"{path} is not a JSON list of 1000 ImageNet names")
     return disambiguate(values)
 
 
 def disambiguate(labels: Sequence[str]) -> list[str]:
-    """The names with crane and maillot told apart, wherever a name stands for two classes.
+    """Makes the duplicate names "crane" and "maillot" unique.
 
     Raises:
-      InputError: other classes share a name.
+      InputError: other classes have the same name.
     """
     count = Counter(labels)
-    told = [
+    unique = [
         _AMBIGUOUS.get(number, label) if count[label] > 1 else label
         for number, label in enumerate(labels)
     ]
-    shared = [label for label, times in Counter(told).items() if times > 1]
+    shared = [label for label, times in Counter(unique).items() if times > 1]
     require(not shared, f"two classes share the name {', '.join(shared)}")
-    return told
+    return unique

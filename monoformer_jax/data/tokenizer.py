@@ -1,4 +1,4 @@
-"""Text to token ids. `ByteTokenizer` needs no file; others fit the same interface."""
+"""Tokenizers: `ByteTokenizer` needs no file, `FileTokenizer` loads a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import tokenizers
 from monoformer_jax.config import DataConfig
 from monoformer_jax.errors import InputError, require
 
-# What the original adds to LLaMA's vocabulary, in this order.
+# Special tokens that the original adds to LLaMA's vocabulary, in this order.
 NEW_SPECIALS = ("<PAD>", "<image>", "<|im_start|>", "<|im_end|>")
 
 
 class Tokenizer(Protocol):
-    """What documents and generation ask of a tokenizer."""
+    """Tokenizer interface of documents and sampling."""
 
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
-    image_id: int  # stands at TIME and PATCH tokens
+    image_id: int  # id at TIME and PATCH tokens
     im_start_id: int
     im_end_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; a special token's name in it is text like any other."""
+        """Encodes plain text; names of special tokens in it are not special."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens are left out."""
+        """Decodes ids; special tokens are skipped."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes after six special tokens: any text, no vocabulary file."""
+    """UTF-8 bytes after six special tokens."""
 
     specials = ("<pad>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>")
     pad_id, bos_id, eos_id, image_id, im_start_id, im_end_id = range(6)
@@ -51,9 +51,9 @@ class FileTokenizer:
     """A Hugging Face tokenizer.json that has `<s>`, `</s>` and the four tokens of MonoFormer."""
 
     def __init__(self, path: Path):
-        """Raises InputError where there is no such file or it lacks a special token."""
+        """Raises InputError if there is no such file or it lacks a special token."""
         self._tokenizer = _read(path)
-        # Otherwise whoever writes "</s>" in a prompt would end it.
+        # Otherwise "</s>" in the text of a prompt would become the special token.
         self._tokenizer.encode_special_tokens = True
         names = {"bos_id": "<s>", "eos_id": "</s>"}
         names |= dict(zip(("pad_id", "image_id", "im_start_id", "im_end_id"), NEW_SPECIALS))
@@ -74,25 +74,25 @@ class FileTokenizer:
 
 
 def extend_tokenizer(path: Path, to: Path) -> None:
-    """Copies a tokenizer.json, with the four tokens of MonoFormer after its vocabulary."""
+    """Copies a tokenizer.json and appends the four special tokens of MonoFormer."""
     tokenizer = _read(path)
     tokenizer.add_special_tokens(list(NEW_SPECIALS))
     tokenizer.save(str(to))
 
 
 def _read(path: Path) -> tokenizers.Tokenizer:
-    require(path.is_file(), f"there is no tokenizer {path}")
+    require(path.is_file(), f"the tokenizer {path} does not exist")
     try:
         return tokenizers.Tokenizer.from_str(path.read_text())  # the workdir may be a bucket
     except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{path} is no tokenizer.json that can be read ({error})") from error
+        raise InputError(f"{path} is not a readable tokenizer.json ({error})") from error
 
 
 def open_tokenizer(c: DataConfig, workdir: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run: data.tokenizer is "bytes", or a file in the workdir or elsewhere.
+    """Opens the tokenizer of a run: data.tokenizer is "bytes", or a file in the workdir or elsewhere.
 
     Raises:
-      InputError: no such file, a special token is missing, or it has more tokens than the model.
+      InputError: no such file, a missing special token, or more tokens than model.vocab_size.
     """
     if c.tokenizer == "bytes":
         tokenizer = ByteTokenizer()

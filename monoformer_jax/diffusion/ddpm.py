@@ -1,15 +1,15 @@
-"""Denoising diffusion (DDPM): the objective and the samplers that the released weights know.
+"""Denoising diffusion (DDPM): the loss and the samplers of the released weights.
 
-The noise level is one of `steps` integers k, 0 the least noisy; `clock(k)` is where it stands on the
-library's t in [0, 1]. With a_k the running product of 1 - beta,
+The timestep is one of `steps` integers k, 0 the least noisy; `step_to_t(k)` maps it to the library's
+t in [0, 1]. With a_k the cumulative product of 1 - beta,
 
     x_k = sqrt(a_k) x + sqrt(1 - a_k) ε
 
-the model predicts ε and, with learned sigma, how its variance lies between the two bounds of the
-posterior. Sources: Ho et al. (arXiv 2006.11239) for the chain, Nichol & Dhariwal (arXiv 2102.09672)
+the model predicts ε and, with learned sigma, an interpolation between the two bounds of the posterior
+variance. Sources: Ho et al. (arXiv 2006.11239) for the process, Nichol & Dhariwal (arXiv 2102.09672)
 for the learned variance, its loss and respacing, Song et al. (arXiv 2010.02502) for DDIM.
 
-Every function is elementwise: arrays of any one shape, with steps int32 that broadcasts against it.
+Every function is elementwise: all arrays have one shape, and `step` (int32) broadcasts against it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ import numpy as np
 
 from monoformer_jax.errors import require
 
-STEPS = 1000  # of the chain that is trained; samplers walk a part of it
+STEPS = 1000  # timesteps in training; samplers may use a subset
 
 
 def step_to_t(step: jax.Array | np.ndarray) -> jax.Array:
-    """Step k of the whole chain -> t = k / 1000 in float32, which the time embedding multiplies back.
+    """Timestep k of the full process -> t = k / 1000 in float32; the time embedding takes 1000 t.
 
-    1000 t is k again for all but ten k, and there the next float32. It is a table because compilers
+    1000 t equals k except for ten k, where it is an adjacent float32. A table, because compilers
     divide by a constant less exactly.
     """
     return jnp.asarray(np.arange(STEPS, dtype=np.float32) / np.float32(STEPS))[step]
 
 
 def t_to_step(t: jax.Array) -> jax.Array:
-    """The step that `clock` put at t."""
+    """Inverse of `step_to_t`."""
     return jnp.rint(STEPS * t).astype(jnp.int32)
 
 
 @flax.struct.dataclass
 class Schedule:
-    """Tables of a chain, float64 [steps]; they are looked up as float32.
+    """Tables of a (respaced) diffusion process, float64 [steps]; lookups are float32.
 
     Attributes:
-      timestep_map: int64, the step of the whole chain that each step of this one stands for.
-      fixed_log_variance: where the model does not learn it: of beta, but of the posterior at step
-        0, where that is the better code.
+      timestep_map: int64, the timestep of the full process for each step of this one.
+      fixed_log_variance: used without learned sigma: log beta, but at step 0 the clipped posterior
+        log-variance, which has the better likelihood.
     """
 
     timestep_map: np.ndarray
@@ -68,19 +68,19 @@ class Schedule:
         return len(self.betas)
 
     def padded(self) -> Schedule:
-        """Tables of length STEPS, the last value repeated, so that every chain has one shape."""
+        """Tables padded to length STEPS with their last value, so that all have one shape."""
         return jax.tree.map(lambda x: np.pad(x, (0, STEPS - len(x)), mode="edge"), self)
 
 
 def linear_betas(steps: int = STEPS) -> np.ndarray:
-    """From 1e-4 to 0.02 at 1000 steps, scaled so that other lengths end as noisy."""
+    """Linear from 1e-4 to 0.02 for 1000 steps, scaled so that other lengths end equally noisy."""
     return np.linspace(1e-4, 0.02, steps) * (STEPS / steps)
 
 
 def make_schedule(sections: int | str = STEPS) -> Schedule:
-    """The chain of 1000 linear betas, or the part of it that `spaced_steps` keeps.
+    """The process of 1000 linear betas, or its subset that `spaced_steps` keeps.
 
-    The betas of the part are such that its a_k equal those of the whole at the kept steps.
+    The betas of the subset are such that its a_k equal those of the full process at the kept steps.
     """
     kept = np.array(spaced_steps(STEPS, sections))
     products = np.cumprod(1 - linear_betas())[kept]
@@ -88,7 +88,7 @@ def make_schedule(sections: int | str = STEPS) -> Schedule:
     products = np.cumprod(1 - betas)
     before = np.append(1.0, products[:-1])
     variance = betas * (1 - before) / (1 - products)
-    # The first variance is 0 and has no logarithm; the second stands in for it.
+    # The first variance is 0 and has no logarithm; the second replaces it.
     clipped = np.append(variance[1], variance[1:]) if len(variance) > 1 else betas
     clipped = np.log(np.maximum(clipped, 1e-20))
     return Schedule(
@@ -108,18 +108,18 @@ def make_schedule(sections: int | str = STEPS) -> Schedule:
 
 
 def spaced_steps(total: int, sections: int | str) -> list[int]:
-    """Which steps of a chain of `total` a shorter one keeps, in rising order.
+    """The timesteps that a respaced process of fewer steps keeps, in ascending order.
 
     Args:
-      total: steps of the whole chain.
-      sections: "20" or 20 keeps 20 evenly spaced steps; "10,15,20" cuts the chain into three equal
-        parts and keeps 10, 15 and 20 of them; "ddim25" keeps 25 at a whole stride from 0 on.
+      total: steps of the full process.
+      sections: "20" or 20 keeps 20 evenly spaced steps; "10,15,20" splits the process into three
+        equal parts and keeps 10, 15 and 20 of them; "ddim25" keeps 25 at an integer stride from 0.
 
     Raises:
-      InputError: it is none of these, or keeps more steps than there are.
+      InputError: `sections` has another form, or keeps more steps than there are.
     """
     text = str(sections)
-    wrong = f"respacing {text!r} does not divide a chain of {total} steps"
+    wrong = f"respacing {text!r} is not valid for a process of {total} steps"
     if text.startswith("ddim"):
         require(text[4:].isdecimal() and int(text[4:]) > 0, wrong)
         strides = [s for s in range(1, total) if len(range(0, total, s)) == int(text[4:])]
@@ -132,7 +132,7 @@ def spaced_steps(total: int, sections: int | str) -> list[int]:
         size = total // len(counts) + (i < total % len(counts))
         require(count <= size, wrong)
         stride = (size - 1) / (count - 1) if count > 1 else 1
-        # Python rounds halves to even, and the released samplers walk exactly these steps.
+        # Python rounds halves to even; the released samplers use exactly these timesteps.
         kept += [start + round(stride * j) for j in range(count)]
         start += size
     return kept
@@ -143,14 +143,14 @@ def _at(table: np.ndarray, step: jax.Array) -> jax.Array:
 
 
 def q_sample(x: jax.Array, noise: jax.Array, step: jax.Array, schedule: Schedule) -> jax.Array:
-    """x_k of clean x and noise ε."""
+    """x_k from clean x and noise ε."""
     signal = _at(np.sqrt(schedule.alphas_cumprod), step)
     return signal * x + _at(np.sqrt(1 - schedule.alphas_cumprod), step) * noise
 
 
 @dataclasses.dataclass(frozen=True)
 class ReverseGaussian:
-    """The model's Gaussian for the step before: mean and log-variance, and the clean image it sees."""
+    """The model's p(x_{k-1} | x_k): mean, log-variance, and the predicted clean image."""
 
     mean: jax.Array
     log_variance: jax.Array
@@ -165,14 +165,14 @@ def p_mean_variance(
     schedule: Schedule,
     clip: bool = False,
 ) -> ReverseGaussian:
-    """p(x_{k-1} | x_k) from the predictions.
+    """p(x_{k-1} | x_k) from the model's predictions.
 
     Args:
       x: x_k.
       noise: predicted ε.
-      variance: the model's number for the variance, -1 the posterior's and 1 beta, between them
-        geometrically; None (no learned sigma) takes beta.
-      clip: keep the predicted clean image in [-1, 1]; for pixels, since latents are not bounded.
+      variance: the model's variance output: -1 is the posterior's and 1 is beta, interpolated in
+        log space; None (no learned sigma) selects `Schedule.fixed_log_variance`.
+      clip: clip the predicted clean image to [-1, 1]; for pixels, since latents are not bounded.
     """
     clean = _at(schedule.sqrt_recip_alphas_cumprod, step) * x
     clean = clean - _at(schedule.sqrt_recipm1_alphas_cumprod, step) * noise
@@ -202,13 +202,13 @@ def hybrid_loss_terms(
     step: jax.Array,
     schedule: Schedule,
 ) -> tuple[jax.Array, jax.Array]:
-    """The two terms of the hybrid loss, elementwise; their sum is what is trained.
+    """The two elementwise terms of the hybrid loss, which is their sum.
 
-    The second term, in bits, teaches the variance alone: the predicted mean is held fixed in it.
+    The second term, in bits, trains only the variance: the predicted mean gets no gradient from it.
 
     Returns:
-      (predicted - noise)², and the variational bound's term: the divergence of the model's Gaussian
-      from the posterior, or at step 0 the code length of x in 256 levels. It is 0 without `variance`.
+      (predicted - noise)², and the term of the variational bound: KL(posterior || model), or at step
+      0 the negative log-likelihood of x in 256 levels. It is 0 without `variance`.
     """
     squared = jnp.square(predicted - noise)
     if variance is None:
@@ -223,7 +223,7 @@ def hybrid_loss_terms(
 
 
 def normal_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
-    """KL divergence of Gaussian 2 from Gaussian 1, in nats."""
+    """KL(N1 || N2) of two Gaussians, in nats."""
     difference = log_variance1 - log_variance2
     apart = jnp.square(mean1 - mean2) * jnp.exp(-log_variance2)
     return 0.5 * (-1.0 - difference + jnp.exp(difference) + apart)
@@ -231,8 +231,10 @@ def normal_kl(mean1, log_variance1, mean2, log_variance2) -> jax.Array:
 
 @jax.custom_jvp
 def _tanh(x: jax.Array) -> jax.Array:
-    """Rounded well near -1 and 1, where XLA's own float32 tanh is coarse: a bin's mass is a small
-    difference there, and the loss divides by it."""
+    """tanh that is accurate near -1 and 1, where XLA's float32 tanh is coarse.
+
+    There the probability of a bin is a small difference, and the loss takes its logarithm.
+    """
     small = jnp.exp(-2 * jnp.abs(x))
     return jnp.sign(x) * (1 - 2 * small / (1 + small))
 
@@ -244,10 +246,9 @@ def _tanh_jvp(primals, tangents):
 
 
 def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log of a Gaussian's mass, in nats, in the bin of x among 256 over [-1, 1]; the end bins are
-    open."""
+    """Log-probability in nats of the bin of x under a Gaussian: 256 bins over [-1, 1], ends open."""
 
-    def below(edge):  # Page's tanh approximation of the normal distribution function
+    def below(edge):  # Page's tanh approximation of the normal CDF
         z = jnp.exp(-log_scale) * (x - mean + edge)
         return 0.5 * (1 + _tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
 
@@ -256,7 +257,7 @@ def discretized_log_likelihood(x: jax.Array, mean: jax.Array, log_scale: jax.Arr
     return jnp.log(jnp.maximum(mass, 1e-12))
 
 
-# (x_k, the clock t) -> predicted noise and the variance number (None without learned sigma).
+# (x_k, t) -> predicted noise and the variance output (None without learned sigma).
 Predictor = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array | None]]
 
 
@@ -268,13 +269,13 @@ def ancestral_step(
     schedule: Schedule,
     clip: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of the chain, from x_k to a draw of x_{k-1}.
+    """One DDPM step: samples x_{k-1} given x_k.
 
     Args:
-      noise: normal, like x.
+      noise: standard normal, with the shape of x.
 
     Returns:
-      x_{k-1}, and the clean image that the model sees in x_k.
+      x_{k-1}, and the clean image predicted from x_k.
     """
     predicted, variance = predict(x, step_to_t(jnp.asarray(schedule.timestep_map)[k]))
     p = p_mean_variance(x, predicted, variance, k, schedule, clip)
@@ -284,10 +285,10 @@ def ancestral_step(
 def ddim_step(
     predict: Predictor, x: jax.Array, k: jax.Array, schedule: Schedule, clip: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The same without drawing anything (eta = 0)."""
+    """One DDIM step, deterministic (eta = 0); returns the same as `ancestral_step`."""
     predicted, variance = predict(x, step_to_t(jnp.asarray(schedule.timestep_map)[k]))
     clean = p_mean_variance(x, predicted, variance, k, schedule, clip).clean
-    # A clipped image implies another noise than the one that was predicted.
+    # A clipped image implies a noise other than the predicted one.
     noise = _at(schedule.sqrt_recip_alphas_cumprod, k) * x - clean
     noise = noise / _at(schedule.sqrt_recipm1_alphas_cumprod, k)
     before = _at(schedule.alphas_cumprod_prev, k)

@@ -1,8 +1,7 @@
-"""Walks from noise to an image: Euler and Heun for rectified flow, DDPM's chain and DDIM.
+"""Samplers from noise to an image: Euler and Heun for rectified flow, ancestral DDPM and DDIM.
 
-The levels that a walk visits are arrays of one length, whatever the number of steps, and the loop
-counts to a number that is an array too: 1 step and 1000 run the same compiled program, and so does any
-part of a walk.
+The noise levels are arrays of a fixed length, whatever the number of steps, and the loop bounds are
+arrays too, so 1 step, 1000 steps and any range of steps run the same compiled program.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ MAX_STEPS = ddpm.STEPS
 
 @flax.struct.dataclass
 class TimeGrid:
-    """The noise levels of a walk."""
+    """The noise levels of a sampling run."""
 
     steps: jax.Array  # int32 []
-    times: jax.Array  # float32 [MAX_STEPS + 1], from 1 to 0 and then 0; what the flows walk along
-    schedule: ddpm.Schedule | None  # padded; what the chains walk down
+    times: jax.Array  # float32 [MAX_STEPS + 1], from 1 to 0, padded with 0; for euler and heun
+    schedule: ddpm.Schedule | None  # padded; for ddpm and ddim
 
 
-# (number of the step) -> normal noise like x, for the solvers that draw.
+# step number -> standard normal noise with the shape of x, for the stochastic solver.
 Draw = Callable[[jax.Array], jax.Array]
 
 
 def make_time_grid(solver: str, steps: int | str, shift: float = 1.0) -> TimeGrid:
-    """The grid of a solver.
+    """Builds the grid of a solver.
 
     Args:
       solver: a name in `SOLVERS`.
-      steps: how many; for "ddpm" and "ddim" also a respacing, see `ddpm.spaced_steps`.
-      shift: moves the times of the flows, see `shift_times`.
+      steps: number of steps; for "ddpm" and "ddim" also a respacing, see `ddpm.spaced_steps`.
+      shift: timestep shift of "euler" and "heun", see `shift_times`.
 
     Raises:
-      InputError: an unknown solver, or steps outside 1 … 1000.
+      InputError: an unknown solver, steps outside 1 … 1000, or an invalid respacing.
     """
-    require(solver in SOLVERS, f"there is no solver {solver!r}; there are {', '.join(SOLVERS)}")
+    require(solver in SOLVERS, f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
     if isinstance(steps, int):
         require(
             1 <= steps <= MAX_STEPS,
-            f"steps={steps}: an image is painted in 1 to {MAX_STEPS} steps",
+            f"steps={steps}: sampling takes 1 to {MAX_STEPS} steps",
         )
     if solver in ("ddpm", "ddim"):
         schedule = ddpm.make_schedule(steps)
@@ -70,15 +69,15 @@ def solve(
     start: jax.Array | int = 0,
     stop: jax.Array | int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Walks the steps start … stop of the grid, all of them unless told otherwise.
+    """Runs the steps [start, stop) of the grid, by default all of them.
 
     Args:
       predict: (x, t) -> velocity, or noise and variance, see `ddpm.Predictor`.
-      draw: of "ddpm" alone.
-      clip: of "ddpm" and "ddim": keep the clean image that they see in [-1, 1].
+      draw: only for "ddpm".
+      clip: only for "ddpm" and "ddim": clip the predicted clean image to [-1, 1].
 
     Returns:
-      x after the last step, and the clean image that the model saw in it before.
+      x after the last step, and the clean image predicted in that step.
     """
 
     def body(i, carry):
@@ -94,14 +93,14 @@ def _times(grid: TimeGrid, i: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _euler(predict, x, i, grid, draw, clip):
-    """First order: one evaluation a step."""
+    """First order: one evaluation per step."""
     t, t_next = _times(grid, i)
     v, _ = predict(x, t)
     return x + (t_next - t) * v, x - t * v
 
 
 def _heun(predict, x, i, grid, draw, clip):
-    """Second order: two evaluations a step, and one in the last, which ends where v is smoothest."""
+    """Second order: two evaluations per step; the last step is an Euler step."""
     t, t_next = _times(grid, i)
     v, _ = predict(x, t)
     ahead = x + (t_next - t) * v
@@ -120,4 +119,6 @@ def _ddim(predict, x, i, grid, draw, clip):
     return ddpm.ddim_step(predict, x, grid.steps - 1 - i, grid.schedule, clip)
 
 
+# Evaluations of the model per step, about.
+EVALUATIONS = {"euler": 1, "heun": 2, "ddpm": 1, "ddim": 1}
 SOLVERS = {"euler": _euler, "heun": _heun, "ddpm": _ddpm, "ddim": _ddim}

@@ -1,4 +1,4 @@
-"""Scores of a model trained on the digits: does it draw, read and say what it should?"""
+"""Metrics of a model trained on the digits: image generation, digit reading, text completion."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BATCH = 250
 
 
 def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
-    """Digits as asked for, [n, 8, 8, 1], clipped to the range of real ones."""
+    """Generates an image for each label, [n, 8, 8, 1] clipped to [-1, 1]."""
     sampling = dataclasses.replace(model.config.sampling, guidance=guidance)
     images = [
         generate_images(
-            model.config, model.params, model.tokenizer,
+            model,
             [[draw_prompt(digit)] for digit in labels[i : i + _BATCH]],
             sampling=sampling, seed=seed, first=i,
         )
@@ -32,8 +32,8 @@ def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
 
 
 def opens_image(model) -> float:
-    """Share of 100 prompts to draw that are answered, greedily, with one image and then </s>."""
-    session = Session(model.config, model.params, model.tokenizer, 100)
+    """Share of 100 prompts to draw whose greedy answer is exactly one image followed by </s>."""
+    session = Session(model, 100)
     session.append([[draw_prompt(number % 10)] for number in range(100)])
     replies = session.generate(max_tokens=8)
     ended = [session.document(b)["tokens"][-1] == model.tokenizer.eos_id for b in range(100)]
@@ -42,12 +42,12 @@ def opens_image(model) -> float:
 
 
 def exact(model, prompts: list, answers: list[str]) -> float:
-    """Share of prompts that are continued, greedily, with exactly the answer and then </s>."""
+    """Share of prompts whose greedy completion is exactly the answer followed by </s>."""
     expected = [model.tokenizer.encode(answer) for answer in answers]
     right = 0
     for i in range(0, len(prompts), _BATCH):
         got = generate_text(
-            model.config, model.params, model.tokenizer, prompts[i : i + _BATCH],
+            model, prompts[i : i + _BATCH],
             max_tokens=max(map(len, expected)) + 1,
         )  # fmt: skip
         pairs = zip(got, expected[i : i + _BATCH])
@@ -56,15 +56,15 @@ def exact(model, prompts: list, answers: list[str]) -> float:
 
 
 def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.ndarray]:
-    """Scores of a `monoformer_jax.Model`, and its 500 guided drawings, 50 of each digit in turn.
+    """Returns scores of a `monoformer_jax.Model` and 500 guided images, labels 0 to 9 repeated.
 
-    draw_accuracy: share of guided drawings that a support vector machine, trained on the real
-      training digits alone, names as asked.
-    frechet: distance in pixel space of 500 unguided drawings to the real test digits;
+    draw_accuracy: share of guided images that a support vector machine, trained only on the real
+      training digits, classifies as requested.
+    frechet: Fréchet distance in pixel space of 500 unguided images to the real test digits;
       frechet_real is that of 500 real training digits.
-    read_accuracy: share of the 360 test digits that are named exactly.
-    say_accuracy: share of the sentences it was trained on that it ends exactly.
-    opens_image: share of prompts to draw that it answers with one image and nothing else.
+    read_accuracy: share of the 360 test digits that are named correctly.
+    say_accuracy: share of the training sentences that are completed exactly.
+    opens_image: share of prompts to draw that are answered with exactly one image and no text.
     """
     from sklearn.svm import SVC
 
@@ -72,18 +72,18 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
     test_x, test_y = digits("test")
     labels = np.tile(np.arange(10), 50)
 
-    log("drawing 500 digits with guidance")
+    log("generating 500 digits with guidance")
     drawn = draw(model, labels, model.config.sampling.guidance, seed=0)
     named = SVC(C=10).fit(_flat(train_x), train_y).predict(_flat(drawn))
-    log("drawing 500 digits without guidance")
+    log("generating 500 digits without guidance")
     unguided = draw(model, labels, 1.0, seed=1)
     log("reading 360 test digits")
     shown = [[READ_PROMPT, Image(image, denoise=False)] for image in test_x]
     read = exact(model, shown, [NAMES[digit] for digit in test_y])
-    log("asking 100 times for a drawing")
+    log("answering 100 prompts to draw")
     opened = opens_image(model)
     said = sentences()
-    log(f"ending {len(said)} sentences")
+    log(f"completing {len(said)} sentences")
     scores = {
         "draw_accuracy": float((named == labels).mean()),
         "frechet": frechet_distance(_flat(unguided), _flat(test_x)),

@@ -8,11 +8,11 @@ import numpy as np
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|μa - μb|² + tr(Σa + Σb - 2 (Σa Σb)^½) of two sets of vectors, each [n, d] (Heusel et al. 2017).
 
-    The trace of the root is the sum of the roots of the eigenvalues of Σa^½ Σb Σa^½, which is
-    symmetric: no complex numbers and no failing matrix root.
+    The trace of the square root is computed as the sum of the square roots of the eigenvalues of
+    Σa^½ Σb Σa^½, which is symmetric: this avoids complex values and a failing matrix square root.
 
     Raises:
-      ValueError: a set of fewer than two vectors, or values that are not finite.
+      ValueError: a set has fewer than two vectors or values that are not finite.
     """
     for x in (a, b):
         if len(x) < 2 or not np.isfinite(x).all():

@@ -1,4 +1,4 @@
-"""Pictures of a run (matplotlib): a labelled grid of drawn digits, and the loss curves."""
+"""Matplotlib figures of a run: a labelled grid of generated digits, and the loss curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def save_digit_grid(path: Path, images: np.ndarray, columns: int, names: tuple[str, ...]) -> None:
-    """Rows of `columns` drawn digits, [n, 8, 8, 1] in [-1, 1]; column j is headed names[j]."""
+    """Saves digits [n, 8, 8, 1] in [-1, 1] as rows of `columns`; names[j] is the title of column j."""
     plt = _pyplot()
     rows = len(images) // columns
     figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.75, rows * 0.75 + 0.4))
@@ -25,7 +25,7 @@ def save_digit_grid(path: Path, images: np.ndarray, columns: int, names: tuple[s
 
 
 def save_loss_curves(path: Path, metrics_file: Path) -> None:
-    """Text and image loss by step, from the metrics.jsonl of a run."""
+    """Plots text and image loss by step from the metrics.jsonl of a run."""
     plt = _pyplot()
     lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     steps = [line["step"] for line in lines]
@@ -44,7 +44,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the pictures need matplotlib: pip install -e '.[digits]'") from error
+        raise ImportError("the figures need matplotlib: pip install -e '.[digits]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

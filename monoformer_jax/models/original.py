@@ -1,12 +1,12 @@
-"""Variants of the original's code that only its weights need: `Config.model.original` selects them.
+"""Variants of the original's code, for its weights only: `Config.model.original` selects them.
 
-    time_conditioning="modulation"   patches are scaled and shifted by the noise level; no TIME token
-    image_head="add"                 the noise level is added before the last layer; nothing is normed
-    position_embedding               "every_layer" adds it before every block, "none" not at all
-    context_images="causal"          images to look at are read as text is, without 2-D positions
-    bidirectional_images=False       every image is causal, also those that are generated
+    time_conditioning="modulation"   scale and shift patches by the noise level; no TIME token
+    image_head="add"                 add the noise level embedding before the last layer; no norm
+    position_embedding               "every_layer": add before every block; "none": do not add
+    context_images="causal"          causal attention in conditioning images, without 2-D positions
+    bidirectional_images=False       causal attention in all images, including denoised ones
 
-Source: `monoformer.py` of the reference code. The released weights use "causal" and no other.
+Source: `monoformer.py` of the reference code. The released weights use "causal" and no other variant.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from monoformer_jax.nn.layers import Linear
 
 
 class AddHead(nnx.Module):
-    """[B, L, D] -> float32 [B, L, P]: the time embedding, through one layer, is added; then linear."""
+    """Image head [B, L, D] -> float32 [B, L, P]: adds the projected time embedding; then linear."""
 
     def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs):
         self.modulation = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
@@ -34,11 +34,11 @@ class AddHead(nnx.Module):
 
 
 class OriginalMonoFormer(MonoFormer):
-    """MonoFormer with any of the variants."""
+    """MonoFormer with the variants of the original."""
 
     def init_time(self, rngs):
         c = self.config
-        if c.time_tokens:
+        if c.layout.time_tokens:
             return super().init_time(rngs)
         axes = ("embed", "embed_out")
         self.input_modulation = Linear(c.embed_dim, 2 * c.embed_dim, axes, rngs=rngs)
@@ -54,25 +54,25 @@ class OriginalMonoFormer(MonoFormer):
         patch = self.patch_embedding(inputs["patches"].astype(dtype))
         if c.original.position_embedding != "none":
             patch = patch + self.position(inputs, dtype)
-        if c.time_tokens:
+        if c.layout.time_tokens:
             return patch
         if c.original.context_images == "causal":
             image_of = image_of * inputs["denoise"][..., None]
         return modulate(patch, self.input_modulation, embedding, image_of)
 
     def add_time(self, hidden, token_types, embedding, image_of):
-        if not self.config.time_tokens:
+        if not self.config.layout.time_tokens:
             return hidden
         return super().add_time(hidden, token_types, embedding, image_of)
 
     def position(self, inputs, dtype):
         c, position = self.config.original, super().position(inputs, dtype)
-        has_one = True
+        has_position = True
         if c.context_images == "causal":
-            has_one = inputs["denoise"]
+            has_position = inputs["denoise"]
         if c.position_embedding == "every_layer":
-            has_one = has_one & (inputs["token_types"] == PATCH)
-        return position if has_one is True else jnp.where(has_one[..., None], position, 0)
+            has_position = has_position & (inputs["token_types"] == PATCH)
+        return position if has_position is True else jnp.where(has_position[..., None], position, 0)
 
     def input_bias(self, inputs):
         if self.config.original.position_embedding != "every_layer":

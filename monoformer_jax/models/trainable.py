@@ -1,55 +1,64 @@
-"""Which parameters of a model a run trains: all, or with LoRA the adapters and the image parts.
+"""Trainable parameters of a run: all, or with LoRA the adapters and the image modules.
 
-With adapters the rest is frozen: in the compute dtype, and in no checkpoint.
+With LoRA, the other parameters are frozen, in the compute dtype, and not in checkpoints.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
-from monoformer_jax.config import LoraConfig, ModelConfig
-from monoformer_jax.models import monoformer
+from monoformer_jax.config import LoraConfig
+from monoformer_jax.models import get_model
 from monoformer_jax.nn import lora
-from monoformer_jax.parallel import abstract_params
-
-_FROZEN = ("decoder", "token_embedding", "text_head")  # where there are adapters
+from monoformer_jax.parallel import abstract_arrays
 
 
-def init(c: ModelConfig, adapters: LoraConfig, key: jax.Array) -> dict:
-    """Fresh parameters that are trained, float32."""
-    params = monoformer.init(c, key)
+def init(c: Any, adapters: LoraConfig, key: jax.Array) -> dict:
+    """Initializes the trainable parameters, float32.
+
+    Args:
+      c: config of the model.
+      adapters: config of the adapters.
+    """
+    model = get_model(c)
+    params = model.init(c, key)
     if not adapters.rank:
         return params
-    params = {name: params[name] for name in params if name not in _FROZEN}
-    return params | {"lora": lora.init(c, adapters.rank, jax.random.fold_in(key, 1))}
+    adapted, axes, key = model.adapters(c), model.logical_axes(c), jax.random.fold_in(key, 1)
+    trained = {name: params[name] for name in params if name not in model.FROZEN}
+    return trained | {"lora": lora.init(adapted, params, axes, adapters.rank, key)}
 
 
-def logical_axes(c: ModelConfig, adapters: LoraConfig) -> dict:
-    """Logical axis names, in the tree of `init`."""
-    axes = monoformer.logical_axes(c)
+def logical_axes(c: Any, adapters: LoraConfig) -> dict:
+    """Logical axis names of the trainable parameters, in the tree of `init`."""
+    model = get_model(c)
+    axes = model.logical_axes(c)
     if not adapters.rank:
         return axes
-    return {name: axes[name] for name in axes if name not in _FROZEN} | {"lora": lora.axes()}
+    trained = {name: axes[name] for name in axes if name not in model.FROZEN}
+    return trained | {"lora": lora.logical_axes(model.adapters(c))}
 
 
-def abstract(c: ModelConfig, adapters: LoraConfig, mesh: Mesh) -> dict:
-    """The tree of `init` as ShapeDtypeStructs with their shardings."""
+def abstract(c: Any, adapters: LoraConfig, mesh: Mesh) -> dict:
+    """The trainable parameters as ShapeDtypeStructs with their shardings."""
     shapes = jax.eval_shape(lambda: init(c, adapters, jax.random.key(0)))
-    return abstract_params(logical_axes(c, adapters), shapes, mesh)
+    return abstract_arrays(logical_axes(c, adapters), shapes, mesh)
 
 
-def abstract_frozen(c: ModelConfig, adapters: LoraConfig, mesh: Mesh) -> dict:
-    """What is not trained, as ShapeDtypeStructs with their shardings; {} where everything is."""
+def abstract_frozen(c: Any, adapters: LoraConfig, mesh: Mesh) -> dict:
+    """The frozen parameters as ShapeDtypeStructs with their shardings; {} without LoRA."""
     if not adapters.rank:
         return {}
-    shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
-    axes = monoformer.logical_axes(c)
-    shapes, axes = ({name: tree[name] for name in _FROZEN} for tree in (shapes, axes))
+    model = get_model(c)
+    trees = jax.eval_shape(lambda: model.init(c, jax.random.key(0))), model.logical_axes(c)
+    shapes, axes = ({name: tree[name] for name in model.FROZEN} for tree in trees)
 
     def leaf(x, names):
-        # Norms multiply in float32; everything else is cast where it is used.
+        # Norm scales are used in float32; all other parameters are cast to the compute dtype at use.
         dtype = x.dtype if "norm" in names else c.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
 
-    return jax.tree.map(leaf, abstract_params(axes, shapes, mesh), axes)
+    return jax.tree.map(leaf, abstract_arrays(axes, shapes, mesh), axes)

@@ -1,10 +1,10 @@
-"""The image autoencoder of Stable Diffusion (AutoencoderKL): pixels to latents and back.
+"""The Stable Diffusion image autoencoder (AutoencoderKL): pixels to latents and back.
 
     encode   [B, h, w, 3] in [-1, 1] ─> mean and log-variance [B, h/f, w/f, C]
     decode   latents / scale         ─> [B, h, w, 3]            f = 2 ** (levels - 1), 8 as published
 
-It is convolutional, so every height and width that f divides will do. Sources: Rombach et al.
-(arXiv 2112.10752); layer by layer the same as the published weights, in [B, h, w, C] order.
+Any height and width that are multiples of f work. Source: Rombach et al. (arXiv 2112.10752); the
+layers are those of the published weights, in [B, h, w, C] order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from monoformer_jax.errors import require
@@ -25,17 +26,22 @@ class AutoencoderConfig:
 
     image_channels: int = 3
     latent_channels: int = 4
-    widths: tuple[int, ...] = (
-        128,
-        256,
-        512,
-        512,
-    )  # channels of each level; each next halves the side
-    blocks: int = 2  # residual blocks of a level when encoding; decoding has one more
-    groups: int = 32  # of the group norms
-    scale: float = 0.18215  # a latent times this has a deviation of about 1
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # channels per level; each next halves the side
+    blocks: int = 2  # residual blocks per encoder level; a decoder level has one more
+    groups: int = 32  # groups of each GroupNorm
+    scale: float = 0.18215  # scales latents to a standard deviation of about 1
+
+    # Per channel, where latents are normalised first; () is a mean of 0 and a deviation of 1.
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
 
     def __post_init__(self):
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            require(
+                len(values) in (0, self.latent_channels),
+                f"autoencoder {name} has {len(values)} values for {self.latent_channels} channels",
+            )
         require(
             all(width % self.groups == 0 for width in self.widths),
             f"autoencoder widths {self.widths} are not multiples of its {self.groups} norm groups",
@@ -43,24 +49,42 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """f, by how much a latent is smaller than its image along each side."""
+        """f, the downsampling factor of each side."""
         return 2 ** (len(self.widths) - 1)
+
+    @property
+    def channel_scale(self) -> np.ndarray:
+        """What latents are multiplied by, float64 [C]."""
+        return self.scale / np.array(self.latent_std or [1.0] * self.latent_channels)
+
+    @property
+    def channel_mean(self) -> np.ndarray:
+        """What is subtracted from latents first, float64 [C]."""
+        return np.array(self.latent_mean or [0.0] * self.latent_channels)
+
+    def normalize(self, latents: jax.Array) -> jax.Array:
+        """Latents [..., C] as the transformer takes them."""
+        return (latents - self.channel_mean) * self.channel_scale
+
+    def denormalize(self, latents: jax.Array) -> jax.Array:
+        """The inverse of `normalize`."""
+        return latents / self.channel_scale + self.channel_mean
 
 
 def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-    bound = fan_in**-0.5  # what PyTorch starts layers with
+    bound = fan_in**-0.5  # PyTorch's default initialization
     return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
 
 
 class Conv(nnx.Module):
-    """[B, h, w, C_in] -> [B, h', w', C_out], size × size, with bias."""
+    """size × size convolution with bias, [B, h, w, C_in] -> [B, h', w', C_out]."""
 
     def __init__(self, c_in: int, c_out: int, size: int, rngs: nnx.Rngs, stride: int = 1):
         fan_in = size * size * c_in
         self.kernel = _uniform(rngs, (size, size, c_in, c_out), fan_in)
         self.bias = _uniform(rngs, (c_out,), fan_in)
         self.stride = stride
-        # Halving pads below and on the right alone, as the weights were trained.
+        # A stride of 2 pads only the bottom and the right, as in training of the published weights.
         self.padding = [(size // 2, size // 2)] * 2 if stride == 1 else [(0, 1)] * 2
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -72,7 +96,7 @@ class Conv(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Over the positions and the channels of a group; eps 1e-6."""
+    """Normalizes over the positions and the channels of a group; eps 1e-6."""
 
     def __init__(self, channels: int, groups: int):
         self.scale = nnx.Param(jnp.ones(channels))
@@ -88,7 +112,7 @@ class GroupNorm(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, c_in: int, c_out: int, groups: int, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(c_in, groups)
@@ -113,7 +137,7 @@ class Dense(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """One head over all positions."""
+    """Single-head attention over all positions."""
 
     def __init__(self, channels: int, groups: int, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, groups)
@@ -137,7 +161,7 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks at one resolution, then a convolution that changes it, if it changes."""
+    """Residual blocks at one resolution, then an optional down- or upsampling convolution."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, resample: Conv | None,
                  rngs: nnx.Rngs):  # fmt: skip
@@ -149,7 +173,7 @@ class Level(nnx.Module):
         for block in self.blocks:
             x = block(x)
         if self.resample is not None:
-            if self.resample.stride == 1:  # it doubles
+            if self.resample.stride == 1:  # upsampling
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
             x = self.resample(x)
         return x
@@ -199,7 +223,7 @@ class Decoder(nnx.Module):
 
 @flax.struct.dataclass
 class Moments:
-    """The Gaussian of an image's latent before scaling, float32 [B, h/f, w/f, C] each."""
+    """Gaussian of an image's unscaled latent, float32 [B, h/f, w/f, C] each."""
 
     mean: jax.Array
     log_variance: jax.Array
@@ -209,7 +233,7 @@ class Moments:
 
 
 class Autoencoder(nnx.Module):
-    """See the module docstring; float32 throughout, where bfloat16 would cost visible detail."""
+    """See the module docstring; computes in float32, because bfloat16 costs visible detail."""
 
     def __init__(self, c: AutoencoderConfig, *, rngs: nnx.Rngs):
         self.config = c
@@ -219,21 +243,21 @@ class Autoencoder(nnx.Module):
         self.decoder = Decoder(c, rngs)
 
     def encode(self, images: jax.Array) -> Moments:
-        """[B, h, w, 3] in [-1, 1] -> moments; f divides h and w."""
+        """[B, h, w, 3] in [-1, 1] -> moments; h and w are multiples of f."""
         mean, log_variance = jnp.split(self.quantize(self.encoder(images)), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, -30.0, 20.0))
 
     def latents(self, moments: Moments, noise: jax.Array) -> jax.Array:
-        """What the transformer sees: a draw, scaled to a deviation of about 1."""
-        return moments.sample(noise) * self.config.scale
+        """The transformer's input: a sample, scaled to a standard deviation of about 1."""
+        return self.config.normalize(moments.sample(noise))
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents [B, h/f, w/f, C] -> images [B, h, w, 3], about [-1, 1]."""
-        return self.decoder(self.unquantize(latents / self.config.scale))
+        return self.decoder(self.unquantize(self.config.denormalize(latents)))
 
 
 def init(c: AutoencoderConfig, key: jax.Array) -> dict:
-    """Fresh parameters as a nested dict of float32 arrays."""
+    """Randomly initialized parameters as a nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(Autoencoder(c, rngs=nnx.Rngs(key)), nnx.Param))
 
 

@@ -1,7 +1,7 @@
-"""The vision tower of CLIP: pictures to one feature vector a patch, as LLaVA-like models see them.
+"""The CLIP vision encoder: images to one feature vector per patch, as LLaVA-style models use it.
 
-The features are the states before the last layer, without the class token and without the final norm.
-Source: Radford et al. (arXiv 2103.00020); layer by layer the same as the published weights.
+The features are the hidden states before the last layer, without the class token and the final norm.
+Source: Radford et al. (arXiv 2103.00020); the layers are those of the published weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from flax import nnx
 from monoformer_jax.errors import require
 from monoformer_jax.nn.layers import Linear, parameter
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels that it was trained on, per channel
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, of the training pixels
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -84,7 +84,7 @@ class Layer(nnx.Module):
 
 
 class ClipVision(nnx.Module):
-    """[B, h, w, 3] -> states of every layer; float32."""
+    """[B, h, w, 3] -> hidden states of every layer; float32."""
 
     def __init__(self, c: ClipConfig, *, rngs: nnx.Rngs):
         D, pixels = c.width, 3 * c.patch_size**2
@@ -95,12 +95,10 @@ class ClipVision(nnx.Module):
         self.norm_in = LayerNorm(D, c.norm_eps)
         build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Layer(c, rngs)))
         self.layers = build(rngs)
-        self.norm_out = LayerNorm(
-            D, c.norm_eps
-        )  # only of the pooled output, which is not used here
+        self.norm_out = LayerNorm(D, c.norm_eps)  # of the pooled output, which is not used here
 
     def states(self, images: jax.Array) -> jax.Array:
-        """[B, h, w, 3] as `preprocess` makes them -> [layers + 1, B, 1 + patches, D]."""
+        """[B, h, w, 3] from `preprocess` -> [layers + 1, B, 1 + patches, D]."""
         p = self.config.patch_size
         x = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
         x = x @ self.patch_embedding[...]
@@ -121,7 +119,7 @@ class ClipVision(nnx.Module):
 
 
 def preprocess(image: PIL.Image.Image, c: ClipConfig) -> np.ndarray:
-    """Float32 [size, size, 3]: shorter side to `size` (bicubic), its centre, normalised."""
+    """Resizes (shorter side, bicubic), center-crops and normalizes to float32 [size, size, 3]."""
     image = image.convert("RGB")
     size, (width, height) = c.image_size, image.size
     short = min(width, height)
@@ -132,7 +130,7 @@ def preprocess(image: PIL.Image.Image, c: ClipConfig) -> np.ndarray:
 
 
 def init(c: ClipConfig, key: jax.Array) -> dict:
-    """Fresh parameters as a nested dict of float32 arrays."""
+    """Randomly initialized parameters as a nested dict of float32 arrays."""
     return nnx.to_pure_dict(nnx.state(ClipVision(c, rngs=nnx.Rngs(key)), nnx.Param))
 
 

@@ -1,39 +1,25 @@
-"""The decoder: one block, stacked and scanned, with an explicit key/value cache."""
+"""The transformer decoder: stacked, scanned blocks with an explicit key/value cache."""
 
 from __future__ import annotations
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
 from monoformer_jax.attention import IntervalMask
-from monoformer_jax.config import ModelConfig
+from monoformer_jax.nn.cache import KVCache
+from monoformer_jax.nn.config import DecoderConfig
 from monoformer_jax.nn.layers import Attention, RMSNorm, SwiGLU
 from monoformer_jax.nn.lora import Adapters
 from monoformer_jax.parallel import BATCH
 
 
-@flax.struct.dataclass
-class KVCache:
-    """Keys and values of every layer; whoever holds it decides which slots are read or rewritten."""
-
-    k: jax.Array  # [layers, B, S, K, H]
-    v: jax.Array  # [layers, B, S, K, H]
-    index: jax.Array  # int32 [], the slot that the next token is written to
-
-    @classmethod
-    def create(cls, c: ModelConfig, batch_size: int, slots: int) -> KVCache:
-        shape = (c.num_layers, batch_size, slots, c.num_kv_heads, c.head_dim)
-        return cls(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((), jnp.int32))
-
-
 def constrain_activations(x: jax.Array) -> jax.Array:
-    """The stream [B, L, D] cut by rows alone, under a mesh.
+    """Shards the activations [B, L, D] over the batch only, if a mesh is set.
 
-    Left to itself XLA also cuts D over `tensor`, as the embeddings are, and then gathers it before
-    every product of every block. So a block has two reductions over `tensor` in each pass.
+    Otherwise XLA also shards D over `tensor`, as the embeddings are, and all-gathers it before every
+    product of every block. Constrained, a block has two reductions over `tensor` in each pass.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -41,9 +27,9 @@ def constrain_activations(x: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Pre-norm attention and feed-forward with residual connections."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(c.embed_dim, c.norm_eps)
         self.attention = Attention(c, rngs)
         self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
@@ -51,7 +37,7 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, mask, cache, index, adapters=None):
         layer_adapters, shape = {} if adapters is None else adapters, x.shape
-        if cache is None:  # training: a CPU multiplies plain matrices fastest
+        if cache is None:  # training: 2-D matrix products are fastest on a CPU
             x = rearrange(x, "B L D -> (B L) D")
         h = self.attention_norm(x)
         out, cache = self.attention(
@@ -62,9 +48,9 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """[B, L, D] -> [B, L, D]: the stack of blocks and the final norm."""
+    """[B, L, D] -> [B, L, D]: the stacked blocks and the final norm."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Block(c, rngs)))
         self.layers = build(rngs)
         self.norm = RMSNorm(c.embed_dim, c.norm_eps)
@@ -79,10 +65,10 @@ class Decoder(nnx.Module):
         input_bias: jax.Array | None = None,
         adapters: Adapters | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs the blocks; with a cache the L tokens go to its slots from cache.index on.
+        """Runs the blocks; with a cache, writes the L tokens to its slots from cache.index on.
 
-        What is given as `again`, [B, L, D], is added before every block but the first; `adapters`,
-        scaled, are of all blocks.
+        `input_bias` [B, L, D] is added to the input of every block but the first. `adapters` are
+        the scaled LoRA adapters of all blocks.
         """
         index = None if cache is None else cache.index
 
@@ -103,7 +89,7 @@ class Decoder(nnx.Module):
 
 
 def _policy(remat: str):
-    """The rule of `ModelConfig.remat` that says what is saved."""
+    """The checkpoint policy that `DecoderConfig.remat` names."""
     name, _, names = remat.partition(":")
     if name == "save_names":
         return jax.checkpoint_policies.save_only_these_names(*names.split(","))

@@ -1,7 +1,7 @@
-"""The parts of a LLaMA block: linear, RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+"""The layers of a LLaMA block: linear, RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
 
 Parameters are float32 and carry `axes`, the logical name of each dimension, which `parallel.py` maps
-to the mesh; they are cast to the compute dtype where they are used.
+to mesh axes; they are cast to the compute dtype where they are used.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention import IntervalMask, interval_attention
-from monoformer_jax.config import ModelConfig
 from monoformer_jax.nn import lora
+from monoformer_jax.nn.config import DecoderConfig
 
 Axes = tuple[str | None, ...]
 
 
 def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
-    """Normal(0, stddev), cut off at two standard deviations."""
+    """Truncated normal initialization with standard deviation `stddev`, cut off at ±2."""
+    # The constant is the standard deviation of the standard normal truncated to [-2, 2].
     value = stddev / 0.87962566 * jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape)
-    return nnx.Param(value, axes=axes)  # the constant restores the deviation that the cut takes
+    return nnx.Param(value, axes=axes)
 
 
 class Linear(nnx.Module):
@@ -37,7 +38,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (LLaMA), back in the dtype that came in."""
+    """Root-mean-square norm (LLaMA), computed in float32, returned in the input's dtype."""
 
     def __init__(self, dim: int, eps: float):
         self.scale = nnx.Param(jnp.ones(dim), axes=("norm",))
@@ -50,7 +51,7 @@ class RMSNorm(nnx.Module):
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding on halves of the head dim, as LLaMA's Hugging Face weights have it.
+    """Rotary position embedding on halves of the head dim, as in LLaMA's Hugging Face weights.
 
     Args:
       x: [B, L, N, H].
@@ -67,13 +68,13 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary embedding under the interval mask."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
         self.config = c
         self.q = parameter(rngs, (D, N, H), ("embed", "heads", "head_dim"), D**-0.5)
         self.k = parameter(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
         self.v = parameter(rngs, (D, K, H), ("embed", "kv_heads", "head_dim"), D**-0.5)
-        # Every block adds two terms to the stream; this keeps its size independent of the depth.
+        # Each block adds two terms to the residual stream; this keeps its scale independent of depth.
         stddev = (N * H * 2 * c.num_layers) ** -0.5
         self.out = parameter(rngs, (N, H, D), ("heads", "head_dim", "embed"), stddev)
 
@@ -86,16 +87,16 @@ class Attention(nnx.Module):
         index=None,
         adapters=None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """[B, L, D] -> [B, L, D], or both as [B·L, D].
+        """[B, L, D] -> [B, L, D], or [B·L, D] -> [B·L, D].
 
         With a cache (k, v), each [B, S, K, H], the new keys and values are written to the slots
-        index … index + L, the mask ranges over all S slots, and the new cache is returned.
-        `adapters` are those of this block, see `lora`.
+        [index, index + L), the mask ranges over all S slots, and the new cache is returned.
+        `adapters` are the LoRA adapters of this block, see `lora`.
         """
         c, dtype, length = self.config, x.dtype, positions.shape[1]
 
         def project(name):
-            # As [D, N·H], so that the kernels take the product as it comes, with no copy to transpose.
+            # As [D, N·H], so that the kernels take the product without a transposing copy.
             kernel = getattr(self, name)[...].astype(dtype)
             y = lora.add(x @ rearrange(kernel, "D N H -> D (N H)"), x, adapters, name)
             return y.reshape(-1, length, y.shape[-1] // c.head_dim, c.head_dim)
@@ -116,7 +117,7 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated feed-forward: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: DecoderConfig, rngs: nnx.Rngs):
         D, F = c.embed_dim, c.mlp_dim
         self.gate = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)
         self.up = parameter(rngs, (D, F), ("embed", "mlp"), D**-0.5)

@@ -1,88 +1,96 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) for the seven matrices of every block.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the matrices of stacked layers.
 
-    y = x W + (alpha / rank) (x A) B        W frozen, A [in, rank] random, B [rank, out] zero at first
+    y = x W + (alpha / rank) (x A) B        W frozen, A [in, rank] random, B [rank, out] initially zero
 
-Adapters are a tree of their own, stacked over the layers as the blocks are: {"attention": {"q": {"a",
-"b"}, …}, "mlp": …}. `merge` adds them to the matrices, after which nothing is left of them.
+Adapters are a separate tree with the structure of the adapted parameters: {"a": [layers, in, rank],
+"b": [layers, rank, out]} in place of each matrix. `merge` adds them to the matrices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from monoformer_jax.config import LoraConfig, ModelConfig
-
-# Logical axes of each matrix: what goes in, what comes out.
-_MATRICES = {
-    "attention": {
-        "q": ("embed", "heads"),
-        "k": ("embed", "kv_heads"),
-        "v": ("embed", "kv_heads"),
-        "out": ("heads", "embed"),
-    },
-    "mlp": {"gate": ("embed", "mlp"), "up": ("embed", "mlp"), "down": ("mlp", "embed")},
-}
+from monoformer_jax.config import LoraConfig
 
 Adapters = dict[str, Any]
+# Path of each adapted matrix -> logical axes of its input and output.
+Adapted = Mapping[str, tuple[str, str]]
 
 
-def init(c: ModelConfig, rank: int, key: jax.Array) -> Adapters:
-    """Fresh adapters, float32: a model with them computes what it computes without."""
-    sizes = {
-        "embed": c.embed_dim,
-        "heads": c.num_heads * c.head_dim,
-        "kv_heads": c.num_kv_heads * c.head_dim,
-        "mlp": c.mlp_dim,
-    }
-    keys = iter(jax.random.split(key, sum(map(len, _MATRICES.values()))))
+def init(adapted: Adapted, shapes: Mapping, axes: Mapping, rank: int, key: jax.Array) -> Adapters:
+    """Initializes adapters, float32; they do not change the model's outputs until trained.
 
-    def pair(inside, outside):
-        a = jax.random.normal(next(keys), (c.num_layers, sizes[inside], rank))
-        b = jnp.zeros((c.num_layers, rank, sizes[outside]))
-        return {"a": a * sizes[inside] ** -0.5, "b": b}
-
-    return _each(pair)
+    Args:
+      adapted: see `models.MODELS`.
+      shapes, axes: shapes and logical axes of all parameters, see `models.MODELS`.
+    """
+    keys = jax.random.split(key, len(adapted))
+    made = {}
+    for path, key in zip(adapted, keys):
+        layers, inside, outside = _sizes(path, adapted[path], shapes, axes)
+        a = jax.random.normal(key, (layers, inside, rank)) * inside**-0.5
+        made[path] = {"a": a, "b": jnp.zeros((layers, rank, outside))}
+    return _nested(made)
 
 
-def axes() -> Adapters:
-    """Logical axis names, in the tree of `init`; see `parallel.RULES`."""
-    return _each(lambda i, o: {"a": ("layers", i, None), "b": ("layers", None, o)})
+def _sizes(path: str, ends: tuple[str, str], shapes: Mapping, axes: Mapping):
+    """Layers, input size and output size of a stacked matrix; the output begins at axis ends[1]."""
+    shape = _at(shapes, path).shape
+    second = _at(axes, path).index(ends[1], 2)
+    return shape[0], math.prod(shape[1:second]), math.prod(shape[second:])
+
+
+def logical_axes(adapted: Adapted) -> Adapters:
+    """Logical axis names of adapters, in the tree of `init`; see `parallel.RULES`."""
+    return _nested({
+        path: {"a": ("layers", inside, None), "b": ("layers", None, outside)}
+        for path, (inside, outside) in adapted.items()
+    })  # fmt: skip
 
 
 def scaled(adapters: Adapters, c: LoraConfig) -> Adapters:
-    """With alpha / rank inside B, as the blocks take them."""
-    return _map_pairs(lambda pair: {"a": pair["a"], "b": pair["b"] * (c.alpha / c.rank)}, adapters)
+    """Multiplies B by alpha / rank, as the layers expect."""
+    factor = c.alpha / c.rank
+    return jax.tree.map(
+        lambda pair: {"a": pair["a"], "b": pair["b"] * factor}, adapters, is_leaf=_is_pair
+    )
 
 
 def add(y: jax.Array, x: jax.Array, adapters: Mapping[str, Any] | None, name: str) -> jax.Array:
-    """y, the matrix's product with x [B, L, in], and what its scaled adapter adds to it."""
+    """Adds the output of a scaled adapter to y, the product of its matrix with x [B, L, in]."""
     if adapters is None:
         return y
     pair = adapters[name]
     return y + (x @ pair["a"].astype(x.dtype)) @ pair["b"].astype(x.dtype)
 
 
-def merge(layers: dict, adapters: Adapters, c: LoraConfig) -> dict:
-    """The parameters of the stacked blocks with their adapters added in, float32."""
-    merged = dict(layers)
-    for group, pairs in scaled(adapters, c).items():
-        merged[group] = dict(layers[group])
-        for name, pair in pairs.items():
-            kernel = jnp.asarray(layers[group][name], jnp.float32)
-            merged[group][name] = kernel + (pair["a"] @ pair["b"]).reshape(kernel.shape)
-    return merged
+def merge(params: Mapping, adapters: Adapters, c: LoraConfig) -> dict:
+    """Adds the adapters to their matrices; merged matrices are float32."""
+    if _is_pair(adapters):
+        pair = scaled(adapters, c)
+        kernel = jnp.asarray(params, jnp.float32)
+        return kernel + (pair["a"] @ pair["b"]).reshape(kernel.shape)
+    merged = {name: merge(params[name], adapters[name], c) for name in adapters}
+    return {**params, **merged}
 
 
-def _each(make) -> Adapters:
-    return {
-        group: {name: make(*ends) for name, ends in matrices.items()}
-        for group, matrices in _MATRICES.items()
-    }
+def _is_pair(tree) -> bool:
+    return isinstance(tree, Mapping) and tree.keys() == {"a", "b"}
 
 
-def _map_pairs(function, adapters: Adapters) -> Adapters:
-    return {g: {n: function(pair) for n, pair in pairs.items()} for g, pairs in adapters.items()}
+def _at(tree: Mapping, path: str):
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _nested(by_path: Mapping[str, Any]) -> Adapters:
+    return nnx.traversals.unflatten_mapping(
+        {tuple(path.split("/")): value for path, value in by_path.items()}
+    )

@@ -1,4 +1,4 @@
-"""What a compiled program sends between chips, read from its HLO text."""
+"""Collective operations of a compiled program and their traffic, parsed from its HLO text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|called_computa
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One operation, as often as a step runs it.
+    """One collective operation and how often a step runs it.
 
     Args:
       kind: one of `KINDS`.
-      shape: dtype and dimensions of what comes out, of several arrays the largest.
-      size: bytes on one chip, of a reduce-scatter before it is cut.
-      axes: names of the mesh axes that it runs along.
-      group: chips that take part together.
-      times: runs a step.
-      where: the `op_name` that XLA keeps from JAX.
+      shape: dtype and dimensions of the result; of the largest if there are several.
+      size: bytes of the result per chip; for a reduce-scatter, bytes of its input.
+      axes: names of the mesh axes that it communicates over.
+      group: chips per replica group.
+      times: executions per step.
+      where: the `op_name` metadata from JAX.
     """
 
     kind: str
@@ -42,32 +42,33 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a chip sends in a step at least, with the best ring."""
+        """Lower bound of the bytes that a chip sends per step, with a ring algorithm."""
         share = (self.group - 1) / self.group
         if self.kind == "collective-permute":
             share = 1.0
         return self.times * self.size * share * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """All collectives of a program compiled for a mesh; loops count as often as they turn.
+def collectives(text: str, mesh: Mesh, dynamic_trips: int = 1) -> list[Collective]:
+    """Returns all collectives of a program compiled for a mesh, counted once per loop iteration.
 
-    A loop whose number of turns is only known when it runs counts once.
+    Args:
+      dynamic_trips: iterations of a loop whose trip count is known only when it runs.
     """
     computations = _computations(text)
-    times = _times(computations)
+    times = _times(computations, dynamic_trips)
     found = []
     for name, lines in computations.items():
         body = "\n".join(lines)
         for line in lines:
             if not (match := _COLLECTIVE.search(line)) or not times.get(name):
                 continue
-            # TPU runs one of these beside other work as a chain of fusions which all repeat it.
+            # For an asynchronous collective, TPU emits a chain of fusions that each contain it.
             if "chain_id=" in line and "AsyncCollectiveStart" not in body:
                 continue
             kind = match[2]
             if kind == "all-reduce" and "from-cross-replica-sharding" in line:
-                kind = "reduce-scatter"  # an all-reduce of which each chip keeps its part
+                kind = "reduce-scatter"  # each chip keeps its shard of the sum
             shape, size = _result(match[1], "-start(" in match[0])
             group = _group(line, mesh.size)
             if kind == "reduce-scatter" and match[2] == kind:
@@ -91,15 +92,16 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _times(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often a step runs each computation."""
+def _times(computations: dict[str, list[str]], dynamic_trips: int) -> dict[str, int]:
+    """Executions per step of each computation."""
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
         times[name] = times.get(name, 0) + count
         for line in computations.get(name, ()):
             for called in _CALLED.findall(line):
-                turns = _turns(line, computations) if " while(" in line else 1
+                is_loop = " while(" in line
+                turns = _turns(line, computations) or dynamic_trips if is_loop else 1
                 for one in called.split(","):
                     visit(one.strip().lstrip("%"), count * turns)
 
@@ -107,22 +109,22 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
     return times
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """Turns of a while loop that counts from 0 to a constant; 1 for any other."""
+def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Trip count of a while loop that counts from 0 to a constant; None for any other loop."""
     condition = computations[re.search(r"condition=%?([\w.-]+)", line)[1]]
     root = next(one for one in condition if one.lstrip().startswith("ROOT"))
     bound = re.search(r"compare\([^,]+, %?([\w.-]+)\), direction=LT", root)
     for one in condition:
         if bound and re.match(rf"\s*%?{re.escape(bound[1])} = s32\[\]", one):
             constant = re.search(r" constant\((\d+)\)", one)
-            return int(constant[1]) if constant else 1
-    return 1
+            return int(constant[1]) if constant else None
+    return None
 
 
 def _result(types: str, starts: bool) -> tuple[str, int]:
-    """The largest array of a (tuple) type as written, and the bytes of all that comes out.
+    """The largest array of a (tuple) type as written in HLO, and the bytes of all results.
 
-    What only starts an operation has its operands in the tuple too: there the largest counts.
+    The type of a -start operation also contains its operands: only the largest array counts then.
     """
     sizes = [
         (f"{dtype}[{dims}]", BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d))
@@ -134,7 +136,7 @@ def _result(types: str, starts: bool) -> tuple[str, int]:
 
 
 def _group(line: str, devices: int) -> list[int]:
-    """The first group of a collective, as positions in the mesh."""
+    """The first replica group of a collective, as device indices in the mesh."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return [int(i) for i in match[1].split(",")]
     if match := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", line):

@@ -1,51 +1,54 @@
-"""What a training step or the sampler needs of a TPU slice, found by compiling it: memory, products,
-traffic, and a lower bound of its time."""
+"""Ahead-of-time estimates for a train step or the sampler on a TPU slice: memory, FLOPs, collectives
+and a lower bound of the step time."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import re
 import time
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from monoformer_jax import batch as contract
-from monoformer_jax.config import Config
-from monoformer_jax.diffusion.solvers import make_time_grid
+from monoformer_jax.config import Config, MeshConfig
+from monoformer_jax.diffusion.solvers import EVALUATIONS, make_time_grid
 from monoformer_jax.errors import require
-from monoformer_jax.models import monoformer
-from monoformer_jax.nn.decoder import KVCache
+from monoformer_jax.models import get_model
 from monoformer_jax.parallel import (
     BATCH,
-    TENSOR_AXIS,
     batch_shards,
+    bytes_on_device,
     check_batch_size,
     make_mesh,
-    parameter_shardings,
+    use_mesh,
 )
-from monoformer_jax.planning import flops
 from monoformer_jax.planning.collectives import Collective, collectives
 from monoformer_jax.planning.hardware import CHIPS, Chip, all_chips, chip_of
 from monoformer_jax.sampling import image
-from monoformer_jax.sampling.state import init_decode_state
+from monoformer_jax.sampling.sampler import (
+    IMAGES,
+    PROMPT,
+    abstract_state,
+    abstract_weights,
+    sampling_mesh,
+)
+from monoformer_jax.sampling.text import row_keys
 from monoformer_jax.training.state import abstract_train_state, make_train_step
 
 GIB = 2**30
-IMAGES = 8  # painted at once on a device (that shares them along tensor), when sampling
-PROMPT = 32  # tokens of their prompts
+TRAINING = 3  # forward plus backward in forward passes; remat is not model FLOPs
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device; sizes in bytes, products of the whole slice.
+    """Estimate of a program. Sizes are in bytes per device; FLOPs are those of the complete slice.
 
     Args:
-      temporaries, peak: as the compiler has them; of a program that does not fit, what it asked for.
-      sent: none are known of a program that does not fit.
+      temporaries, peak: as reported by the compiler, also for a program that does not fit.
+      sent: collectives; empty for a program that does not fit.
     """
 
     config: Config
@@ -63,12 +66,12 @@ class Estimate:
     compile_seconds: float
 
     def floors(self) -> dict[str, float]:
-        """Seconds that the step takes at least, by what it waits for.
+        """Lower bounds of the step time in seconds, by resource.
 
-        compute: the products of all layers, with what remat repeats, at the chip's peak; attention's
+        compute: matrix products of all blocks, including remat, at the chip's peak FLOP/s; attention
         scores and the heads are left out, since they depend on the rows.
-        hbm: the arguments read once, and what is updated in place written once.
-        ici: what the collectives send, over all links of the chip at once.
+        hbm: reading the arguments once, and writing the donated arguments once.
+        ici: bytes sent by the collectives, over all links of the chip at once.
         """
         chips = self.mesh.size
         return {
@@ -82,7 +85,7 @@ class Estimate:
         return max(self.floors().values())
 
     def seconds_at(self, utilization: float) -> float:
-        """Of a step, at a share of the slice's peak spent on the model's own products."""
+        """Seconds per step at a model FLOPs utilization (MFU)."""
         return self.flops / (self.mesh.size * self.chip.tflops * 1e12 * utilization)
 
     def to_json(self) -> dict:
@@ -99,56 +102,75 @@ class Estimate:
         }
 
 
-def slice_mesh(config: Config, topology: str) -> Mesh:
-    """The config's mesh of the devices of a topology.
+def slice_mesh(config: Config, topology: str, mode: str = "train") -> Mesh:
+    """Returns the config's mesh on the devices of a topology.
 
     Raises:
-      InputError: no such topology, or the mesh or the batch does not suit it.
+      InputError: no such topology, or the mesh or the batch size does not fit it.
     """
     mesh = make_mesh(config.mesh, all_chips(topology, config.mesh.slices))
-    check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
     try:
-        abstract_train_state(config, mesh)
+        if mode == "train":
+            check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
+            abstract_train_state(config, mesh)
+        else:
+            abstract_weights(config.model, "float32", mesh)
     except ValueError as error:
         require(False, str(error))
     return mesh
 
 
-def bytes_on_device(tree) -> int:
-    """Of ShapeDtypeStructs with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+def default_mesh(config: Config, topology: str, dtype: str) -> MeshConfig:
+    """Returns the default mesh of `sample`, see `sampling_mesh`."""
+    chip = CHIPS[chip_of(topology)]
+    mesh = sampling_mesh(config, all_chips(topology), dtype, chip.hbm_gib * GIB)
+    return MeshConfig(**mesh.shape)
 
 
-def argument_bytes(config: Config, topology: str, mode: str = "train") -> int:
-    """Bytes of the program's arguments on a device; nothing is compiled.
-
-    Raises:
-      InputError: see `slice_mesh`.
-    """
-    return bytes_on_device(_PROGRAMS[mode](config, slice_mesh(config, topology))[1])
-
-
-def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
-    """Compiles the step (or the sampler) ahead of time for a slice that is not there.
+def argument_bytes(
+    config: Config, topology: str, mode: str = "train", dtype: str = "float32"
+) -> int:
+    """Bytes per device of the program's arguments, without compiling it.
 
     Raises:
       InputError: see `slice_mesh`.
     """
-    mesh, chip = slice_mesh(config, topology), CHIPS[chip_of(topology)]
-    program, arguments = _PROGRAMS[mode](config, mesh)
-    params = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    mesh = slice_mesh(config, topology, mode)
+    return _bytes_of(_PROGRAMS[mode](config, mesh, dtype)[1])
+
+
+def _bytes_of(arguments) -> int:
+    """Bytes of the arguments with a sharding; the others are small settings on the host."""
+    leaves = jax.tree.leaves(arguments)
+    return bytes_on_device([x for x in leaves if getattr(x, "sharding", None) is not None])
+
+
+def estimate(
+    config: Config, topology: str, mode: str = "train", dtype: str = "float32"
+) -> Estimate:
+    """Compiles the train step or the sampler ahead of time for a slice, without its devices.
+
+    Args:
+      mode: "train" or "sample".
+      dtype: dtype of the weights in sampling; training uses float32.
+
+    Raises:
+      InputError: see `slice_mesh`.
+    """
+    mesh, chip = slice_mesh(config, topology, mode), CHIPS[chip_of(topology)]
+    program, arguments = _PROGRAMS[mode](config, mesh, dtype)
+    params = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
     begin = time.perf_counter()
     fits, aliased, sent = True, 0, ()
-    given = bytes_on_device(arguments)
+    given = _bytes_of(arguments)
     try:
-        compiled = program.lower(*arguments).compile()
+        with use_mesh(mesh):
+            lowered = program.lower(*arguments)
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        fits, temporaries = False, _wanted(str(error))
+        fits, temporaries = False, _parse_oom_bytes(str(error))
         peak = given + temporaries
     else:
         memory = compiled.memory_analysis()
@@ -156,7 +178,8 @@ def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
         aliased = memory.alias_size_in_bytes
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
         fits = peak <= chip.hbm_gib * 2**30
-        sent = tuple(collectives(compiled.as_text(), mesh))
+        trips = _solver_steps(config) if mode == "sample" else 1
+        sent = tuple(collectives(compiled.as_text(), mesh, trips))
     seconds = time.perf_counter() - begin
     model, repeated = _FLOPS[mode](config, mesh)
     return Estimate(
@@ -166,74 +189,58 @@ def estimate(config: Config, topology: str, mode: str = "train") -> Estimate:
     )  # fmt: skip
 
 
-def _wanted(message: str) -> int:
-    """Bytes of temporaries in the compiler's complaint that they do not fit."""
+def _parse_oom_bytes(message: str) -> int:
+    """Parses the bytes of temporaries from the compiler's out-of-memory message."""
     number, unit = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message).groups()
     return int(float(number) * UNITS[unit])
 
 
-def _train_program(config: Config, mesh: Mesh):
-    fields = contract.spec(config)
+def _train_program(config: Config, mesh: Mesh, dtype: str):
+    fields = contract.spec(config.layout, config.batch_size, config.data.max_seq_len)
     batch = _placed(fields, NamedSharding(mesh, BATCH))
     return make_train_step(config, mesh), (abstract_train_state(config, mesh), batch)
 
 
 def _train_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Of a step as it is usually counted: every token, its next token predicted, in rows of one
-    causal document. And what the blocks alone cost with what remat repeats."""
-    c, length = config.model, config.data.max_seq_len
+    """Model FLOPs of a step, counting every token as a text target and a patch, in rows of one causal
+    document; and FLOPs of the blocks alone, including remat."""
+    c, length, model = config.model, config.data.max_seq_len, get_model(config.model)
     tokens = config.batch_size * length
-    token = flops.layers(c) + flops.text_head(c) + flops.patch(c)
     pairs = config.batch_size * length * (length + 1) // 2
-    model = flops.TRAINING * (tokens * token + pairs * flops.attention(c))
-    return model, tokens * (flops.TRAINING * flops.layers(c) + flops.recomputed(c))
+    every = model.flops(c, tokens=tokens, pairs=pairs, patches=tokens, text=tokens)
+    blocks = TRAINING * model.flops(c, tokens=tokens) + model.recomputed_flops(c, tokens)
+    return TRAINING * every, blocks
 
 
 def _placed(tree, sharding: NamedSharding):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
-def _sample_program(config: Config, mesh: Mesh):
-    """All steps of many images at once, after prompts that have run."""
-    c, images = config.model, _images(mesh)
-    branches = image.guidance_branches(config.sampling, shown=False)
-    spec = image.make_image_spec(config, config.sampling, (config.data.image_size,) * 2, branches)
-    params = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
-    params = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-        params, parameter_shardings(monoformer.logical_axes(c), params, mesh),
-    )  # fmt: skip
-    by_rows = NamedSharding(mesh, BATCH)
-    cache_of_prompts = functools.partial(KVCache.create, c, images * branches, PROMPT)
-    rows = jax.eval_shape(
-        lambda: init_decode_state(c, images * branches).replace(cache=cache_of_prompts())
-    )
-    heads = NamedSharding(mesh, PartitionSpec(None, *BATCH, None, TENSOR_AXIS))
-    cache = KVCache(
-        *_placed((rows.cache.k, rows.cache.v), heads),
-        _placed(rows.cache.index, NamedSharding(mesh, PartitionSpec())),
-    )
-    rows = _placed(rows.replace(cache=None), by_rows).replace(cache=cache)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    x = jax.ShapeDtypeStruct((images, spec.patches, c.patch_dim), "float32")
-
-    def sample(params, rows, x, keys):
-        grid = make_time_grid(config.sampling.solver, config.sampling.steps, config.sampling.shift)
-        guidance = image.make_guidance(config.sampling)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return image.denoise(params, rows, x, keys, grid, guidance, 0, grid.steps, spec)
-
-    return jax.jit(sample), (params, rows, *_placed((x, keys), by_rows))
+def _sample_program(config: Config, mesh: Mesh, dtype: str):
+    """The denoising loop of `sample` for a batch of images, after prefill."""
+    images, sampling = _images(mesh), config.sampling
+    branches = image.guidance_branches(sampling, shown=False)
+    spec = image.make_image_spec(config.model, sampling, (config.data.image_size,) * 2, branches)
+    params = abstract_weights(config.model, dtype, mesh)
+    state = abstract_state(config, images * branches, PROMPT, mesh)
+    keys = jax.eval_shape(lambda: row_keys(0, images))
+    x = jax.ShapeDtypeStruct((images, spec.patches, config.layout.patch_dim), "float32")
+    x, keys = _placed((x, keys), NamedSharding(mesh, BATCH))
+    return image.denoise, (params, state, x, keys, *image.denoise_settings(sampling), spec)
 
 
 def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Of the images of one call, and of the blocks alone."""
-    c, s, n = config.model, config.sampling, config.image_tokens
-    steps = int(make_time_grid(s.solver, s.steps, s.shift).steps)
-    passes = steps * (2 if s.solver == "heun" else 1) * image.guidance_branches(s, shown=False)
-    blocks = _images(mesh) * passes * n * flops.layers(c)
-    rest = n * (n + PROMPT) * flops.attention(c) + n * flops.patch(c)
-    return blocks + _images(mesh) * passes * rest, blocks
+    """FLOPs of the images of one call, and of the blocks alone."""
+    c, s, n, model = config.model, config.sampling, config.image_tokens, get_model(config.model)
+    steps = _solver_steps(config)
+    calls = _images(mesh) * steps * EVALUATIONS[s.solver] * image.guidance_branches(s, shown=False)
+    every = model.flops(c, tokens=n, pairs=n * (n + PROMPT), patches=n)
+    return calls * every, calls * model.flops(c, tokens=n)
+
+
+def _solver_steps(config: Config) -> int:
+    s = config.sampling
+    return int(make_time_grid(s.solver, s.steps, s.shift).steps)
 
 
 def _images(mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""TPU chips that are not there, to compile for, and what their makers say that they can do."""
+"""TPU specifications, and device topologies for ahead-of-time compilation without a TPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from monoformer_jax.parallel import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device of JAX, which is a chip, or half of one on tpu7x.
+    """Specification of one JAX device: a chip, or half a chip on tpu7x.
 
     Args:
-      tflops: peak of bfloat16 products, 10^12 a second.
-      hbm_gib: memory that libtpu 0.0.51 leaves to a program.
-      hbm_gbs: its bandwidth, 10^9 bytes a second.
-      ici_gbs: what all its links to other chips send together in one direction, 10^9 bytes a second.
+      tflops: peak bfloat16 TFLOP/s.
+      hbm_gib: HBM that libtpu 0.0.51 makes available to a program, GiB.
+      hbm_gbs: HBM bandwidth, GB/s (10^9 bytes).
+      ici_gbs: outgoing bandwidth of all inter-chip (ICI) links together, GB/s.
     """
 
     tflops: float
@@ -42,31 +42,32 @@ CHIPS = {
     "v6e": Chip(918, 31.24, 1640, 448),
     "tpu7x": Chip(2307 / 2, 94.74, 7380 / 2, 600 / 2),
 }
-# What slices of the flat generations are called by their number of chips.
+# Topology of a v5e or v6e slice by its number of chips.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 
 def chip_of(topology: str) -> str:
-    """The key of `CHIPS` that a topology such as "v5e:2x2" is made of.
+    """Returns the key of `CHIPS` in a topology such as "v5e:2x2".
 
     Raises:
-      InputError: no such chip, or not written as a topology.
+      InputError: the topology does not start with a known chip.
     """
     name = re.split("[:-]", topology)[0]
     if name not in CHIPS:
         close = difflib.get_close_matches(name, CHIPS, 1, 0.3)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise InputError(f"topology {topology!r}: the chips are {', '.join(CHIPS)}{hint}")
+        raise InputError(f"topology {topology!r}: supported chips are {', '.join(CHIPS)}{hint}")
     return name
 
 
 def all_chips(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a topology such as "v5e:2x2" (or "v5e-4"), to compile for.
+    """Returns compile-only devices of a topology such as "v5e:2x2" (or "v5e-4").
 
-    libtpu must be installed; it looks for no TPU and lets several processes compile at once.
+    libtpu must be installed; the environment is set so that it needs no TPU and so that several
+    processes can compile at once.
 
     Raises:
-      InputError: libtpu is not installed, or it knows no such topology.
+      InputError: libtpu is not installed or rejects the topology.
     """
     chip, shape = chip_of(topology), topology.partition(":")[2]
     flat = chip in ("v5e", "v6e")
@@ -88,14 +89,14 @@ def all_chips(topology: str, slices: int = 1) -> list[jax.Device]:
     }
     options = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":
-        options["chip_config_name"] = "megacore"  # its two cores as one device, as on a real v4
+        options["chip_config_name"] = "megacore"  # both cores form one device, as on real hardware
     try:
         found = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{chip}:{shape}", **options
         )
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
-            f"topology {topology!r}: libtpu says {str(error).splitlines()[0]}"
+            f"topology {topology!r}: libtpu reports {str(error).splitlines()[0]}"
         ) from None
     return list(found.devices)
 
@@ -106,5 +107,5 @@ def one_chip(topology: str) -> Mesh:
 
 
 def abstract(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """An array on every device of the mesh, whole."""
+    """Shape and dtype of an array that is replicated on every device of the mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -13,15 +13,15 @@ from monoformer_jax.nn.clip import ClipConfig
 from monoformer_jax.pretrained.folder import load_folder
 from monoformer_jax.pretrained.table import Entry, transpose
 
-# The text half of a whole CLIP, and a buffer of older versions.
+# The text model and projections of a full CLIP, and a buffer of older transformers versions.
 IGNORED = r"text_model\..*|.*_projection\.weight|logit_scale|.*\.position_ids"
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> ClipConfig:
-    """Of the vision tower, alone or inside a whole CLIP.
+    """The config of a CLIP vision model, alone or inside a full CLIP.
 
     Raises:
-      InputError: it is another kind of model.
+      InputError: another model type, or an unsupported variant.
     """
     values = values.get("vision_config", values)
     require(
@@ -59,7 +59,7 @@ def write_config(c: ClipConfig) -> dict[str, Any]:
 
 
 def load(folder: Path) -> tuple[ClipConfig, dict]:
-    """The vision tower of a folder, and its parameters.
+    """The config and the parameters of the vision model in a folder.
 
     Raises:
       InputError: see `folder.open_weights`, `read_config` and `table.open_tree`.
@@ -82,7 +82,7 @@ def table(c: ClipConfig) -> list[Entry]:
         Entry("class_embedding", f"{top}.embeddings.class_embedding"),
         Entry("position_embedding", f"{top}.embeddings.position_embedding.weight"),
     ]
-    # "layrnorm" is how the published weights spell it.
+    # The published weights have the spelling "layrnorm".
     norms = {
         "norm_in": f"{top}.pre_layrnorm",
         "norm_out": f"{top}.post_layernorm",

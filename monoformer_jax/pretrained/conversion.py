@@ -1,4 +1,4 @@
-"""Whole folders in and out: what `convert` does, step by step."""
+"""Converts between Hugging Face folders and workdirs: the steps of `convert`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from monoformer_jax.config import Config
 from monoformer_jax.data.tokenizer import extend_tokenizer, open_tokenizer
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.files import atomic_folder
-from monoformer_jax.models import monoformer
+from monoformer_jax.models import get_model
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, write_safetensors
-from monoformer_jax.pretrained.model import OURS, open_pretrained
+from monoformer_jax.pretrained.model import FORMATS, OURS, key_table, open_pretrained
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.weights import load_trained
@@ -33,19 +33,18 @@ _TOKENIZER = "tokenizer.json"
 @dataclasses.dataclass(frozen=True)
 class Source:
     folder: Path
-    ours: bool  # a workdir, rather than a Hugging Face folder
+    ours: bool  # True for a workdir, False for a Hugging Face folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model whose parameters are described, and read one at a time when they are needed.
+    """A model whose parameters are read one at a time, on demand.
 
     Attributes:
-      params: tree of tensors, the weights as the optimizer left them; None where only the average
-        is known.
-      ema: of their moving average, or of the only weights that there are.
-      mapped: paths of the parameters that came from the source.
-      left_out: tensors of the source that are no parameter of ours: a frozen vision encoder.
+      params: tree of `Tensor`s, the raw weights; None if the source has only one set of weights.
+      ema: tree of `Tensor`s, the EMA weights, or the only set.
+      mapped: paths of the parameters that come from the source.
+      left_out: source tensors that are not converted: those of the frozen vision encoder.
     """
 
     config: Config
@@ -61,10 +60,10 @@ class Weights:
 
 
 def find_source(name: str) -> Source:
-    """A folder, or the name of a model on the hub, which is fetched.
+    """Finds a local folder, or downloads the model of this name from the Hugging Face hub.
 
     Raises:
-      InputError: there is neither, or huggingface_hub is not installed.
+      InputError: neither exists, or huggingface_hub is not installed.
     """
     folder = Path(name)
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -72,20 +71,20 @@ def find_source(name: str) -> Source:
             from huggingface_hub import snapshot_download
         except ImportError as error:
             raise InputError(
-                f"{name} is no folder, and to fetch it from the hub huggingface_hub is needed: "
+                f"{name} is not a folder, and downloading it from the hub needs huggingface_hub: "
                 "pip install 'monoformer_jax[hub]'"
             ) from error
         try:
             kinds = ["*.json", "*.safetensors", "*.bin"]
             folder = Path(snapshot_download(name, allow_patterns=kinds))
-        except Exception as error:  # of the network, of the hub, of the disk
-            raise InputError(f"{name} is no folder and could not be fetched ({error})") from error
-    require(folder.is_dir(), f"{name} is no folder")
+        except Exception as error:  # network, hub and disk errors have many types
+            raise InputError(f"{name} is not a folder and its download failed ({error})") from error
+    require(folder.is_dir(), f"{name} is not a folder")
     return Source(folder, (folder / "checkpoints").is_dir())
 
 
 def open_source(source: Source, seed: int = 0) -> Weights:
-    """Raises InputError: whatever is wrong with the folder."""
+    """Opens the weights of a source; raises InputError if the folder is invalid."""
     if source.ours:
         return _open_workdir(source)
     found = open_pretrained(source.folder)
@@ -104,11 +103,11 @@ def open_source(source: Source, seed: int = 0) -> Weights:
 
 def _open_workdir(source: Source) -> Weights:
     config = read_config(source.folder)
-    if config.lora.rank:  # a whole model is what is left of adapters
+    if config.lora.rank:  # adapters are merged into the full model
         config, params, _ = load_trained(source.folder)
         ema = jax.tree.map(lambda x: Tensor(x.shape, x.dtype, lambda: np.asarray(x)), params)
         return Weights(config, None, ema, tuple(by_path(ema)), source)
-    shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
     with Checkpoints(source.folder) as checkpoints:
         step, names = checkpoints.latest, ["ema", "params"][: 1 + checkpoints.has_params]
     require(step is not None, f"there is no complete checkpoint in {source.folder}")
@@ -129,7 +128,7 @@ def _open_workdir(source: Source) -> Weights:
 
 
 def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None:
-    """A workdir that `sample` reads and `init_from` starts from."""
+    """Writes a workdir, for `sample` or for the `init_from` of a new run."""
     with atomic_folder(to) as folder:
         (folder / "config.json").write_text(weights.config.to_json())
         _write_tokenizer(folder, weights)
@@ -141,9 +140,9 @@ def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None
 
 
 def check_workdir(to: Path, weights: Weights) -> None:
-    """Raises InputError where what was written is not what was read; one parameter at a time."""
+    """Raises InputError if `to` differs from `weights`; reads one parameter at a time."""
     written = _open_workdir(Source(to, ours=True))
-    require(written.config == weights.config, f"{to} has another config than what was converted")
+    require(written.config == weights.config, f"{to} does not have the config of the source")
     for name, tree in weights.parts.items():
         _require_equal(to / name, by_path(written.parts[name]), by_path(tree))
 
@@ -151,10 +150,13 @@ def check_workdir(to: Path, weights: Weights) -> None:
 def write_safetensors_folder(
     to: Path, weights: Weights, dtype: str = "float32", progress: Progress = same
 ) -> None:
-    """The original's config.json, model.safetensors, ema/model.safetensors and the tokenizer."""
+    """Writes config.json, model.safetensors, ema/ and the tokenizer in the original's format."""
     c = weights.config
-    values = original.write_config(c.model, c.data.image_size, c.data.max_seq_len)
-    values[OURS] = c.to_dict()  # what their config.json cannot say
+    values = {}
+    if c.model.kind in FORMATS:
+        form = FORMATS[c.model.kind]
+        values = form.write_config(c.model, c.data.image_size, c.data.max_seq_len)
+    values[OURS] = c.to_dict()  # for the settings without a key in the published config.json
     with atomic_folder(to) as folder:
         tokenizer = _write_tokenizer(folder, weights)
         if tokenizer is not None:
@@ -170,33 +172,33 @@ def write_safetensors_folder(
 
 
 def check_safetensors(to: Path, weights: Weights, dtype: str = "float32") -> None:
-    """Raises InputError where what was written is not what was read; one tensor at a time."""
+    """Raises InputError if `to` differs from `weights`; reads one tensor at a time."""
     for part, want in _parts(weights, dtype).items():
         got = open_weights(to / part)
-        require(got.keys() == want.keys(), f"{to / part} has other tensors than what was converted")
+        require(got.keys() == want.keys(), f"{to / part} does not have the tensors of the source")
         _require_equal(to / part, got, want)
 
 
 def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:
-    """Tensors of each folder, "." and "ema"."""
+    """The tensors of each subfolder: ".", and "ema" if the source has two sets of weights."""
     trees = {".": weights.ema if weights.params is None else weights.params}
     if weights.params is not None:
         trees["ema"] = weights.ema
-    table = original.table(weights.config.model)
+    table = key_table(weights.config.model)
     kind = np.dtype(jax.numpy.dtype(dtype))
     return {part: write_tensors(table, tree, kind) for part, tree in trees.items()}
 
 
 def _require_equal(where: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     different = [name for name in want if not np.array_equal(got[name].load(), want[name].load())]
-    require(not different, f"{where} differs from what was converted in {', '.join(different)}")
+    require(not different, f"{where} differs from the source in {', '.join(different)}")
 
 
 def _write_tokenizer(folder: Path, weights: Weights):
-    """Copies the tokenizer, with the new tokens where a LLaMA lacks them.
+    """Copies the tokenizer, and for a LLaMA adds the special tokens that it lacks.
 
     Returns:
-      The tokenizer of the new folder, or None where the source has none.
+      The tokenizer of the new folder, or None if the source has none.
     """
     config, source = weights.config, weights.source
     file = source.folder / _TOKENIZER
@@ -210,4 +212,4 @@ def _write_tokenizer(folder: Path, weights: Weights):
             extend_tokenizer(file, folder / _TOKENIZER)
         else:
             (folder / _TOKENIZER).write_bytes(file.read_bytes())
-    return open_tokenizer(config.data, folder, config.model.vocab_size)
+    return open_tokenizer(config.data, folder, config.layout.vocab_size)

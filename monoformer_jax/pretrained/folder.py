@@ -1,8 +1,8 @@
-"""Folders of weights as Hugging Face lays them out: reading any kind, and writing safetensors.
+"""Reads weight folders in Hugging Face's layouts, and writes safetensors.
 
-model.safetensors                 or in shards, with model.safetensors.index.json
-pytorch_model.bin                 or in shards, with pytorch_model.bin.index.json
-diffusion_pytorch_model.*         the names that diffusers uses
+model.safetensors                       or shards, with model.safetensors.index.json
+pytorch_model.bin                       or shards, with pytorch_model.bin.index.json
+diffusion_pytorch_model.*, weights.*    alternative names; the first is that of diffusers
 config.json
 """
 
@@ -33,23 +33,23 @@ _DTYPES = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError where the file is missing or no JSON object."""
+    """Reads a JSON object; raises InputError if the file is missing or is not one."""
     require(path.is_file(), f"{path.parent} has no {path.name}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is no JSON ({error})") from error
-    require(isinstance(values, dict), f"{path} is no JSON object")
+        raise InputError(f"{path} is not valid JSON ({error})") from error
+    require(isinstance(values, dict), f"{path} is not a JSON object")
     return values
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
-    """Name -> tensor of all the weights in a folder; values are read when asked for.
+    """Name -> tensor of all weights in a folder; values are read on demand.
 
     Raises:
-      InputError: no weights there, a missing or damaged shard, or a .bin with code in it.
+      InputError: no weights, a missing or damaged shard, or a .bin that contains code.
     """
-    require(folder.is_dir(), f"{folder} is no folder")
+    require(folder.is_dir(), f"{folder} is not a folder")
     for end, reader in ((".safetensors", open_safetensors), (".bin", open_torch_file)):
         for stem in _STEMS:
             index = folder / f"{stem}{end}.index.json"
@@ -58,7 +58,7 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
             file = folder / f"{stem}{end}"
             if file.is_file():
                 return reader(file)
-    raise InputError(f"{folder} holds no weights: no model.safetensors and no pytorch_model.bin")
+    raise InputError(f"{folder} has no weights: no model.safetensors and no pytorch_model.bin")
 
 
 def _open_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -67,23 +67,23 @@ def _open_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> di
     shards = {name: index.parent / name for name in sorted(set(where.values()))}
     missing = [name for name, path in shards.items() if not path.is_file()]
     require(
-        not missing, f"{index.parent} lacks shards that {index.name} names: {', '.join(missing)}"
+        not missing, f"{index.parent} lacks shards listed in {index.name}: {', '.join(missing)}"
     )
     read = {name: reader(path) for name, path in shards.items()}
     lost = [name for name, shard in where.items() if name not in read[shard]]
-    require(not lost, f"{index} places tensors where they are not: {', '.join(lost[:8])}")
+    require(not lost, f"{index} lists tensors that their shard lacks: {', '.join(lost[:8])}")
     return {name: read[shard][name] for name, shard in where.items()}
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """Raises InputError where the file is truncated or damaged."""
+    """Name -> tensor of a safetensors file; raises InputError if it is truncated or damaged."""
     try:
         file = safetensors.safe_open(path, framework="numpy")
         found = {}
-        for name in file.keys():  # noqa: SIM118 - it is no dict
+        for name in file.keys():  # noqa: SIM118 - not a dict
             view = file.get_slice(name)
             dtype = view.get_dtype()
-            require(dtype in _DTYPES, f"{path}: {name} is of type {dtype}, which is not read")
+            require(dtype in _DTYPES, f"{path}: {name} has the unsupported dtype {dtype}")
             load = functools.partial(_load_safetensor, path, name)
             found[name] = Tensor(tuple(view.get_shape()), np.dtype(_DTYPES[dtype]), load)
         return found
@@ -92,7 +92,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_safetensor(path: Path, name: str) -> np.ndarray:
-    # Opened anew each time: pages of a mapping that stays would pile up in memory.
+    # Reopened for each tensor: pages of a long-lived memory map would accumulate in memory.
     try:
         return safetensors.safe_open(path, framework="numpy").get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:
@@ -106,17 +106,17 @@ def load_folder(
     table: Callable[[Any], Sequence[Entry]],
     ignored: str = "",
 ) -> tuple[Any, Any]:
-    """The config of a folder's model, and its parameters as float32 arrays.
+    """The config of the model in a folder, and its parameters as float32 arrays.
 
     Args:
-      read_config, table: of the model's kind; see for example `sd_vae`.
-      init: (config, key) -> fresh parameters, for their tree and shapes.
+      read_config, table: functions of the model type; see for example `sd_vae`.
+      init: (config, key) -> parameters; only their tree and shapes are used.
       ignored: see `table.open_tree`.
 
     Raises:
       InputError: see `read_json`, `open_weights`, `read_config` and `table.open_tree`.
     """
-    require(folder.is_dir(), f"{folder} is no folder")
+    require(folder.is_dir(), f"{folder} is not a folder")
     c = read_config(read_json(folder / "config.json"), folder / "config.json")
     target = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     tensors = open_weights(folder)
@@ -126,13 +126,13 @@ def load_folder(
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], progress: Callable[[list], Any] = same
 ) -> None:
-    """Writes the tensors one after the other, so that one of them is in memory at a time.
+    """Writes the tensors one by one, so that only one is in memory at a time.
 
     Args:
-      progress: wraps the names as they are written, such as a tqdm.
+      progress: wraps the list of names to show progress, such as tqdm.
     """
     codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0  # which PyTorch's loaders ask for
+    header, end = {"__metadata__": {"format": "pt"}}, 0  # required by transformers' loader
     for name, tensor in tensors.items():
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entry = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
@@ -146,5 +146,5 @@ def write_safetensors(
             tensor = tensors[name]
             value = tensor.load()
             if value.shape != tensor.shape or value.dtype != tensor.dtype:
-                raise ValueError(f"{name} is {value.dtype}{value.shape}, not what was announced")
+                raise ValueError(f"{name} is {value.dtype}{value.shape}, unlike its description")
             file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Key table of LLaMA-like models in Hugging Face's format (TinyLlama), and their config.json."""
+"""Key table and config.json of LLaMA models in Hugging Face format, such as TinyLlama."""
 
 from __future__ import annotations
 
@@ -7,45 +7,46 @@ from typing import Any
 
 import numpy as np
 
-from monoformer_jax.config import ModelConfig
 from monoformer_jax.errors import InputError, require
+from monoformer_jax.models import MODELS
 from monoformer_jax.pretrained.table import Entry, transpose
 
-# Buffers that older versions saved beside the parameters.
+MonoFormerConfig = MODELS["monoformer"].Config  # of the model that the weights become
+# Buffers that older transformers versions saved with the parameters.
 IGNORED = r".*rotary_emb\.inv_freq"
 
 
 def field(values: dict[str, Any], name: str, where: str | Path) -> Any:
-    """A key of a config.json that must be there."""
+    """The value of a required key of config.json."""
     require(name in values, f"{where} has no {name}")
     return values[name]
 
 
-def read_config(values: dict[str, Any], where: str | Path = "config.json") -> ModelConfig:
-    """The decoder of a LLaMA; its image parts have the defaults of the released MonoFormer.
+def read_config(values: dict[str, Any], where: str | Path = "config.json") -> MonoFormerConfig:
+    """The model config of a LLaMA; the image layers have the defaults of the released MonoFormer.
 
     Raises:
-      InputError: another kind of model, or a variant that is not computed here.
+      InputError: another model type, or an unsupported variant.
     """
     kind = values.get("model_type")
     require(kind == "llama", f"{where}: model_type {kind!r} is not llama")
-    computed = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False,
-                "mlp_bias": False, "tie_word_embeddings": False}  # fmt: skip
-    for name, value in computed.items():
+    supported = {"hidden_act": "silu", "rope_scaling": None, "attention_bias": False,
+                 "mlp_bias": False, "tie_word_embeddings": False}  # fmt: skip
+    for name, value in supported.items():
         got = values.get(name, value)
-        require(got == value, f"{where}: {name}={got!r} is not computed here, only {value!r}")
-    # transformers 5 keeps both keys of RoPE in one; no kind but the plain one is computed.
+        require(got == value, f"{where}: {name}={got!r} is not supported, only {value!r}")
+    # transformers 5 moves both RoPE keys into `rope_parameters`.
     rope = {"rope_theta": values.get("rope_theta", 10_000.0)} | (
         values.get("rope_parameters") or {}
     )
     rope_type = rope.get("rope_type", "default")
     require(
         rope_type == "default",
-        f"{where}: rope_parameters of type {rope_type!r} are not computed here, only 'default'",
+        f"{where}: rope_parameters of type {rope_type!r} are not supported, only 'default'",
     )
     heads, width = (field(values, name, where) for name in ("num_attention_heads", "hidden_size"))
     try:
-        return ModelConfig(
+        return MonoFormerConfig(
             vocab_size=field(values, "vocab_size", where),
             num_layers=field(values, "num_hidden_layers", where),
             embed_dim=width,
@@ -57,13 +58,13 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Mo
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             channels=4,
             patch_size=2,
-            learn_sigma=True,
+            predict_variance=True,
         )
     except TypeError as error:
-        raise InputError(f"{where}: a size is no number ({error})") from error
+        raise InputError(f"{where}: a size is not a number ({error})") from error
 
 
-def write_config(c: ModelConfig, max_length: int) -> dict[str, Any]:
+def write_config(c: MonoFormerConfig, max_length: int) -> dict[str, Any]:
     return {
         "attention_bias": False,
         "bos_token_id": 1,
@@ -85,12 +86,12 @@ def write_config(c: ModelConfig, max_length: int) -> dict[str, Any]:
     }
 
 
-def table(c: ModelConfig, vocab: int) -> list[Entry]:
-    """The text half of `models.monoformer`: embedding, decoder, text head.
+def table(c: MonoFormerConfig, vocab: int) -> list[Entry]:
+    """Entries of the text layers of `models.monoformer`: embedding, decoder, text head.
 
     Args:
-      vocab: rows of their tables. Ours are padded, so that they can be cut over devices; the padding
-        is 0 and never has probability.
+      vocab: rows of the original's embedding and head. Ours are padded with zeros, so that they can
+        be sharded; the padding always gets probability 0.
     """
     N, K, H = c.num_heads, c.num_kv_heads, c.head_dim
     ours, theirs = "decoder/layers", "model.layers.{}"

@@ -1,10 +1,12 @@
-"""A folder with a LLaMA or a MonoFormer in it -> the config of a run and its parameters."""
+"""Reads a LLaMA or MonoFormer folder as the config of a run and its parameters."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,31 +15,46 @@ from monoformer_jax.config import (
     Config,
     DataConfig,
     LossConfig,
-    ModelConfig,
     ObjectiveConfig,
     SamplingConfig,
 )
 from monoformer_jax.errors import require
-from monoformer_jax.models import monoformer
+from monoformer_jax.models import get_model, make_config
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, read_json
-from monoformer_jax.pretrained.table import Entry, Tensor, open_tree
+from monoformer_jax.pretrained.table import Entry, Tensor, by_path, open_tree
 
-SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|> follow the vocabulary of a LLaMA
-OURS = "monoformer_jax"  # key of config.json for our whole config, in folders that we wrote
-_NEW_ROW_STDDEV = 0.02  # what LLaMA's own rows started with
+SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|>, appended to the vocabulary of a LLaMA
+OURS = "monoformer_jax"  # key of the full Config in config.json, in folders written by `convert`
+_NEW_ROW_STDDEV = 0.02  # LLaMA's initializer_range
+
+# model.kind -> module with the key table and config.json of its published weights. A model without one
+# is written under its own parameter names.
+FORMATS: dict[str, ModuleType] = {"monoformer": original}
+
+
+def key_table(c: Any) -> list[Entry]:
+    """An entry for every parameter of a model.
+
+    Args:
+      c: config of the model.
+    """
+    if c.kind in FORMATS:
+        return FORMATS[c.kind].table(c)
+    shapes = jax.eval_shape(lambda: get_model(c).init(c, jax.random.key(0)))
+    return [Entry(path, path.replace("/", ".")) for path in by_path(shapes)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A folder of weights whose config has been understood, and nothing else read.
+    """A folder of weights, of which only config.json and the tensor shapes have been read.
 
     Attributes:
-      config: of a run that samples it, or trains on from it.
-      table: which tensor is which parameter; for a LLaMA only of the text half.
-      tensors: what the folder holds.
-      ignored: pattern of names that hold no parameter.
+      config: config of a run that samples from the model or continues its training.
+      table: entries of the parameters that the folder has; for a LLaMA only the text layers.
+      tensors: name -> tensor of the folder.
+      ignored: pattern of tensor names that are not parameters.
     """
 
     folder: Path
@@ -45,21 +62,21 @@ class Pretrained:
     table: Sequence[Entry]
     tensors: Mapping[str, Tensor]
     ignored: str
-    trained_here: bool = False  # config.json holds the whole config of one of our runs
+    trained_here: bool = False  # config.json has the full Config of a run under OURS
 
     def open(self, seed: int = 0) -> dict:
-        """A `Tensor` for each parameter, float32 [see models.monoformer.init]; none is read yet.
+        """A float32 `Tensor` for each parameter [see `init` of the model]; none is read yet.
 
-        A LLaMA lacks the image parts and four rows of the vocabulary: they start fresh.
+        The image layers and four vocabulary rows that a LLaMA lacks are newly initialised.
 
         Args:
-          seed: of what starts fresh.
+          seed: seed of the newly initialised parameters.
 
         Raises:
-          InputError: what is missing, unknown or of another shape, all at once.
+          InputError: lists all tensors that are missing, unknown or of the wrong shape.
         """
         c, key = self.config.model, jax.random.key(seed)
-        target = jax.eval_shape(lambda: monoformer.init(c, key))
+        target = jax.eval_shape(lambda: get_model(c).init(c, key))
         covered = {entry.path.split("/")[0] for entry in self.table}
         theirs = {name: shape for name, shape in target.items() if name in covered}
         params = open_tree(
@@ -68,8 +85,8 @@ class Pretrained:
         parts = [name for name in target if name not in covered]
         if not parts:
             return params
-        # Only what is asked for is computed and takes memory.
-        fresh = jax.jit(lambda: {k: monoformer.init(c, key)[k] for k in parts})()
+        # jit eliminates the parameters that are not returned, which saves time and memory.
+        fresh = jax.jit(lambda: {k: get_model(c).init(c, key)[k] for k in parts})()
         rows = np.random.default_rng(seed).normal(size=(2, SPECIALS, c.embed_dim)) * _NEW_ROW_STDDEV
         new = slice(c.vocab_size - SPECIALS, c.vocab_size)
         params["token_embedding"] = _with(params["token_embedding"], new, rows[0])
@@ -80,7 +97,7 @@ class Pretrained:
 
 
 def _with(tensor: Tensor, where, values: np.ndarray) -> Tensor:
-    """The tensor with these values there."""
+    """The tensor with `values` assigned at the index `where`."""
 
     def load():
         whole = tensor.load()
@@ -91,13 +108,13 @@ def _with(tensor: Tensor, where, values: np.ndarray) -> Tensor:
 
 
 def open_pretrained(folder: Path) -> Pretrained:
-    """Raises InputError: no such folder, no weights, or a model that is not computed here."""
-    require(folder.is_dir(), f"{folder} is no folder")
+    """Opens a folder; raises InputError if it has no weights or an unsupported model."""
+    require(folder.is_dir(), f"{folder} is not a folder")
     where = folder / "config.json"
     values, tensors = read_json(where), open_weights(folder)
-    if original.is_monoformer(values) and OURS in values:
-        config = Config.from_dict(values[OURS])
-        table = original.table(config.model)
+    if OURS in values:
+        config = make_config(values[OURS])
+        table = key_table(config.model)
         return Pretrained(folder, config, table, tensors, original.IGNORED, trained_here=True)
     if original.is_monoformer(values):
         model = original.read_config(values, where, original.feature_dim(tensors))
@@ -113,19 +130,20 @@ def open_pretrained(folder: Path) -> Pretrained:
     return Pretrained(folder, run_config(model, length, side), table, tensors, ignored)
 
 
-def run_config(model: ModelConfig, length: int, side: int) -> Config:
-    """As the original trains and samples.
+def run_config(model: Any, length: int, side: int) -> Config:
+    """The config of a run with the original's training and sampling settings.
 
     Args:
-      length: of a row.
-      side: of the latents.
+      model: config of the model.
+      length: tokens per sequence.
+      side: height and width of the latents.
     """
-    tokens = model.time_tokens + (side // model.patch_size) ** 2
+    tokens = model.layout.image_tokens(side, side)
     return Config(
         name="converted",
         model=model,
-        objective=ObjectiveConfig(kind="ddpm"),
+        objective=ObjectiveConfig(kind="ddpm", learn_sigma=model.predict_variance),
         loss=LossConfig(text_weight=0.01, text_beside_images=False),
-        data=DataConfig(max_seq_len=max(length, tokens + 4), image_size=side),
+        data=DataConfig(max_seq_len=max(length, tokens + 4), image_size=side, end_of_prompt=False),
         sampling=SamplingConfig(solver="ddpm", guidance_channels="first_three"),
     )

@@ -1,8 +1,8 @@
-"""Key table of the original MonoFormer, and its config.json.
+"""Key table and config.json of the original MonoFormer.
 
-Two things are solved here rather than in the model: the original cuts patches into the order
-(C, ph, pw) and reads its head's output as (ph, pw, C), so the head's columns are permuted; and its
-head interleaves noise and variance, which ours gives one after the other.
+Two layout differences are handled here rather than in the model: the original flattens patches as
+(C, ph, pw) but its head's output as (ph, pw, C), so the head's columns are permuted; and its head
+interleaves noise and variance, which ours concatenates.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 from einops import rearrange
 
-from monoformer_jax.config import ModelConfig, OriginalConfig
 from monoformer_jax.errors import require
+from monoformer_jax.models import MODELS
 from monoformer_jax.pretrained import llama
-from monoformer_jax.pretrained.llama import field
+from monoformer_jax.pretrained.llama import MonoFormerConfig, field
 from monoformer_jax.pretrained.table import Entry, Tensor, transpose
 
-# How the time enters. The original's other modes fail with a shape error in the original itself.
+# Timestep conditioning. The other modes of the original raise a shape error in its own code.
 _TIME = {"add_before_image_tokens": "token", "adaln_before_decoder": "modulation"}
 
 
 _FEATURES = "im_embedder.0.weight"
-# The frozen vision encoder that the original's files repeat; it is read from its own folder.
+# The frozen vision encoder, which the original's files duplicate; it is loaded from its own folder.
 TOWER = r"vision_encoder\..*"
 IGNORED = f"{llama.IGNORED}|{TOWER}"
 
@@ -35,31 +35,31 @@ def is_monoformer(values: dict[str, Any]) -> bool:
 
 
 def feature_dim(tensors: Mapping[str, Tensor]) -> int:
-    """Width of the vision encoder's features; 0 where the model has none. No config.json tells it."""
+    """Width of the vision encoder's features; 0 if the model has none. config.json does not have it."""
     return tensors[_FEATURES].shape[-1] if _FEATURES in tensors else 0
 
 
 def latent_side(values: dict[str, Any], where: str | Path) -> int:
-    """Side of the latents; `image_size` is that of the pixels, eight times as many."""
+    """Height and width of the latents; `image_size` is in pixels, eight times as large."""
     return field(values, "image_size", where) // 8
 
 
 def read_config(
     values: dict[str, Any], where: str | Path = "config.json", features: int = 0
-) -> ModelConfig:
-    """Every variant of the original that runs.
+) -> MonoFormerConfig:
+    """The model config; supports every variant that the original's code can run.
 
     Args:
-      features: width of the vision encoder's features, see `feature_dim`; no key tells it.
+      features: width of the vision encoder's features, see `feature_dim`.
 
     Raises:
-      InputError: another kind of model, or a variant that the original itself cannot run.
+      InputError: another model type, or an unsupported variant.
     """
     base = llama.read_config(values, where)
     mode = field(values, "decoder_t_embed", where)
     require(
         mode in _TIME,
-        f"{where}: decoder_t_embed={mode!r} cannot run in the original either; what can is "
+        f"{where}: decoder_t_embed={mode!r} fails in the original code too; supported are "
         f"{' and '.join(_TIME)}",
     )
     position = "none"
@@ -69,9 +69,9 @@ def read_config(
         base,
         channels=field(values, "in_channels", where),
         patch_size=field(values, "patch_size", where),
-        learn_sigma=values.get("learn_sigma", True),
+        predict_variance=values.get("learn_sigma", True),
         feature_dim=features,
-        original=OriginalConfig(
+        original=MODELS["monoformer"].OriginalConfig(
             time_conditioning=_TIME[mode],
             image_head="adaln" if values.get("use_adaln_final_layer", True) else "add",
             position_embedding=position,
@@ -81,25 +81,25 @@ def read_config(
     )
 
 
-def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
-    """config.json as the original reads it.
+def write_config(c: MonoFormerConfig, side: int, max_length: int) -> dict[str, Any]:
+    """config.json in the original's format.
 
     Args:
-      side: of the latents.
-      max_length: of a whole sequence.
+      side: height and width of the latents.
+      max_length: tokens per sequence.
 
     Raises:
-      InputError: the original has no such model.
+      InputError: the original does not support this model.
     """
     require(
         c.original.context_images == "causal" or not c.feature_dim,
-        "the original cannot see context images in both directions: it has no "
-        "model.original.context_images='bidirectional' with a vision encoder",
+        "the original does not support model.original.context_images='bidirectional' with a vision "
+        "encoder: its conditioning images use causal attention",
     )
     require(
         c.head_dim * c.num_heads == c.embed_dim,
-        f"the original has no model.head_dim={c.head_dim} beside model.embed_dim={c.embed_dim} and "
-        f"model.num_heads={c.num_heads}: its head_dim is their quotient",
+        f"the original does not support model.head_dim={c.head_dim} with embed_dim={c.embed_dim} "
+        f"and num_heads={c.num_heads}: its head_dim is embed_dim / num_heads",
     )
     modes = {ours: theirs for theirs, ours in _TIME.items()}
     values = llama.write_config(c, max_length) | {
@@ -109,7 +109,7 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
         "image_size": 8 * side,
         "image_token_index": c.vocab_size - 3,
         "in_channels": c.channels,
-        "learn_sigma": c.learn_sigma,
+        "learn_sigma": c.predict_variance,
         "patch_size": c.patch_size,
         "tokenizer_max_length": max_length,
         "tokenizer_padding_side": "right",
@@ -119,23 +119,24 @@ def write_config(c: ModelConfig, side: int, max_length: int) -> dict[str, Any]:
         "use_pos_embed": c.original.position_embedding != "none",
     }
     if c.feature_dim:
-        # The original opens its tower from here. Ours has no key for it: this is the one of the paper.
+        # The original loads its vision encoder from here. Our config has no key for it: this is the
+        # encoder of the paper.
         values["vision_encoder"] = "clip"
         values["vision_encoder_path"] = "openai/clip-vit-large-patch14"
         values["vision_encoder_args"] = {}
     return values
 
 
-def table(c: ModelConfig) -> list[Entry]:
+def table(c: MonoFormerConfig) -> list[Entry]:
     """An entry for every parameter of `models.monoformer`."""
     return [*llama.table(c, c.vocab_size), *_image_parts(c)]
 
 
-def _image_parts(c: ModelConfig) -> Iterator[Entry]:
+def _image_parts(c: MonoFormerConfig) -> Iterator[Entry]:
     yield from _linear("patch_embedding", "x_embedder")
     yield from _linear("time_embedding/hidden", "t_embedder.mlp.0")
     yield from _linear("time_embedding/out", "t_embedder.mlp.2")
-    if c.time_tokens:
+    if c.layout.time_tokens:
         yield from _linear("time_token/hidden", "t_projector.0")
         yield from _linear("time_token/out", "t_projector.2")
     else:
@@ -148,8 +149,8 @@ def _image_parts(c: ModelConfig) -> Iterator[Entry]:
     yield from _head(c)
 
 
-def _head(c: ModelConfig) -> Iterator[Entry]:
-    p, halves = c.patch_size, 2 if c.learn_sigma else 1
+def _head(c: MonoFormerConfig) -> Iterator[Entry]:
+    p, halves = c.patch_size, 2 if c.predict_variance else 1
     theirs, ours = "(p q k C) ...", "(k C p q) ..."
     sizes = {"p": p, "q": p, "k": halves}
 

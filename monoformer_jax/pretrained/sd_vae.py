@@ -1,4 +1,4 @@
-"""Key table of diffusers' AutoencoderKL, and its config.json."""
+"""Key table and config.json of diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from monoformer_jax.pretrained.table import Entry, transpose
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> AutoencoderConfig:
-    """Raises InputError where it is another kind of model than ours."""
+    """The config of an AutoencoderKL; raises InputError if the model is not supported."""
     kinds = {*values.get("down_block_types", ()), *values.get("up_block_types", ())}
     require(
         "block_out_channels" in values and kinds == {"DownEncoderBlock2D", "UpDecoderBlock2D"},
-        f"{where} is not of an AutoencoderKL whose blocks are DownEncoderBlock2D and "
-        "UpDecoderBlock2D",
+        f"{where} is not the config of an AutoencoderKL with DownEncoderBlock2D and "
+        "UpDecoderBlock2D blocks",
     )
     require(values.get("act_fn", "silu") == "silu", f"{where}: act_fn must be silu")
     require(
         values["in_channels"] == values["out_channels"],
         f"{where}: in_channels and out_channels differ",
     )
-    for name in ("shift_factor", "latents_mean", "latents_std"):
-        require(
-            not values.get(name),
-            f"{where}: {name}={values.get(name)!r} is not computed here: latents are scaled, not moved",
-        )
+    channels = values["latent_channels"]
+    mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * channels
     return AutoencoderConfig(
         image_channels=values["in_channels"],
-        latent_channels=values["latent_channels"],
+        latent_channels=channels,
         widths=tuple(values["block_out_channels"]),
         blocks=values["layers_per_block"],
         groups=values["norm_num_groups"],
         scale=values.get("scaling_factor", 0.18215),
+        latent_mean=tuple(mean) if any(mean) else (),
+        latent_std=tuple(values.get("latents_std") or ()),
     )
 
 
@@ -50,6 +49,8 @@ def write_config(c: AutoencoderConfig) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "in_channels": c.image_channels,
         "latent_channels": c.latent_channels,
+        "latents_mean": list(c.latent_mean) or None,
+        "latents_std": list(c.latent_std) or None,
         "layers_per_block": c.blocks,
         "norm_num_groups": c.groups,
         "out_channels": c.image_channels,
@@ -59,7 +60,7 @@ def write_config(c: AutoencoderConfig) -> dict[str, Any]:
 
 
 def load(folder: Path) -> tuple[AutoencoderConfig, dict]:
-    """The autoencoder of a folder, and its parameters.
+    """The config and the parameters of the autoencoder in a folder.
 
     Raises:
       InputError: see `folder.open_weights`, `read_config` and `table.open_tree`.
@@ -106,7 +107,7 @@ def _residual(ours, theirs, shortcut: bool) -> Iterator[Entry]:
 
 def _attention(ours, theirs) -> Iterator[Entry]:
     yield from _norm(f"{ours}/norm", f"{theirs}.group_norm")
-    # The published file is older than diffusers' present names.
+    # The published file has the names of older diffusers versions.
     names = {"q": ("to_q", "query"), "k": ("to_k", "key"), "v": ("to_v", "value"),
              "out": ("to_out.0", "proj_attn")}  # fmt: skip
     for part, (name, old) in names.items():

@@ -1,8 +1,8 @@
-"""Key tables: which tensor of a foreign folder is which parameter of ours, both ways.
+"""Key tables: map the tensors of a Hugging Face folder to our parameters, in both directions.
 
-A table is a list of entries, one a parameter. A parameter of a scanned stack is many tensors, one a
-layer. Whatever does not fit - a name that is missing, that nobody asked for, or of another shape -
-is collected and reported at once.
+A table is a list of entries, one per parameter. A parameter of the scanned layers maps to many
+tensors, one per layer. All tensors that are missing, unknown or of the wrong shape are reported in
+one error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 
 from monoformer_jax.errors import InputError
 
-_SHOWN = 20  # lines of an error
+_SHOWN = 20  # maximum number of tensors listed in an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that is described first and read when asked for."""
+    """An array with known shape and dtype, whose values are read on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    load: Callable[[], np.ndarray]  # reads the values; nothing is kept
+    load: Callable[[], np.ndarray]  # reads the values, without caching
 
 
 def same(x):
@@ -42,15 +42,15 @@ def transpose(x):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter of ours.
+    """The mapping of one parameter.
 
     Attributes:
-      path: of the parameter, "decoder/layers/mlp/up".
-      name: of the tensor; with "{}" for the number of the layer it is one tensor a layer, and ours
-        has them stacked on its first axis.
-      read: their array -> ours, of one layer.
-      write: ours -> theirs, the inverse; it must also work on abstract arrays.
-      alias: another name of the same tensor, as older files have it.
+      path: path of our parameter, such as "decoder/layers/mlp/up".
+      name: name of the tensor; "{}" stands for the layer number: one tensor per layer, stacked on the
+        first axis of our parameter.
+      read: tensor of one layer -> our layout.
+      write: the inverse of `read`; it must also work on abstract arrays.
+      alias: alternative name of the tensor in older files.
     """
 
     path: str
@@ -65,7 +65,7 @@ class Entry:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """Nested dict -> {"a/b/c": leaf}, in the tree's order."""
+    """Nested dict -> {"a/b/c": leaf}, in tree order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -78,21 +78,21 @@ def open_tree(
     ignored: str = "",
     source: str = "the folder",
 ) -> Any:
-    """The tree of `target` with a float32 `Tensor` for each parameter: described, not yet read.
+    """The tree of `target` with a float32 `Tensor` for each parameter; no values are read yet.
 
     Args:
       table: an entry for every leaf of `target`.
-      tensors: what the folder holds, see `folder.open_weights`.
+      tensors: name -> tensor of the folder, see `folder.open_weights`.
       target: tree of arrays or ShapeDtypeStructs.
-      ignored: pattern of names that hold no parameter, such as buffers of older versions.
-      source: what the error calls the folder.
+      ignored: pattern of tensor names that are not parameters, such as buffers of older versions.
+      source: name of the folder in the error.
 
     Raises:
-      InputError: every name that is missing, unknown or of another shape, in one message.
+      InputError: lists all tensors that are missing, unknown or of the wrong shape.
     """
     shapes = by_path(target)
     entries = {entry.path: entry for entry in table}
-    if entries.keys() != shapes.keys():  # the table itself is wrong: no user can mend that
+    if entries.keys() != shapes.keys():  # a bug in the table, not bad input
         raise ValueError(f"table and parameters differ: {sorted(entries.keys() ^ shapes.keys())}")
     plan, problems, used = {}, [], set()
     for path, leaf in shapes.items():
@@ -100,12 +100,12 @@ def open_tree(
         want = _their_shape(entries[path], leaf)
         for (name, _), tensor in zip(_names(entries[path], leaf), found):
             if tensor is None:
-                problems.append(f"missing {name} {list(want)} (our {path})")
+                problems.append(f"missing {name} {list(want)} (parameter {path})")
             else:
                 used.add(tensor)
                 if tensors[tensor].shape != want:
-                    there = list(tensors[tensor].shape)
-                    problems.append(f"{tensor} is {there}, expected {list(want)} (our {path})")
+                    got = list(tensors[tensor].shape)
+                    problems.append(f"{tensor} is {got}, expected {list(want)} (parameter {path})")
         plan[path] = found
     unexpected = [
         n for n in tensors if n not in used and not (ignored and re.fullmatch(ignored, n))
@@ -115,8 +115,8 @@ def open_tree(
         more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
         raise InputError(
-            f"{source} does not fit: {len(problems)} tensors are missing, unknown or of another "
-            f"shape{listed}{more}"
+            f"{source} does not match the model: {len(problems)} tensors are missing, unknown or of "
+            f"the wrong shape{listed}{more}"
         )
     opened = []
     for path, leaf in shapes.items():
@@ -126,10 +126,10 @@ def open_tree(
 
 
 def read_tree(tree: Any, progress: Callable[[Sequence], Any] = same) -> Any:
-    """The values of a tree of tensors, such as `open_tree` gives, read one after the other.
+    """Reads the values of a tree of tensors, such as `open_tree` returns, one by one.
 
     Args:
-      progress: wraps the parameters as they are read, such as a tqdm.
+      progress: wraps the list of tensors to show progress, such as tqdm.
 
     Raises:
       InputError: a tensor that cannot be read.
@@ -139,11 +139,11 @@ def read_tree(tree: Any, progress: Callable[[Sequence], Any] = same) -> Any:
 
 
 def write_tensors(table: Sequence[Entry], params: Any, dtype: np.dtype) -> dict[str, Tensor]:
-    """Their names -> tensors made on demand from our parameters.
+    """Tensor name -> tensor, computed on demand from our parameters.
 
     Args:
-      params: tree of arrays, of abstract ones to learn the names and shapes alone, or of tensors,
-        which are read once each when what is returned is read in order.
+      params: tree of arrays, of abstract arrays (for names and shapes alone), or of `Tensor`s; each
+        of these is read once if the result is read in order.
     """
     leaves = by_path(params)
     tensors = {}
@@ -164,7 +164,7 @@ def _written(entry: Entry, leaf, index, dtype) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _load(load: Callable[[], np.ndarray]) -> np.ndarray:
-    """The layers of a stack are asked for one after the other: the stack is read once for all."""
+    """Caches one stack, whose layers are requested one after the other."""
     return load()
 
 
@@ -186,7 +186,7 @@ def _their_shape(entry: Entry, leaf) -> tuple[int, ...]:
 
 
 def _read(entry: Entry, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> np.ndarray:
-    # jax takes over memory that is aligned like this, and copies any other.
+    # jax copies a numpy array on the CPU unless it is aligned to 64 bytes.
     memory = np.empty(4 * math.prod(shape) + 64, np.uint8)
     start = -memory.ctypes.data % 64
     value = memory[start : start + 4 * math.prod(shape)].view(np.float32).reshape(shape)

@@ -1,7 +1,7 @@
-"""pytorch_model.bin without torch: a zip of raw storages and a pickle that names them.
+"""Reads pytorch_model.bin without torch: a zip of raw storages and a pickle that refers to them.
 
-A pickle is a program. This reader knows only the handful of calls that rebuild tensors; a file that
-asks for anything else is refused before that thing is even imported.
+A pickle can run arbitrary code. This reader allows only the few functions that rebuild tensors; a
+file that refers to anything else is rejected before that is imported.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
     """Name -> tensor of a state dict saved by torch.save (1.6 or later); values are read on demand.
 
     Raises:
-      InputError: not such a file, damaged, holding something else than tensors, or asking for code.
+      InputError: another format, a damaged file, objects other than tensors, or references to code.
     """
     require(
         zipfile.is_zipfile(path),
-        f"{path} is damaged, or older than PyTorch 1.6: it is no zip archive; save it again there",
+        f"{path} is damaged or not a zip archive: if PyTorch before 1.6 saved it, load it and save it "
+        "again with a newer PyTorch",
     )
     try:
         archive = zipfile.ZipFile(path)
@@ -51,7 +52,7 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
         found = reader.load()
     except InputError:
         raise
-    except Exception as error:  # whatever a broken pickle makes Python raise
+    except Exception as error:  # a damaged pickle can raise errors of any type
         raise InputError(
             f"{path} is damaged and cannot be read ({type(error).__name__}: {error})"
         ) from error
@@ -59,21 +60,21 @@ def open_torch_file(path: Path) -> dict[str, Tensor]:
     require(
         isinstance(found, dict)
         and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()),
-        f"{path} holds something else than a dict of tensors",
+        f"{path} is not a dict of tensors",
     )
     return dict(found)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what rebuilds tensors, and refuses every other name without importing it."""
+    """Allows the functions that rebuild tensors, and rejects all others without importing them."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, prefix: str):
         super().__init__(io.BytesIO(archive.read(f"{prefix}data.pkl")), encoding="utf-8")
         self._path, self._archive, self._prefix = path, archive, prefix
         order = f"{prefix}byteorder"
         if order in archive.namelist():
-            require(archive.read(order) == b"little", f"{path} is big-endian, which is not read")
-        # Fresh objects for every file, so that nothing it does to them can outlive it.
+            require(archive.read(order) == b"little", f"{path} is big-endian: not supported")
+        # New objects for every file, so that a file cannot modify those of the next one.
         self._known = {
             ("collections", "OrderedDict"): type("Dict", (collections.OrderedDict,), {}),
             ("torch._utils", "_rebuild_tensor_v2"): functools.partial(_rebuild, path),
@@ -85,8 +86,8 @@ class _Unpickler(pickle.Unpickler):
             return np.dtype(_STORAGES[name])
         require(
             (module, name) in self._known,
-            f"{self._path} is refused: its pickle asks for {module}.{name}, which is code and no "
-            "tensor; nothing of it was run",
+            f"{self._path} is rejected: its pickle refers to {module}.{name}, which is code and not "
+            "a tensor; nothing was executed",
         )
         return self._known[module, name]
 
@@ -94,13 +95,13 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, count = identity
         require(
             kind == "storage" and isinstance(dtype, np.dtype) and isinstance(key, str),
-            f"{self._path} is damaged: it names a storage of an unknown kind",
+            f"{self._path} is damaged: it refers to a storage of an unknown type",
         )
         return _Storage(self._archive, f"{self._prefix}data/{key}", dtype, int(count))
 
 
 class _Storage:
-    """A flat run of numbers inside the archive."""
+    """A one-dimensional array in the archive."""
 
     def __init__(self, archive: zipfile.ZipFile, entry: str, dtype: np.dtype, count: int):
         require(
@@ -120,7 +121,7 @@ class _Storage:
 
 
 def _rebuild(path, storage, offset, shape, strides, *_) -> Tensor:
-    """A strided view of a storage."""
+    """A strided view of a storage, copied when it is read."""
     last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
     require(
         isinstance(storage, _Storage)

@@ -1,13 +1,13 @@
-"""Checkpoints (orbax): params, ema, optimizer, step and data position together.
+"""Checkpoints (orbax): parameters, EMA, optimizer state, step and data position.
 
 WORKDIR/checkpoints/STEP/params/    float32 weights
-                        /ema/       their moving average, which is what samples
+                        /ema/       exponential moving average of the weights, used for sampling
                         /optimizer/
                         /data/      {"streams": state of each stream of rows}
                         /meta/      {"step", "train_seconds"}
-WORKDIR/damaged/STEP/               checkpoints that could not be read, moved out of the way
+WORKDIR/damaged/STEP/               checkpoints that could not be read, moved here
 
-A checkpoint is read back on any number of devices and processes and on any mesh.
+A checkpoint can be restored on any mesh, with any number of devices and processes.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from monoformer_jax.runtime.processes import allgather_json
 
 # A `training.state.TrainState`: params, ema, opt_state and step are saved.
 State = Any
-# What errors of storage and devices say. None of it means that the checkpoint is bad.
+# Status codes of storage and device errors, which do not mean that the checkpoint is damaged.
 _NOT_DAMAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
                "RESOURCE_EXHAUSTED")  # fmt: skip
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saves run in the background; leaving `with` waits for them."""
+    """The checkpoints of one workdir. Saves are asynchronous; leaving `with` waits for them."""
 
     def __init__(self, workdir: epath.PathLike, kept: int | None = None, keep_every: int = 0):
         """Args:
         workdir: folder of the run.
-        kept: how many checkpoints stay, the oldest go; None only reads.
-        keep_every: those of steps that it divides stay as well; 0 is none.
+        kept: number of newest checkpoints to keep; None opens the folder read-only.
+        keep_every: also keeps the checkpoints at multiples of this step; 0 disables it.
         """
         workdir = epath.Path(workdir).expanduser().absolute()
         self.folder, self.damaged_folder = workdir / "checkpoints", workdir / "damaged"
-        # Orbax warns about every sharding that it infers; ours are always given.
+        # Orbax warns through absl about inferred shardings; shardings are always given here.
         logging.getLogger("absl").setLevel(logging.ERROR)
         reads = kept is None
         self._manager = ocp.CheckpointManager(
@@ -55,11 +55,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; one cut short by a kill does not count."""
+        """Step of the newest complete checkpoint; an interrupted save does not count."""
         return self._manager.latest_step()
 
     def save(self, state: State, data: RowIterator, seconds: float) -> None:
-        """Starts to write the state; every process calls it after the same step."""
+        """Starts an asynchronous save; every process must call it after the same step."""
         step = int(state.step)
         streams = {
             number: s for states in allgather_json(data.get_state()) for number, s in states.items()
@@ -76,18 +76,21 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when what was saved is complete; raises what went wrong in the background."""
+        """Waits until all saves are complete; raises the error of a failed asynchronous save."""
         self._manager.wait_until_finished()
 
     def restore(self, target: State, data: RowIterator) -> tuple[State, float, dict[int, str]]:
-        """The newest state that every process can read, placed as `target` says; moves `data` there.
+        """Restores the newest checkpoint that every process can read, and the position of `data`.
+
+        Args:
+          target: abstract state; the result has its shardings and dtypes.
 
         Returns:
           The state, the seconds trained, and {step: reason} of the newer checkpoints that could not be
-          read: these now lie in WORKDIR/damaged.
+          read and were moved to WORKDIR/damaged.
 
         Raises:
-          InputError: there are checkpoints, but none can be read; they stay where they are.
+          InputError: no checkpoint can be read; none is moved.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
@@ -95,19 +98,19 @@ class Checkpoints:
             restored, problem = self._try(step, target, data)
             problems = [
                 p for p in allgather_json(problem) if p
-            ]  # one process may see what others do not
+            ]  # the read may fail on one process only
             if restored and not problems:
                 self._move_away(list(damaged))
                 return *restored, damaged
             damaged[step] = problems[0]
         raise InputError(
-            f"no checkpoint in {self.folder} can be read, and all stay there: "
+            f"no checkpoint in {self.folder} can be read; none was moved: "
             + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
         )
 
     def _try(self, step: int, target: State, data: RowIterator):
-        """((state, seconds), "") or (None, why not), by this process alone."""
-        # Not through the manager: it waits for the other processes, of which one may have failed.
+        """Returns ((state, seconds), ""), or (None, reason) if this process cannot read the step."""
+        # CheckpointManager.restore has a barrier, at which it would wait for a failed process.
         folder, read = self.folder / str(step), _read_arrays
         try:
             meta = _read_json(folder / "meta")
@@ -122,7 +125,7 @@ class Checkpoints:
                 opt_state=read(folder / "optimizer", target.opt_state),
             )
             return (jax.block_until_ready(state), meta["train_seconds"]), ""
-        except Exception as error:  # whatever the broken part raised
+        except Exception as error:  # damaged files raise errors of many types
             if not _is_damage(error):
                 raise
             return None, f"{type(error).__name__}: {_first_line(error)}"
@@ -137,11 +140,14 @@ class Checkpoints:
                 while to.exists():
                     to, again = to.with_name(f"{step}.{again}"), again + 1
                 (self.folder / str(step)).rename(to)
-        allgather_json(None)  # the others look only now
+        allgather_json(None)  # barrier: every process reloads after the renaming
         self._manager.reload()
 
     def restore_ema(self, target: dict) -> tuple[dict, dict]:
-        """Only the averaged weights, placed and cast as `target` says, and {"step", "train_seconds"}.
+        """Restores the EMA weights alone, with the shardings and dtypes of `target`.
+
+        Returns:
+          The weights, and {"step", "train_seconds"}.
 
         Raises:
           InputError: there is no checkpoint, or the newest cannot be read.
@@ -151,7 +157,7 @@ class Checkpoints:
         )
 
     def restore_one(self, part: str, path: Sequence[str], target: jax.ShapeDtypeStruct):
-        """One parameter of "ema" or "params", as numpy, for those who cannot hold all of them."""
+        """One parameter of "ema" or "params" as numpy, for models larger than the memory."""
         item, args = target, ocp.RestoreArgs(restore_type=np.ndarray)
         for name in reversed(path):
             item, args = {name: item}, {name: args}
@@ -164,21 +170,21 @@ class Checkpoints:
 
     @property
     def has_params(self) -> bool:
-        """Whether the newest checkpoint has more than averaged weights; a converted one may not."""
+        """Whether the newest checkpoint has `params` besides `ema`; a converted one may not."""
         return self.latest is not None and (self.folder / str(self.latest) / "params").is_dir()
 
     def save_weights(self, parts: Mapping[str, Callable[[], dict]]) -> None:
-        """Step 0 of a folder that no run made: weights alone, one part in memory at a time.
+        """Saves converted weights as step 0, with one part in memory at a time.
 
         Args:
-          parts: "ema", and "params" where it is known: what reads the float32 arrays of each.
+          parts: {"ema": read, "params": read}, "params" optional; `read()` returns float32 arrays.
         """
         meta = ocp.args.JsonSave({"step": 0, "train_seconds": 0.0})
         self._manager.save(0, args=ocp.args.Composite(meta=meta))
         self._manager.wait_until_finished()
         host = jax.local_devices(backend="cpu")[0]
         for name, read in parts.items():
-            # Small files: orbax holds what it has not yet written, up to the size of a file.
+            # Small files limit memory: orbax buffers unwritten data up to the size of a file.
             args = ocp.args.PyTreeSave(
                 jax.device_put(read(), host), ocdbt_target_data_file_size=64 * 2**20
             )
@@ -196,7 +202,7 @@ class Checkpoints:
             if not _is_damage(error):
                 raise
             older = [s for s in self._manager.all_steps() if s < step]
-            then = f"; without that folder, step {max(older)} is the newest" if older else ""
+            then = f"; if you remove it, step {max(older)} is the newest" if older else ""
             raise InputError(
                 f"checkpoint {folder} cannot be read, it is damaged or incomplete{then} "
                 f"({type(error).__name__}: {_first_line(error)})"
@@ -206,7 +212,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        # Of several processes that fail, this one may be the first: the others would never come.
+        # close() has a barrier, which the other processes may never reach after an error.
         if kind is None or jax.process_count() == 1:
             self._manager.close()
 
@@ -220,9 +226,9 @@ def _read_json(folder: epath.Path) -> dict:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error of reading says something of the checkpoint, and not of machine or network."""
-    elsewhere = MemoryError | PermissionError | ConnectionError | TimeoutError
-    return not isinstance(error, elsewhere) and not any(w in str(error) for w in _NOT_DAMAGE)
+    """Whether the checkpoint itself caused a read error, rather than the machine or the network."""
+    external = MemoryError | PermissionError | ConnectionError | TimeoutError
+    return not isinstance(error, external) and not any(w in str(error) for w in _NOT_DAMAGE)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
-"""What may end a run before its last step: a notice to leave, a crash that repeats, a hang.
+"""What can end a run before its last step: a preemption, a crash loop or a hang.
 
-WORKDIR/starts.json         how many starts in a row ended without a new checkpoint
-WORKDIR/errors/             the last error of each process, or where it hung
+WORKDIR/starts.json         number of consecutive starts that made no new checkpoint
+WORKDIR/errors/             the last error of each process, or its stacks at a hang
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jax.experimental import multihost_utils
 
 from monoformer_jax.runtime.processes import run_on_first
 
-_MOST_STARTS = 3
-_COMPILING = 3600.0  # seconds that the first step may take on top
-_NOTING = 30.0  # seconds to write down a hang
+_MAX_STARTS = 3
+_COMPILE_SECONDS = 3600.0  # added to the time limit of the first step
+_WRITE_SECONDS = 30.0  # time limit for writing the stacks of a hang to storage
 
 
 class NonFiniteLoss(RuntimeError):
@@ -32,74 +32,74 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The machine is taken away; everything up to this step is saved."""
+    """The process received SIGTERM and has saved the state of this step."""
 
 
 class CrashLoop(RuntimeError):
-    """Several starts in a row came no further."""
+    """Several consecutive starts made no new checkpoint."""
 
 
 class Preemption:
-    """Listens for SIGTERM, with which schedulers and clouds say that they take the machine away.
+    """Handles SIGTERM, which schedulers and clouds send before they preempt a machine.
 
-    Of several processes one is told first; jax passes it on, and all stop after the same step. A second
-    SIGTERM ends a process at once, of several from that step on. Only the main thread can listen, so a
-    single process that trains in another thread does not.
+    With several processes, jax forwards the signal of one to all, and all stop after the same step. A
+    second SIGTERM ends the process at once (with several processes, only after that step). A single
+    process that trains outside the main thread does not handle SIGTERM: Python forbids it.
     """
 
     def __init__(self):
         self._several = jax.process_count() > 1
-        self._listens = threading.current_thread() is threading.main_thread()
-        self._told = False
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        self._received = False
 
     def __enter__(self) -> Preemption:
-        if self._listens and not self._several:
-            self._before = signal.signal(signal.SIGTERM, self._tell)
+        if self._in_main_thread and not self._several:
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
-    def _tell(self, *_) -> None:
-        self._told = True
+    def _on_sigterm(self, *_) -> None:
+        self._received = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and leave after this step; to be asked once after every step."""
+        """Whether to save and exit after this step; must be called once after every step."""
         if not self._several:
-            return self._told
-        if not self._told and multihost_utils.reached_preemption_sync_point(step):
-            self._told = True
-            if self._listens:
+            return self._received
+        if not self._received and multihost_utils.reached_preemption_sync_point(step):
+            self._received = True
+            if self._in_main_thread:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return self._told
+        return self._received
 
     def __exit__(self, *_) -> None:
-        if self._listens and not self._several:
+        if self._in_main_thread and not self._several:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
 
 class CrashLoopGuard:
-    """Counts starts that made no checkpoint, and keeps the error of the last one.
+    """Counts consecutive starts that made no checkpoint, and records the error of the last one.
 
-    A start that ends in order does not count, nor does one that was told to leave, or that a person
-    interrupted.
+    Starts that end normally, by preemption (SIGTERM) or by KeyboardInterrupt do not count.
     """
 
     def __init__(self, workdir: epath.Path, checkpoint: int | None):
         """Args:
         workdir: folder of the run.
-        checkpoint: the newest step; another one than at the start before is progress.
+        checkpoint: step of the newest checkpoint; if it differs from the previous start's, the
+          count restarts at 0.
 
         Raises:
-          CrashLoop: the third start in a row stood here and came no further.
+          CrashLoop: the previous three starts began at this checkpoint and made no other.
         """
         self._file, self._errors = workdir / "starts.json", workdir / "errors"
         self._checkpoint = checkpoint
         self._before = run_on_first(self._read)
-        if self._before >= _MOST_STARTS:
-            where = "the beginning" if checkpoint is None else f"checkpoint {checkpoint}"
+        if self._before >= _MAX_STARTS:
+            where = "step 0" if checkpoint is None else f"checkpoint {checkpoint}"
             raise CrashLoop(
-                f"{self._before} starts in a row came no further than {where}; the last errors are in "
-                f"{self._errors} (no file there: killed from outside, perhaps for want of memory). "
-                f"When the cause is mended, remove {self._file} and start again"
+                f"{self._before} consecutive starts made no new checkpoint after {where}; the last "
+                f"errors are in {self._errors} (without a file there, the process was killed, possibly "
+                f"out of memory); fix the cause, remove {self._file} and start again"
             )
 
     def _read(self) -> int:
@@ -108,7 +108,7 @@ class CrashLoopGuard:
         try:
             values = json.loads(self._file.read_text())
             return values["starts"] if values["checkpoint"] == self._checkpoint else 0
-        except (json.JSONDecodeError, KeyError):  # the kill came while it was written
+        except (json.JSONDecodeError, KeyError):  # the process was killed while writing it
             return 0
 
     def _write(self, starts: int) -> None:
@@ -138,34 +138,35 @@ def write_error(folder: epath.Path, kind: str, text: str) -> epath.Path:
 
 
 class Watchdog:
-    """Ends the process when a step takes too long, after writing down where every thread stands.
+    """Ends the process when a step takes too long, after dumping the stack of every thread.
 
-    A thread watches. It cannot act while a C extension holds the GIL: then `faulthandler`, which needs
-    no lock, prints the stacks a minute later and ends the process with exit code 1.
+    The check runs in a thread, which cannot act while a C extension holds the GIL: then `faulthandler`,
+    which needs no lock, prints the stacks a minute later and ends the process with exit code 1.
     """
 
     def __init__(self, seconds: float, workdir: epath.Path, exit_code: int):
         """Args:
-        seconds: a step may take; 0 never ends anything.
-        workdir: gets errors/hang_of_process_N.txt.
-        exit_code: of the process.
+        seconds: time limit of a step; 0 disables the watchdog.
+        workdir: folder of the run; the stacks are written to errors/hang_of_process_N.txt.
+        exit_code: exit code of the process after a hang.
         """
         self._seconds, self._errors, self._exit_code = seconds, workdir / "errors", exit_code
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """A step is done."""
+        """Restarts the time limit; must be called after every step."""
         self._expect_within(self._seconds)
 
     def _expect_within(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
         if self._seconds:
-            later = seconds + self._seconds / 4 + 2 * _NOTING  # the thread has had its time by then
+            later = seconds + self._seconds / 4 + 2 * _WRITE_SECONDS  # after the thread's own exit
             faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._seconds / 4):  # the first beat moves the deadline forward
+        # Polls, because the first beat makes the deadline earlier.
+        while not self._ended.wait(self._seconds / 4):
             if time.monotonic() >= self._deadline:
                 self._end()
                 return
@@ -175,24 +176,24 @@ class Watchdog:
             faulthandler.dump_traceback(file)
             file.seek(0)
             stacks = file.read()
-        said = f"no step was done within watchdog_seconds={self._seconds:g}"
-        print(f"stopped: {said}; every thread stands here:\n{stacks}", file=sys.stderr, flush=True)
-        # The storage may be what hangs: it gets a moment, and the exit comes in any case.
-        note = threading.Thread(
-            target=write_error, args=(self._errors, "hang", f"{said}\n{stacks}"), daemon=True
+        reason = f"no step completed within watchdog_seconds={self._seconds:g}"
+        print(f"stopped: {reason}; stacks of all threads:\n{stacks}", file=sys.stderr, flush=True)
+        # The storage may be what hangs, so the write has a time limit.
+        writer = threading.Thread(
+            target=write_error, args=(self._errors, "hang", f"{reason}\n{stacks}"), daemon=True
         )
-        note.start()
-        note.join(_NOTING)
+        writer.start()
+        writer.join(_WRITE_SECONDS)
         os._exit(self._exit_code)
 
     def __enter__(self) -> Watchdog:
-        self._expect_within(self._seconds + _COMPILING)
+        self._expect_within(self._seconds + _COMPILE_SECONDS)
         if self._seconds:
             self._thread.start()
         return self
 
     def stop(self) -> None:
-        """Nothing is expected any more."""
+        """Disables the watchdog."""
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
 

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, and what they agree on between steps."""
+"""Multi-process runs: initialisation, and values that the processes exchange between steps."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from jax.experimental import multihost_utils
 
 from monoformer_jax.errors import BAD_INPUT, InputError, require
 
-_BUFFER = 1024  # bytes; sizes are rounded up to it, so that the exchange compiles rarely
-_GRACE = 5.0  # seconds
+_BUFFER = 1024  # bytes; sizes are rounded up to multiples of it, to avoid recompilation
+_GRACE = 5.0  # seconds that process 0 waits before it exits
 
 
 def start_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
-    """Joins the other processes of the run; to be called before jax touches a device.
+    """Initialises jax.distributed; must be called before jax uses a device.
 
-    On TPU pods, Slurm, Open MPI and Kubernetes jax finds them by itself. On machines that only look
-    like one of those, count=1 keeps a process to itself.
+    On TPU pods, Slurm, Open MPI and Kubernetes jax detects the processes; pass none of the arguments.
+    count=1 alone skips the detection and runs a single process.
 
     Args:
-      coordinator: "host:port" of process 0, at a port that is free there.
-      count: how many processes there are.
-      index: which of them this is, from 0.
+      coordinator: "host:port" of process 0, with a free port.
+      count: number of processes.
+      index: index of this process, from 0.
 
     Raises:
-      InputError: the three do not fit together.
+      InputError: the three arguments are inconsistent.
     """
     given = [value is not None for value in (coordinator, count, index)]
     if count == 1 and given == [False, True, False]:
         return
     require(
         all(given) or not any(given),
-        "--coordinator, --processes and --process go together (or --processes=1 alone)",
+        "--coordinator, --processes and --process must be given together (or --processes=1 alone)",
     )
     if not any(given):
         try:
@@ -47,7 +47,7 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
         except ValueError as error:
             if "coordinator_address should be defined" not in str(error):
                 raise
-        return  # no cluster was found: this process is the whole run
+        return  # no cluster was detected: a single-process run
     host, _, port = coordinator.rpartition(":")
     require(host != "" and port.isdigit(), f"--coordinator={coordinator} is not HOST:PORT")
     require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
@@ -55,7 +55,7 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
 
 
 def allgather_json(value: Any) -> list:
-    """The JSON value of every process, in their order; all of them call it at the same point."""
+    """Gathers a JSON value from every process, in process order; all must call it together."""
     if jax.process_count() == 1:
         return [value]
     text = json.dumps(value).encode()
@@ -67,7 +67,7 @@ def allgather_json(value: Any) -> list:
 
 
 def run_on_first(action: Callable[[], Any]) -> Any:
-    """Does `action` on process 0 alone and gives its JSON result, or its InputError, to all."""
+    """Runs `action` on process 0 and returns its JSON result, or raises its InputError, on all."""
     answer, refusal = None, None
     if jax.process_index() == 0:
         try:
@@ -81,9 +81,9 @@ def run_on_first(action: Callable[[], Any]) -> Any:
 
 
 def exit_without_barrier(error: BaseException) -> None:
-    """Ends this process of several at once: in an orderly exit each would wait for all the others.
+    """Exits at once: a normal exit of a multi-process run waits at a barrier for the other processes.
 
-    The only process of a run returns.
+    Returns without effect in a single-process run.
     """
     if jax.process_count() == 1:
         return
@@ -93,6 +93,6 @@ def exit_without_barrier(error: BaseException) -> None:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:  # with it goes what holds the others together: they speak first
+    if jax.process_index() == 0:  # hosts the coordinator: the others must print their errors first
         time.sleep(_GRACE)
     os._exit(BAD_INPUT if isinstance(error, InputError) else 1)

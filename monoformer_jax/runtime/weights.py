@@ -1,13 +1,15 @@
-"""Loading the weights of a run, for sampling or to start another run from."""
+"""Loads the weights of a run, for sampling or to initialise another run."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from monoformer_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
+from monoformer_jax.config import Config, LoraConfig, MeshConfig
 from monoformer_jax.errors import require
 from monoformer_jax.models import trainable
 from monoformer_jax.nn import lora
@@ -16,23 +18,25 @@ from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.workdir import read_config
 
 
-def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Config, dict, dict]:
-    """Config, averaged weights and {"step", "train_seconds"} of the newest checkpoint.
+def load_trained(
+    workdir: epath.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[Config, dict, dict]:
+    """Config, EMA weights and {"step", "train_seconds"} of the newest checkpoint.
 
-    The weights come to one device, whatever mesh and however many processes they were trained on.
-    Adapters are merged into the model that they adapt, which is read from its own workdir.
+    The weights are placed by the rules table, whatever mesh they were trained on, without the optimizer
+    state. LoRA adapters are merged into their base model, which is read from `config.init_from`.
 
     Args:
       workdir: folder of the run.
-      dtype: of the weights; "bfloat16" halves what they take, and no optimizer is read. None is
-        float32, as they were trained.
+      dtype: dtype of the weights; None keeps float32, as in the checkpoint.
+      mesh: devices to place them on; None is one device.
 
     Raises:
-      InputError: no trained model there, or a checkpoint that cannot be read.
+      InputError: the workdir has no trained model, or its checkpoint cannot be read.
     """
     config = read_config(workdir)
-    one_device = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    target = trainable.abstract(config.model, config.lora, one_device)
+    mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+    target = trainable.abstract(config.model, config.lora, mesh)
 
     def cast(x):
         return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=x.sharding)
@@ -42,37 +46,35 @@ def load_trained(workdir: epath.PathLike, dtype: str | None = None) -> tuple[Con
             return config, *checkpoints.restore_ema(jax.tree.map(cast, target))
         trained, meta = checkpoints.restore_ema(target)
     merged = dataclasses.replace(config, lora=LoraConfig(), init_from="")
-    target = trainable.abstract(merged.model, merged.lora, one_device)
+    target = trainable.abstract(merged.model, merged.lora, mesh)
     params = load_weights(config.init_from, target, config.model)
     adapters = trained.pop("lora")
-    params["decoder"]["layers"] = lora.merge(params["decoder"]["layers"], adapters, config.lora)
-    params |= trained
-    return (
-        merged,
-        params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params),
-        meta,
-    )
+    params = lora.merge(params, adapters, config.lora) | trained
+    return merged, jax.tree.map(lambda x: x.astype(dtype or x.dtype), params), meta
 
 
-def load_weights(workdir: epath.PathLike, target: dict, model: ModelConfig) -> dict:
-    """Averaged weights of another run, placed as `target` says, for a run of this model.
+def load_weights(workdir: epath.PathLike, target: dict, model: Any) -> dict:
+    """EMA weights of another run, with the shardings of `target`, to initialise a run of `model`.
 
     Raises:
-      InputError: there is no model, or one with other parameters.
+      InputError: the workdir has no model, a different model, or adapters that are not merged.
     """
     config = read_config(workdir)
-    there = config.model
+    source = config.model
+    require(
+        source.kind == model.kind, f"init_from={workdir} holds a {source.kind}, not a {model.kind}"
+    )
     require(
         not config.lora.rank,
         f"init_from={workdir} holds adapters; merge them first: python -m monoformer_jax.convert "
         f"--from={workdir} --to=DIR --format=orbax",
     )
-    # How it is computed may differ; what its parameters are may not.
+    # dtype, remat and attention may differ: they do not affect the parameters.
     changed = [
-        f"{field.name} ({getattr(there, field.name)!r} there, {getattr(model, field.name)!r} now)"
-        for field in dataclasses.fields(there)
+        f"{field.name} (was {getattr(source, field.name)!r}, now {getattr(model, field.name)!r})"
+        for field in dataclasses.fields(source)
         if field.name not in ("dtype", "remat", "attention")
-        and getattr(there, field.name) != getattr(model, field.name)
+        and getattr(source, field.name) != getattr(model, field.name)
     ]
     require(not changed, f"init_from={workdir} holds another model: {', '.join(changed)}")
     with Checkpoints(workdir) as checkpoints:

@@ -1,9 +1,9 @@
-"""The folder of a run, or storage such as gs://bucket/run: whose it is, and whether it is done.
+"""The folder of a run, or storage such as gs://bucket/run: its config and its completion marker.
 
 WORKDIR/config.json     from which every command rebuilds the model
-WORKDIR/done.json       {"step", "name", "train_seconds"} once the last step is saved
+WORKDIR/done.json       {"step", "name", "train_seconds"}, written when the last step is saved
 
-Checkpoints, metrics and faults name their own files there (see the modules of those names).
+The modules checkpoint, metrics and faults list their own files.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from etils import epath
 from monoformer_jax.config import Config
 from monoformer_jax.errors import require
 from monoformer_jax.files import atomic_write
+from monoformer_jax.models import make_config
 
-# Keys of the config that a run may change when it goes on; all others make it another run.
+# Config keys that may change when a run is resumed; `claim_workdir` rejects any other change.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
                "watchdog_seconds", "mesh", "sampling")  # fmt: skip
 
 
 def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
-    """Writes config.json, or checks that the one that is there belongs to the same run.
+    """Writes config.json, or checks that the existing one belongs to the same run.
 
-    Of several processes the first does it.
+    In a multi-process run only process 0 calls it.
 
     Raises:
-      InputError: the workdir holds another run, or checkpoints without their config.
+      InputError: the workdir holds another run, or checkpoints without config.json.
     """
     workdir = epath.Path(workdir)
     path = workdir / "config.json"
     if path.exists():
-        there, new = _flat(read_config(workdir).to_dict()), _flat(config.to_dict())
+        old, new = _flat(read_config(workdir).to_dict()), _flat(config.to_dict())
         changed = [
-            f"{key} ({there.get(key)!r} there, {new.get(key)!r} now)"
-            for key in sorted(there.keys() | new.keys())
-            if there.get(key) != new.get(key) and key.split(".")[0] not in _MAY_CHANGE
+            f"{key} (was {old.get(key)!r}, now {new.get(key)!r})"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key.split(".")[0] not in _MAY_CHANGE
         ]
         require(not changed, f"{workdir} holds another run: {', '.join(changed)}; nothing was "
-                             "touched, give a new --workdir")  # fmt: skip
+                             "changed, use a new --workdir")  # fmt: skip
     else:
         require(
             not (workdir / "checkpoints").exists(),
-            f"{workdir} has checkpoints but no config.json to say what they are; nothing was touched",
+            f"{workdir} has checkpoints but no config.json; nothing was changed",
         )
         workdir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -55,18 +56,18 @@ def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
 
 
 def read_config(workdir: epath.PathLike) -> Config:
-    """The config of a trained workdir.
+    """The config of a workdir.
 
     Raises:
-      InputError: there is none.
+      InputError: the workdir has no config.json.
     """
     path = epath.Path(workdir) / "config.json"
     require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
-    return Config.from_dict(json.loads(path.read_text()))
+    return make_config(json.loads(path.read_text()))
 
 
 def mark_done(workdir: epath.PathLike, config: Config, step: int, seconds: float) -> None:
-    """Writes done.json, for whoever waits for the run; `claim_workdir` takes it away for more steps."""
+    """Writes done.json; `claim_workdir` removes it when the run is extended to more steps."""
     values = {"step": step, "name": config.name, "train_seconds": seconds}
     if jax.process_index() == 0:
         with atomic_write(epath.Path(workdir) / "done.json") as file:

@@ -1,12 +1,12 @@
-"""Many images in shards: a run that is stopped goes on, and several processes share the work.
+"""Bulk image generation in shards: resumable, and shared by several processes.
 
-    FOLDER/sampling.json      what is painted, from which checkpoint; another run is refused
+    FOLDER/sampling.json      prompts, settings and checkpoint; a run with other values is refused
     FOLDER/00000128.npz       arr_0 uint8 [n, height, width, 3]: images 128, 129, …
-    FOLDER/samples.npz        all of them in order, the form of ADM's evaluator, written last
+    FOLDER/samples.npz        all images in order, in the format of ADM's evaluator, written last
 
-A shard appears whole or not at all. Image i has the noise of (seed, i), so neither the size of a shard
-nor who paints it changes an image. Processes that know of each other through jax wait at the end, and
-the first joins the shards; of those that do not, the one that finishes last does.
+Shards are written atomically. The noise of image i depends on (seed, i), so it does not depend on the
+shard size or on the process. Processes of one jax.distributed run wait for each other at the end, and
+process 0 merges the shards; of independent processes, the one that finishes last merges them.
 """
 
 from __future__ import annotations
@@ -37,18 +37,20 @@ def generate_shards(
     processes: int = 1,
     log: Callable[[str], None] = print,
 ) -> Path | None:
-    """Paints what is not there yet of this process's share.
+    """Generates the missing shards of this process.
 
     Args:
-      folder: where the shards are and go.
-      total: images over all processes.
-      shard: images in a shard.
-      facts: what decides the images; they must be those of the shards that are there.
-      paint: (first, count) -> uint8 [count, height, width, 3].
-      process, processes: every shard whose number is `process` modulo `processes` is this one's.
+      folder: folder of the shards, shared by all processes.
+      total: number of images over all processes.
+      shard: images per shard.
+      facts: settings that determine the images; they must equal those of existing shards.
+      generate: (first, count) -> uint8 [count, height, width, 3].
+      process, processes: this process generates the shards whose number is `process` modulo
+        `processes`.
+      log: prints a progress message.
 
     Returns:
-      samples.npz, or None while shards of other processes are missing.
+      Path of samples.npz, or None while shards of other processes are missing.
 
     Raises:
       InputError: the folder holds shards of other images, or the processes do not share it.
@@ -63,24 +65,24 @@ def generate_shards(
     except InputError as error:
         refusal = str(error)
     refusals = [sentence for sentence in allgather_json(refusal) if sentence]
-    require(not refusals, "; ".join(refusals))  # in all, before hours of painting
+    require(not refusals, "; ".join(refusals))  # every process raises, before hours of work
     starts = range(0, total, shard)
     missing = _missing(folder, starts)
     mine = [first for first in starts[process::processes] if first in missing]
     if len(missing) < len(starts):
-        there = len(starts) - len(missing)
-        log(f"{folder}: {there} of {len(starts)} shards are there already")
+        existing = len(starts) - len(missing)
+        log(f"{folder}: {existing} of {len(starts)} shards exist already")
     for number, first in enumerate(mine, 1):
         images = generate(first, min(shard, total - first))
         with atomic_write(_file(folder, first)) as path, path.open("wb") as file:
             np.savez(file, images)
         log(f"shard {number}/{len(mine)}: images {first} to {first + len(images) - 1}")
-    allgather_json(None)  # until all have painted
+    allgather_json(None)  # barrier: all processes have finished their shards
     return folder / _SAMPLES if run_on_first(lambda: _finish(folder, starts, total)) else None
 
 
 def _finish(folder: Path, starts: range, total: int) -> bool:
-    """Joins the shards if all are there."""
+    """Merges the shards if all exist."""
     if _missing(folder, starts):
         return False
     if not (folder / _SAMPLES).exists():
@@ -91,9 +93,9 @@ def _finish(folder: Path, starts: range, total: int) -> bool:
 
 
 def _missing(folder: Path, starts: range) -> set[int]:
-    # A listing is fresh on network file systems, which remember that a single file was not there.
-    there = {path.name for path in folder.iterdir()}
-    return {first for first in starts if _file(folder, first).name not in there}
+    # Listing the folder avoids the negative lookup cache of network file systems.
+    existing = {path.name for path in folder.iterdir()}
+    return {first for first in starts if _file(folder, first).name not in existing}
 
 
 def _file(folder: Path, first: int) -> Path:
@@ -101,13 +103,13 @@ def _file(folder: Path, first: int) -> Path:
 
 
 def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Says in a new folder what is painted there."""
+    """Writes the settings of the images to a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FACTS
     if not path.exists():
         strays = sorted(folder.glob("*.npz"))
         require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no {_FACTS} "
-                "to say what it is: give another --out")  # fmt: skip
+                "that describes it: give another --out")  # fmt: skip
         with atomic_write(path) as file:
             file.write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -115,24 +117,25 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:
     path = folder / _FACTS
     require(
-        path.exists(), f"{folder} of the first process is not there: give an --out that all see"
+        path.exists(),
+        f"{folder} of process 0 does not exist here: give an --out that all processes share",
     )
     try:
-        there = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except ValueError as error:
         raise InputError(f"{path} is damaged: remove the folder, or give another --out") from error
     changed = [
-        key for key in sorted(facts.keys() | there.keys()) if facts.get(key) != there.get(key)
+        key for key in sorted(facts.keys() | stored.keys()) if facts.get(key) != stored.get(key)
     ]
     require(
         not changed,
-        f"{folder} holds images painted with another {', '.join(changed)} (see {path.name}); "
-        "nothing was touched, give another --out",
+        f"{folder} holds images generated with another {', '.join(changed)} (see {path.name}); "
+        "nothing was changed, give another --out",
     )
 
 
 def _join(file, shards: list[Path], total: int) -> None:
-    """All shards as one array, with one of them in memory at a time."""
+    """Writes all shards as one array, loading one shard at a time."""
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as out,

@@ -1,39 +1,39 @@
-"""Writes text after rows, token by token on the key/value cache."""
+"""Autoregressive text generation with the key/value cache."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.attention import IntervalMask
-from monoformer_jax.config import Config, ModelConfig
-from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import require
-from monoformer_jax.models import monoformer
-from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt, text_inputs
-from monoformer_jax.sampling.state import DecodeState, grow_cache, prefill, truncate
+from monoformer_jax.models import get_model
+from monoformer_jax.parallel import padded_rows, use_mesh
+from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt
+from monoformer_jax.sampling.sampler import Sampler
+from monoformer_jax.sampling.state import Sequences, prefill, truncate
 
-_CHUNK = 64  # tokens between looks at the host, and by which the cache grows
-_TEXT = np.uint32(2**31)  # folded into keys; images and their steps have small numbers
+_CHUNK = 64  # tokens decoded between host transfers; the cache grows by as many
+_TEXT = np.uint32(2**31)  # folded into keys; image and step numbers are smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen: a number for all rows, or one for each."""
+    """How the next token is sampled: one value for all sequences, or one per sequence."""
 
-    temperature: float | Sequence[float] = 0.0  # 0 takes the likeliest token
-    top_k: int | Sequence[int] = 0  # only the k likeliest; 0: all
-    top_p: float | Sequence[float] = 1.0  # only the likeliest that make up this share
-    # Logits of tokens that stand in the row already are divided by this, or multiplied if negative
-    # (Keskar et al., arXiv 1909.05858); never those of </s> and <|im_start|>.
+    temperature: float | Sequence[float] = 0.0  # 0: greedy decoding
+    top_k: int | Sequence[int] = 0  # only the k most likely tokens; 0: all
+    top_p: float | Sequence[float] = 1.0  # nucleus sampling: cumulative probability; 1: all
+    # Logits of tokens that occur in the sequence are divided by this, or multiplied if negative
+    # (Keskar et al., arXiv 1909.05858); not those of </s> and <|im_start|>.
     repetition_penalty: float | Sequence[float] = 1.0
-    stop: tuple[str, ...] = ()  # text ends before the first of these
+    stop: tuple[str, ...] = ()  # stop strings; the text ends before the first one
 
     def __post_init__(self):
         def every(name, fits, what):
@@ -44,7 +44,7 @@ class SamplingParams:
         every("top_k", lambda x: x >= 0, "0 (off) or more")
         every("top_p", lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (off)")
         every("repetition_penalty", lambda x: (x > 0) & np.isfinite(x), "above 0; 1 is off")
-        require(all(self.stop), "stop: an empty text would end every answer at once")
+        require(all(self.stop), "stop: an empty string would end every answer at once")
 
 
 GREEDY = SamplingParams()
@@ -52,14 +52,13 @@ GREEDY = SamplingParams()
 
 @dataclasses.dataclass
 class Completion:
-    """What was written after a row.
+    """Generated continuation of one sequence.
 
     Attributes:
-      tokens: new ids, without </s> and without <|im_start|>.
-      text: of them, without a stop text.
-      why: it ended with </s> ("end"), opened an image ("image"), said a stop text ("stop"), has as
-        many tokens as it may ("length"), or there is no room for more, or for the image that it
-        opened, in the model's context ("full").
+      tokens: new ids, without </s> and <|im_start|>.
+      text: the decoded tokens, without the stop string.
+      finish_reason: "end" (</s>), "image" (<|im_start|>), "stop" (stop string), "length" (token
+        limit), or "full" (no space in the context for more text, or for the image that it began).
     """
 
     tokens: list[int]
@@ -68,128 +67,136 @@ class Completion:
 
 
 def generate_text(
-    config: Config,
-    params: dict,
-    tokenizer: Tokenizer,
+    sampler: Sampler,
     prompts: Sequence[Parts],
     *,
     max_tokens: int,
     sampling: SamplingParams = GREEDY,
     seed: int | Sequence[int] = 0,
     first: int = 0,
-    paints: bool = True,
+    allow_images: bool = True,
 ) -> list[Completion]:
-    """Continues every prompt with text, up to </s> or <|im_start|>.
+    """Continues every prompt with text, until </s> or <|im_start|>.
 
-    A row that opens an image has decided to paint: `interleaved.Session` goes on from there.
+    `session.Session` also generates the image that <|im_start|> begins.
 
     Args:
-      prompts: parts of documents, see `data.documents.build`.
-      max_tokens: most tokens to add to a prompt.
-      seed, first: the draws of row i depend on (seed, first + i), or on row i's own seed where a
-        list is given, and not on the other rows.
-      paints: whether a row may open an image.
+      prompts: parts of documents, see `data.documents.build_document`.
+      max_tokens: maximum number of new tokens per prompt.
+      sampling: see `SamplingParams`.
+      seed, first: sequence i is sampled with (seed, first + i), or with seed[i] if a list is given,
+        independently of the other sequences (batch-invariant).
+      allow_images: whether <|im_start|> may be sampled.
 
     Raises:
-      InputError: an empty prompt, or one that leaves no room in the context.
+      InputError: an empty prompt, or one that leaves no space in the context.
     """
     require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
     documents = [
-        encode_prompt(parts, tokenizer, config, room=1, name=f"prompt {number}")
+        encode_prompt(sampler, parts, reserve=1, name=f"prompt {number}")
         for number, parts in enumerate(prompts, 1)
     ]
-    rows = prefill(params, documents, tokenizer.pad_id, config.model, None)
-    lengths = np.array([len(document["tokens"]) for document in documents])
-    keys = text_keys(row_keys(seed, len(documents), first))
-    choice = make_sampling_arrays(sampling, keys, tokenizer, config.model, paints)
-    most = np.full(len(documents), max_tokens)
-    return continue_text(params, rows, lengths, most, config, tokenizer, choice, sampling.stop)[2]
+    count = len(documents)
+    keys = text_keys(row_keys(seed, count, first))
+    arrays = make_sampling_arrays(sampler, sampling, keys, allow_images)
+    # On a mesh, copies of the last prompt pad the batch; they decode no tokens.
+    most = np.zeros(padded_rows(count, sampler.mesh), int)
+    most[:count] = max_tokens
+    documents += documents[-1:] * (len(most) - count)
+    with use_mesh(sampler.mesh):
+        sequences = prefill(sampler, documents)
+        lengths = np.array([len(document["tokens"]) for document in documents])
+        found = continue_text(sampler, sequences, lengths, most, arrays, sampling.stop)[2]
+    return found[:count]
 
 
 def continue_text(
-    params: dict,
-    rows: DecodeState,
+    sampler: Sampler,
+    sequences: Sequences,
     lengths: np.ndarray,
     most: np.ndarray,
-    config: Config,
-    tokenizer: Tokenizer,
-    choice: SamplingArrays,
+    arrays: SamplingArrays,
     stop: Sequence[str],
-) -> tuple[DecodeState, np.ndarray, list[Completion]]:
-    """Writes after rows until each has ended; a few dozen tokens at a time in a cache that grows.
+) -> tuple[Sequences, np.ndarray, list[Completion]]:
+    """Decodes until every sequence has ended, in chunks of up to 64 tokens; the cache grows per chunk.
 
     Args:
-      lengths: of the rows, on the host.
-      most: most new tokens of each row; 0 leaves it as it is.
+      lengths: lengths of the sequences, on the host.
+      most: maximum new tokens per sequence; 0 leaves a sequence unchanged.
 
     Returns:
-      The rows with what was written, up to and with </s> or <|im_start|> but without a stop text;
-      their lengths; and one `Completion` a row.
+      The sequences with their completions, including </s> or <|im_start|> but not a stop string;
+      their lengths; and one `Completion` per sequence.
     """
-    full = (most > 0) & (lengths >= config.data.max_seq_len)
-    written = [Completion([], finish_reason="full" if f else "") for f in full]
-    going = (most > 0) & ~full
-    while going.any():
-        left = np.minimum(
-            most - [len(w.tokens) for w in written], config.data.max_seq_len - lengths
-        )
-        left = np.where(going, left, 0)
+    context = sampler.config.data.max_seq_len
+    full = (most > 0) & (lengths >= context)
+    completions = [Completion([], finish_reason="full" if f else "") for f in full]
+    running = (most > 0) & ~full
+    while running.any():
+        left = np.minimum(most - [len(c.tokens) for c in completions], context - lengths)
+        left = np.where(running, left, 0)
         room = min(_CHUNK, bucket(left.max(), 16))
-        rows, tokens, counts = decode_tokens(params, rows, left, choice, config.model, room)
+        sequences, tokens, counts = decode_tokens(
+            sampler.params, sequences, left, arrays, sampler.config.model, room
+        )
         tokens, counts = jax.device_get((tokens, counts))
         kept = np.zeros_like(lengths)
-        for b in np.flatnonzero(going):
+        for b in np.flatnonzero(running):
             new = tokens[b, : counts[b]].tolist()
-            kept[b] = _add(written[b], new, int(lengths[b]), int(most[b]), config, tokenizer, stop)
-            going[b] = not written[b].finish_reason
+            kept[b] = _append(completions[b], new, int(lengths[b]), int(most[b]), sampler, stop)
+            running[b] = not completions[b].finish_reason
         lengths = lengths + kept
-        rows = truncate(rows, tokens, kept, bucket(lengths.max()))
-    return rows, lengths, written
+        sequences = truncate(
+            sequences, lengths.astype(np.int32), tokens, kept, bucket(lengths.max())
+        )
+    return sequences, lengths, completions
 
 
-def _add(w: Completion, new: list[int], length: int, most: int, config, tokenizer, stop) -> int:
-    """Adds tokens to what was written and notes if it has ended; how many of them the row keeps."""
-    end, kept, context = new[-1], len(new), config.data.max_seq_len
-    before = len(w.tokens)
+def _append(
+    c: Completion, new: list[int], length: int, most: int, sampler: Sampler, stop: Sequence[str]
+) -> int:
+    """Adds tokens to a completion and sets finish_reason; returns how many the sequence keeps."""
+    tokenizer, context = sampler.tokenizer, sampler.config.data.max_seq_len
+    end, kept, before = new[-1], len(new), len(c.tokens)
     if end == tokenizer.im_start_id:
-        fits = length + kept + config.image_tokens + 1 <= context
-        w.finish_reason, kept = ("image", kept) if fits else ("full", kept - 1)
+        fits = length + kept + sampler.config.image_tokens + 1 <= context
+        c.finish_reason, kept = ("image", kept) if fits else ("full", kept - 1)
     elif end == tokenizer.eos_id:
-        w.finish_reason = "end"
+        c.finish_reason = "end"
     elif length + kept == context:
-        w.finish_reason = "full"
+        c.finish_reason = "full"
     elif before + kept == most:
-        w.finish_reason = "length"
-    w.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
-    w.text = tokenizer.decode(w.tokens)
-    places = [place for place in (w.text.find(s) for s in stop) if place >= 0]
-    if places:
-        w.finish_reason, w.text = "stop", w.text[: min(places)]
-        while len(tokenizer.decode(w.tokens)) > len(w.text):
-            w.tokens.pop()
-        kept = len(w.tokens) - before  # below 0 where it began among tokens that were kept before
+        c.finish_reason = "length"
+    c.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
+    c.text = tokenizer.decode(c.tokens)
+    found = [place for place in (c.text.find(s) for s in stop) if place >= 0]
+    if found:
+        c.finish_reason, c.text = "stop", c.text[: min(found)]
+        while len(tokenizer.decode(c.tokens)) > len(c.text):
+            c.tokens.pop()
+        kept = len(c.tokens) - before  # negative if the stop string began in an earlier chunk
     return kept
 
 
 @flax.struct.dataclass
 class SamplingArrays:
-    """What `write` chooses tokens by; nothing in it is compiled in."""
+    """Array form of `SamplingParams` for `decode_tokens`; no setting is a compile-time constant."""
 
     temperature: jax.Array  # float32 [B]
     top_k: jax.Array  # int32 [B]
     top_p: jax.Array  # float32 [B]
     repetition_penalty: jax.Array  # float32 [B]
-    keys: jax.Array  # keys [B]
-    allowed: jax.Array  # bool [V]
+    keys: jax.Array  # PRNG keys [B]
+    allowed: jax.Array  # bool [V], tokens that may be sampled
     stops: jax.Array  # bool [V], tokens that end the text
 
 
 def row_keys(seed: int | Sequence[int], rows: int, first: int = 0) -> jax.Array:
-    """A key for each row: of (seed, first + i), or of row i's own seed if they are given."""
+    """One PRNG key per sequence: from (seed, first + i), or from seed[i] if a list is given."""
     seeds, numbers = [seed] * rows, range(first, first + rows)
     if not isinstance(seed, int | np.integer):
         seeds, numbers = list(seed), [0] * rows
-        require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} rows: give one for each")
+        require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} rows: give one seed per row")
     for value in seeds:
         require(0 <= value < 2**32, f"seed={value} is not between 0 and 2**32 - 1")
     seeds, numbers = np.array(seeds, np.uint32), np.array(numbers, np.uint32)
@@ -197,113 +204,129 @@ def row_keys(seed: int | Sequence[int], rows: int, first: int = 0) -> jax.Array:
 
 
 def text_keys(keys: jax.Array) -> jax.Array:
-    """The rows' keys for their text; the keys themselves are for their first image."""
+    """Keys for sampling text; the unfolded keys are used for the first image."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, _TEXT)
 
 
 def make_sampling_arrays(
-    sampling: SamplingParams, keys: jax.Array, tokenizer: Tokenizer, c: ModelConfig, paints: bool
+    sampler: Sampler, sampling: SamplingParams, keys: jax.Array, allow_images: bool
 ) -> SamplingArrays:
-    """Arrays of the settings; with `paints` the text may end in <|im_start|>.
+    """Converts settings to arrays; with `allow_images`, <|im_start|> may be sampled.
 
     Raises:
-      InputError: a list of settings that has not one for each row.
+      InputError: a list of settings whose length is not the number of sequences.
     """
-    rows = len(keys)
+    rows, tokenizer = len(keys), sampler.tokenizer
+    fill = (0, padded_rows(rows, sampler.mesh) - rows)
     arrays = {}
     for name, dtype in (("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32),
                         ("repetition_penalty", np.float32)):  # fmt: skip
         value = np.asarray(getattr(sampling, name), dtype)
         require(value.shape in ((), (rows,)), f"{name} has shape {value.shape} for {rows} rows")
-        arrays[name] = np.broadcast_to(value, (rows,))
-    allowed = np.arange(c.padded_vocab) < c.vocab_size
+        arrays[name] = np.pad(np.broadcast_to(value, (rows,)), fill, mode="edge")
+    keys = keys[np.pad(np.arange(rows), fill, mode="edge")]
+    c = sampler.config.model
+    vocab = get_model(c).text_head(c, sampler.params).shape[1]
+    allowed = np.arange(vocab) < c.layout.vocab_size
     never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.im_end_id]
-    never += [] if paints else [tokenizer.im_start_id]
+    never += [] if allow_images else [tokenizer.im_start_id]
     allowed[[i for i in never if i >= 0]] = False
-    stops = np.zeros(c.padded_vocab, bool)
+    stops = np.zeros(vocab, bool)
     stops[[i for i in (tokenizer.eos_id, tokenizer.im_start_id) if i >= 0]] = True
     return SamplingArrays(**arrays, keys=keys, allowed=allowed, stops=stops)
 
 
 def sample_token(
-    logits: jax.Array, seen: jax.Array, keys: jax.Array, choice: SamplingArrays
+    logits: jax.Array, seen: jax.Array, keys: jax.Array, arrays: SamplingArrays
 ) -> jax.Array:
-    """The next token int32 [B]: penalty, temperature, top k, then top p.
+    """Samples the next token, int32 [B]: penalty, temperature, top-k, then top-p.
 
     Args:
       logits: [B, V].
       seen: bool [B, V].
-      keys: of this token, [B].
+      keys: PRNG keys for this token, [B].
     """
-    penalty = choice.repetition_penalty[:, None]
+    penalty = arrays.repetition_penalty[:, None]
     penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits = jnp.where(seen & ~choice.stops, penalised, logits)
-    logits = jnp.where(choice.allowed, logits, -jnp.inf)
+    logits = jnp.where(seen & ~arrays.stops, penalised, logits)
+    logits = jnp.where(arrays.allowed, logits, -jnp.inf)
     greedy = logits.argmax(-1)
-    warm = choice.temperature > 0
-    logits = logits / jnp.where(warm, choice.temperature, 1.0)[:, None]
-    cuts = (warm & ((choice.top_k > 0) | (choice.top_p < 1))).any()
-    logits = jax.lax.cond(cuts, lambda x: filter_logits(x, choice), lambda x: x, logits)
+    warm = arrays.temperature > 0
+    logits = logits / jnp.where(warm, arrays.temperature, 1.0)[:, None]
+    cuts = (warm & ((arrays.top_k > 0) | (arrays.top_p < 1))).any()
+    logits = jax.lax.cond(cuts, lambda x: filter_logits(x, arrays), lambda x: x, logits)
     drawn = jax.vmap(jax.random.categorical)(keys, logits)
     return jnp.where(warm, drawn, greedy).astype(jnp.int32)
 
 
-def filter_logits(logits: jax.Array, choice: SamplingArrays) -> jax.Array:
-    """Logits without the tokens that top k and top p leave out; ties with the last one stay."""
+def filter_logits(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
+    """Masks the logits outside top-k and top-p; ties with the last kept token are kept."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
-    k = jnp.where(choice.top_k > 0, choice.top_k, logits.shape[-1])[:, None]
+    k = jnp.where(arrays.top_k > 0, arrays.top_k, logits.shape[-1])[:, None]
     ordered = jnp.where(rank < k, ordered, -jnp.inf)
     share = jax.nn.softmax(ordered, axis=-1)
-    kept = (share.cumsum(-1) - share < choice.top_p[:, None]) & (ordered > -jnp.inf)
+    kept = (share.cumsum(-1) - share < arrays.top_p[:, None]) & (ordered > -jnp.inf)
     kept = kept.at[:, 0].set(True)
     lowest = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
+def text_logits(c: Any, params: dict, hidden: jax.Array) -> jax.Array:
+    """Text logits, [B, D] -> float32 [B, V]; vocabulary padding has probability 0."""
+    head = get_model(c).text_head(c, params)
+    logits = hidden @ head.astype(hidden.dtype)
+    real = jnp.arange(head.shape[1]) < c.layout.vocab_size
+    return jnp.where(real, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+
+
 @functools.partial(jax.jit, static_argnames=("c", "room"))
 def decode_tokens(
     params: dict,
-    rows: DecodeState,
+    sequences: Sequences,
     most: jax.Array,
-    choice: SamplingArrays,
-    c: ModelConfig,
+    arrays: SamplingArrays,
+    c: Any,
     room: int,
-) -> tuple[DecodeState, jax.Array, jax.Array]:
-    """Writes up to `room` tokens after every row, to a stop at the earliest.
+) -> tuple[Sequences, jax.Array, jax.Array]:
+    """Decodes up to `room` tokens per sequence; each sequence ends at its first stop token.
 
     Args:
-      most: int32 [B], most tokens for each row; 0 leaves it as it is.
+      most: int32 [B], maximum tokens per sequence; 0 leaves a sequence unchanged.
+      room: size of the token buffer, and number of cache slots that are added.
 
     Returns:
-      The rows in a cache with `room` more slots, for `state.truncate`; the tokens int32 [B, room]; and
-      how many of them are real, int32 [B], with the stop.
+      The sequences, which `state.truncate` must shorten; the tokens int32 [B, room]; and the number of
+      valid ones including the stop token, int32 [B].
     """
-    model = monoformer.bind(c, params)
-    batch, end, starts = len(most), rows.slots, rows.starts
-    everyone = jnp.arange(batch)
+    model, batch = get_model(c), len(most)
+    before, everyone = sequences.state.lengths, jnp.arange(batch)
 
-    def going_on(carry):
-        i, writing = carry[:2]
-        return (i < room) & writing.any()
+    def more(carry):
+        i, running = carry[:2]
+        return (i < room) & running.any()
 
     def step(carry):
-        i, writing, counts, tokens, hidden, seen, cache = carry
-        keys = jax.vmap(jax.random.fold_in)(choice.keys, rows.lengths + i)
-        token = sample_token(model.text_logits(hidden), seen, keys, choice)
-        tokens, counts = tokens.at[:, i].set(token), counts + writing
-        seen = seen.at[everyone, token].max(writing)
-        inputs = text_inputs(token[:, None], (rows.lengths + i)[:, None], c)
-        stop = jnp.full((batch, 1), end + 1 + i)
-        new, cache = model(
-            inputs, jnp.zeros((batch, 1)), IntervalMask(starts[:, None], stop), cache
-        )
-        hidden = jnp.where(writing[:, None], new[:, 0], hidden)
-        writing = writing & ~choice.stops[token] & (counts < most)
-        return i + 1, writing, counts, tokens, hidden, seen, cache
+        i, running, counts, tokens, seen, state = carry
+        keys = jax.vmap(jax.random.fold_in)(arrays.keys, before + i)
+        token = sample_token(text_logits(c, params, state.hidden), seen, keys, arrays)
+        tokens, counts = tokens.at[:, i].set(token), counts + running
+        seen = seen.at[everyone, token].max(running)
+        hidden = state.hidden
+        state = model.decode(c, params, state, token)
+        # An ended sequence still runs with the batch, but keeps the hidden state of its last token.
+        state = state.replace(hidden=jnp.where(running[:, None], state.hidden, hidden))
+        running = running & ~arrays.stops[token] & (counts < most)
+        return i + 1, running, counts, tokens, seen, state
 
     tokens, counts = jnp.zeros((batch, room), jnp.int32), jnp.zeros(batch, jnp.int32)
-    carry = (jnp.int32(0), most > 0, counts, tokens, rows.hidden, rows.seen)
-    carry = jax.lax.while_loop(going_on, step, (*carry, grow_cache(rows.cache, room)))
-    _, _, counts, tokens, hidden, _, cache = carry
-    return rows.replace(cache=cache, hidden=hidden), tokens, counts
+    carry = (
+        jnp.int32(0),
+        most > 0,
+        counts,
+        tokens,
+        sequences.seen,
+        sequences.state.with_room(room),
+    )
+    _, _, counts, tokens, _, state = jax.lax.while_loop(more, step, carry)
+    return Sequences(state, sequences.seen), tokens, counts

@@ -1,4 +1,4 @@
-"""A training run from start (or restart) to end."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from monoformer_jax.training.state import abstract_train_state, init_train_state
 
 
 def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> None:
-    """Trains to `config.steps`, going on from the newest checkpoint in the workdir if there is one.
+    """Trains to `config.steps`, resuming from the newest checkpoint in the workdir if there is one.
 
-    Everything that can be wrong with the input is found before the step is compiled. Every process of
-    a run calls it (see `processes.start_processes`); the first writes and prints for all.
+    Input errors are raised before the step is compiled. Every process of a run calls this function (see
+    `processes.start_processes`); process 0 writes and prints.
 
     Args:
-      config: of the run.
-      workdir: its folder, or storage such as gs://bucket/run, the same for every process.
-      hang_exit_code: what the process ends with when a step takes over `config.watchdog_seconds`.
+      config: config of the run.
+      workdir: folder of the run, or storage such as gs://bucket/run, the same for every process.
+      hang_exit_code: exit code if a step takes longer than `config.watchdog_seconds`.
 
     Raises:
-      InputError: see the message.
+      InputError: invalid config or data.
       NonFiniteLoss: names the step, the documents of its batch and the last good checkpoint.
-      Preempted: SIGTERM came; the state is saved.
-      CrashLoop: several starts in a row made no checkpoint.
+      Preempted: SIGTERM was received; the state is saved.
+      CrashLoop: several consecutive starts made no checkpoint.
     """
     workdir = epath.Path(workdir).expanduser()
-    tokenizer = open_tokenizer(config.data, workdir, config.model.vocab_size)
+    tokenizer = open_tokenizer(config.data, workdir, config.layout.vocab_size)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
     target = abstract_train_state(config, mesh)
@@ -73,13 +73,13 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
             if jax.process_count() > config.data.streams:
                 report.log(
                     f"{jax.process_count()} processes share data.streams={config.data.streams}: "
-                    "each packs rows that it does not keep; a new run can have more streams"
+                    "each packs rows that it discards; increase data.streams in a new run"
                 )
             try:
                 step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
                             preemption, watchdog)  # fmt: skip
-            except (NonFiniteLoss, Preempted):  # of every process, after the same step
-                watchdog.stop()  # storage takes its time with the last checkpoint
+            except (NonFiniteLoss, Preempted):  # raised by every process after the same step
+                watchdog.stop()  # writing the last checkpoint may be slow
                 checkpoints.wait()
                 raise
             watchdog.stop()
@@ -88,14 +88,14 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
 
 
 def _start(config, mesh, target, batches, checkpoints):
-    """The state to begin with, and the seconds trained so far."""
+    """Returns the initial or restored state, and the seconds trained so far."""
     if checkpoints.latest is not None:
         state, seconds, damaged = checkpoints.restore(target, batches.iterator)
         if jax.process_index() == 0:
             for step, reason in damaged.items():
                 print(
-                    f"WARNING: checkpoint {step} could not be read and now lies in "
-                    f"{checkpoints.damaged_folder}; going on from step {int(state.step)} ({reason})",
+                    f"WARNING: checkpoint {step} could not be read and was moved to "
+                    f"{checkpoints.damaged_folder}; resuming from step {int(state.step)} ({reason})",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
     else:
@@ -112,45 +112,45 @@ def _start(config, mesh, target, batches, checkpoints):
 
 
 def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog) -> int:
-    """All steps that are left; the number of the last."""
+    """Runs the remaining steps; returns the last step."""
     train_step = make_train_step(config, mesh)
-    watch = _NanGuard(tokenizer, checkpoints)
+    nan_guard = _NanGuard(tokenizer, checkpoints)
     start = int(state.step)
     for step in range(start + 1, config.steps + 1):
         batch = next(batches.iterator)
         state, metrics = train_step(state, put_batch(batch, mesh))
-        # The step before is looked at only now, so that the device never waits for the host.
-        watch.check(step, metrics, batch)
+        # Checks the previous step, so that the device never waits for the host.
+        nan_guard.check(step, metrics, batch)
         watchdog.beat()
-        leaves = preemption.reached(step) and step < config.steps
-        saves = leaves or step % config.checkpoint_every == 0 or step == config.steps
+        preempted = preemption.reached(step) and step < config.steps
+        saves = preempted or step % config.checkpoint_every == 0 or step == config.steps
         if saves or report.due(step):
-            watch.finish()  # what is saved or reported is a number
-        report.add(step, metrics, last=leaves)
+            nan_guard.finish()  # before this step is saved or reported
+        report.add(step, metrics, last=preempted)
         if saves:
             report.flush()
             checkpoints.save(state, batches.iterator, report.seconds)
-        if leaves:
-            raise Preempted(f"told to leave at step {step}, which is saved")
+        if preempted:
+            raise Preempted(f"preempted at step {step}, which is saved")
     return max(start, config.steps)
 
 
 def _check_first_batch(config: Config, tokenizer: Tokenizer, rows: list[int]) -> None:
-    """From a pipeline of its own: the run's must start at its first batch."""
+    """Checks a batch of a separate pipeline: that of the run must start at its first batch."""
     probe = Batches(config, tokenizer, rows)
-    expected = contract.spec(config, len(rows))
+    expected = contract.spec(config.layout, len(rows), config.data.max_seq_len)
     contract.check(next(probe.iterator), expected, config.max_images)
 
 
 class _NanGuard:
-    """Stops a run whose loss is no longer a number."""
+    """Raises NonFiniteLoss if loss, gradient or parameters are NaN or infinite."""
 
     def __init__(self, tokenizer: Tokenizer, checkpoints: Checkpoints):
         self._tokenizer, self._checkpoints = tokenizer, checkpoints
         self._pending: tuple[int, TrainMetrics, contract.Batch] | None = None
 
     def check(self, step: int, metrics: TrainMetrics, batch: contract.Batch) -> None:
-        """Looks at the step that came before, and remembers this one."""
+        """Checks the previous step and stores this one."""
         self.finish()
         self._pending = (step, metrics, batch)
 
@@ -167,7 +167,7 @@ class _NanGuard:
             last = self._checkpoints.latest
             good = "there is no checkpoint yet" if last is None else f"checkpoint {last} is good"
             raise NonFiniteLoss(
-                f"{' and '.join(bad)} not finite at step {step}; {good}; the documents of the batch: "
+                f"{' and '.join(bad)} not finite at step {step}; {good}; documents of the batch: "
                 + "; ".join(_documents(batch, self._tokenizer))
             )
 
@@ -184,28 +184,28 @@ def _documents(batch: contract.Batch, tokenizer: Tokenizer) -> list[str]:
 
 
 class _Report:
-    """Averages between reports to the writers, a bar on a terminal and plain lines elsewhere."""
+    """Writes metrics averaged between reports; shows a progress bar on a terminal, else lines."""
 
     def __init__(self, config, workdir: epath.Path, start: int, seconds: float, batches: Batches):
         self._config, self._batches = config, batches
         self._before, self._started = seconds, time.monotonic()
         self._window: list[TrainMetrics] = []
-        self._speaks = jax.process_index() == 0
-        if self._speaks:
+        self._is_first = jax.process_index() == 0
+        if self._is_first:
             self._writer = Writer(workdir, start)
             self._bar = tqdm(initial=start, total=config.steps, unit="step", disable=None)
 
     @property
     def seconds(self) -> float:
-        """Time spent in training steps, compiling included, over all starts of the run."""
+        """Time spent in training, including compilation, over all starts of the run."""
         return self._before + time.monotonic() - self._started
 
     def due(self, step: int) -> bool:
         return step % self._config.log_every == 0 or step == self._config.steps
 
     def add(self, step: int, metrics: TrainMetrics, last: bool = False) -> None:
-        """Takes what a step gave; reports where it is due, and the rest of it before leaving."""
-        if not self._speaks:
+        """Adds the metrics of a step; reports if due, or if it is the last step before exit."""
+        if not self._is_first:
             return
         self._bar.update()
         self._window.append(metrics)
@@ -226,17 +226,17 @@ class _Report:
         self.log(line)
 
     def flush(self) -> None:
-        if self._speaks:
+        if self._is_first:
             self._writer.flush()
 
     def log(self, text: str) -> None:
-        if self._speaks:
+        if self._is_first:
             tqdm.write(text)
 
     def __enter__(self) -> _Report:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._speaks:
+        if self._is_first:
             self._bar.close()
             self._writer.close()

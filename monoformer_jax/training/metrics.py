@@ -1,4 +1,4 @@
-"""What a run reports: averages over the steps between two reports, to JSON lines and TensorBoard."""
+"""Training metrics: averages over the steps between reports, as JSON lines and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from monoformer_jax.files import atomic_write
 _NAMES = ("loss", "text_loss", "image_loss", "grad_norm", "param_norm", "learning_rate",
           "real_token_share")  # fmt: skip
 
-_REWRITE = 60.0  # seconds between two writings of an object that cannot be appended to
+_REWRITE = 60.0  # seconds between rewrites of a file that cannot be appended to
 
 TrainMetrics = metrics.Collection.create(
     **{name: metrics.Average.from_output(name) for name in _NAMES}
@@ -21,20 +21,22 @@ TrainMetrics = metrics.Collection.create(
 
 
 class Writer:
-    """Scalars to `metrics.jsonl`, one object a line, and to TensorBoard where it is installed.
+    """Writes scalars to `metrics.jsonl`, one object per line, and to TensorBoard if it is installed.
 
-    It has the methods of `clu.metric_writers.MetricWriter` that are needed here; importing clu's own
-    takes tensorflow, which this library does not need.
+    It has the methods of `clu.metric_writers.MetricWriter` that this library needs; clu's own writers
+    import tensorflow, which this library does not need.
 
-    A local file gets each line at once. Storage such as gs:// cannot append, so the whole object is
-    written anew, once a minute and when asked to.
+    A local file gets each line at once. Storage such as gs:// cannot append, so the complete file is
+    rewritten, at most once per minute and in `flush`.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        """Args:
-        workdir: folder of the run.
-        step: the step that the run (re)starts after; what an interrupted run reported beyond it
-          is going to be reported again, so it is taken out.
+        """Opens the file of a run.
+
+        Args:
+          workdir: folder of the run.
+          step: the step after which the run starts or resumes; lines of later steps, from an
+            interrupted run, are deleted, because the run will report those steps again.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._lines: list[str] = []
@@ -65,7 +67,7 @@ class Writer:
                 self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """What was given so far is stored when this returns; to be called before a checkpoint."""
+        """Stores all scalars written so far; call it before saving a checkpoint."""
         if not self._file:
             self._write()
             self._written = time.monotonic()
@@ -89,5 +91,5 @@ def _is_remote(path: epath.Path) -> bool:
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the kill came in the middle of a line
+    except (json.JSONDecodeError, KeyError):  # the process was killed while it wrote this line
         return float("inf")

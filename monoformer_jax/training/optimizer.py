@@ -5,27 +5,27 @@ from __future__ import annotations
 import jax
 import optax
 
-from monoformer_jax.config import Config
+from monoformer_jax.config import OptimizerConfig
 
 
-def learning_rate(config: Config) -> optax.Schedule:
+def learning_rate(c: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine to `final_fraction` of the rate, or a constant one."""
-    c = config.optimizer
     final_fraction = 1.0 if c.schedule == "constant" else c.final_fraction
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=c.learning_rate,
         warmup_steps=c.warmup_steps,
-        decay_steps=max(config.steps, c.warmup_steps + 1),
+        decay_steps=max(steps, c.warmup_steps + 1),
         end_value=final_fraction * c.learning_rate,
     )
 
 
-def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
-    """Args:
-    axes: logical axis names of the parameters, which tell a matrix from a stack of norm scales.
+def make_optimizer(c: OptimizerConfig, steps: int, axes: dict) -> optax.GradientTransformation:
+    """Builds the optimizer.
+
+    Args:
+      axes: logical axis names of the parameters, which distinguish matrices from stacked norm scales.
     """
-    c = config.optimizer
 
     def decays(names):
         return c.decay_everything or sum(name != "layers" for name in names) > 1
@@ -34,7 +34,7 @@ def make_optimizer(config: Config, axes: dict) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(c.clip_norm),
         optax.adamw(
-            learning_rate(config),
+            learning_rate(c, steps),
             c.b1,
             c.b2,
             weight_decay=c.weight_decay,

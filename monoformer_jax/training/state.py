@@ -1,4 +1,4 @@
-"""What a run carries from step to step, created sharded, and the jitted step that advances it."""
+"""The train state, created sharded, and the jitted train step."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from monoformer_jax.training.optimizer import learning_rate, make_optimizer
 class TrainState:
     step: jax.Array  # int32 [], steps done
     params: dict
-    ema: dict  # float32 moving average of params: what is sampled from
+    ema: dict  # float32 EMA of params, used for sampling
     opt_state: optax.OptState
-    # With adapters: the rest of the model, in the compute dtype. It is in no checkpoint.
+    # With LoRA: the frozen parameters, in the compute dtype. They are not in checkpoints.
     frozen: dict = flax.struct.field(default_factory=dict)
 
 
@@ -43,11 +43,12 @@ def _init(config: Config) -> TrainState:
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
-    return make_optimizer(config, trainable.logical_axes(config.model, config.lora))
+    axes = trainable.logical_axes(config.model, config.lora)
+    return make_optimizer(config.optimizer, config.steps, axes)
 
 
 def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state as ShapeDtypeStructs with their shardings; nothing is allocated."""
+    """The train state as ShapeDtypeStructs with shardings; nothing is allocated."""
     state = jax.eval_shape(functools.partial(_init, config))
     params = trainable.abstract(config.model, config.lora, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -67,12 +68,12 @@ def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def init_train_state(config: Config, mesh: Mesh) -> TrainState:
-    """Fresh state, every array born on the devices where it stays; nothing frozen is in it yet."""
+    """Initializes the train state, created sharded on the devices; `frozen` is still empty."""
     return make_init(config, mesh)()
 
 
 def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
-    """The compiled function behind `init_train_state`."""
+    """Returns the jitted function of `init_train_state`."""
     shardings = jax.tree.map(
         lambda a: a.sharding, abstract_train_state(config, mesh).replace(frozen={})
     )
@@ -82,11 +83,11 @@ def make_init(config: Config, mesh: Mesh) -> Callable[[], TrainState]:
 def make_train_step(
     config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
-    """The compiled step; it takes over the memory of the state that it is given."""
+    """Returns the jitted train step; it donates the input state."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_train_state(config, mesh))
 
     def step(state: TrainState, batch: Batch):
-        # The attention kernels are cut along the mesh by hand, and ask for it here.
+        # The attention kernels are sharded by shard_map and read this mesh.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return _train_step(state, batch, config)
 
@@ -94,7 +95,7 @@ def make_train_step(
 
 
 def _train_step(state: TrainState, batch: Batch, config: Config):
-    # The key is a function of the step alone: a resumed run draws what the first run drew.
+    # The key depends only on seed and step: a resumed run draws the same noise.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     batch = draw_latents(jax.random.fold_in(key, 1), batch)
     return apply_step(state, batch, draw_noise(key, batch, config), config)
@@ -103,7 +104,7 @@ def _train_step(state: TrainState, batch: Batch, config: Config):
 def apply_step(
     state: TrainState, batch: Batch, noise: Noise, config: Config
 ) -> tuple[TrainState, TrainMetrics]:
-    """One optimizer step with this noise."""
+    """Applies one optimizer step with the given noise."""
     c = config.optimizer
     loss, parts, grads = _gradients(state.params, state.frozen, batch, noise, config)
     updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
@@ -117,14 +118,14 @@ def apply_step(
         **parts,
         grad_norm=optax.global_norm(grads),
         param_norm=optax.global_norm(params),
-        learning_rate=learning_rate(config)(state.step),
+        learning_rate=learning_rate(c, config.steps)(state.step),
         real_token_share=jnp.mean(batch["token_types"] != PAD),
     )
     return TrainState(state.step + 1, params, ema, opt_state, state.frozen), metrics
 
 
 def _gradients(params, frozen, batch, noise, config: Config):
-    """Loss, its parts and gradients, over `optimizer.grad_accum_steps` micro-batches in turn."""
+    """Loss, its parts and gradients, accumulated over `optimizer.grad_accum_steps` micro-batches."""
     normalizers = loss_normalizers(batch, noise)
 
     def gradients(batch, noise):
@@ -136,7 +137,7 @@ def _gradients(params, frozen, batch, noise, config: Config):
 
     if config.optimizer.grad_accum_steps == 1:
         return gradients(batch, noise)
-    # The micro-batch is the fast axis, so that the rows of a device stay on it.
+    # The micro-batch index is the minor axis, so that rows stay on their device.
     micro = jax.tree.map(
         lambda x: rearrange(x, "(B M) ... -> M B ...", M=config.optimizer.grad_accum_steps),
         (dict(batch), noise),

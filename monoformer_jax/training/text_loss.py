@@ -1,10 +1,10 @@
-"""Cross-entropy over the vocabulary that never holds the logits of a whole batch.
+"""Cross-entropy over the vocabulary that never materializes the logits of a full batch.
 
-A device sorts its tokens so that those with a target come first and goes through them in chunks:
-logits, loss and both gradients of a chunk are made together, in the forward pass, and its logits are
-gone before the next chunk. Chunks without any target (patches, prompts, padding) are never visited,
-so the head costs what the text of the batch costs; and nothing is computed twice, as it would be
-under `jax.checkpoint`.
+A device sorts its tokens so that those with a target come first and processes them in chunks: logits,
+loss and both gradients of a chunk are computed together, in the forward pass, and its logits are freed
+before the next chunk. Chunks without any target (patches, prompts, padding) are skipped, so the cost
+of the head is proportional to the text in the batch; and nothing is recomputed, as it would be under
+`jax.checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from monoformer_jax.parallel import BATCH, BATCH_AXES, DATA_AXIS, FSDP_AXIS, TENSOR_AXIS
 
-MOST_LOGITS = 2**25  # on a device at a time: 128 MiB in float32
+MOST_LOGITS = 2**25  # per device at a time: 128 MiB in float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -31,7 +31,7 @@ def text_loss(
 ) -> jax.Array:
     """Sum over tokens of weight times cross-entropy, float32 []; statistics are float32.
 
-    Under a mesh every device takes its own rows (data, fsdp) and columns of the head (tensor);
+    Under a mesh each device processes its own batch rows (data, fsdp) and head columns (tensor);
     gradients are summed over devices once, after the last chunk.
 
     Args:
@@ -39,7 +39,7 @@ def text_loss(
       head: [D, V] float32; its columns from `vocab_size` on are padding and have probability 0.
       targets: int32 [B, L].
       weights: float32 [B, L]; not differentiated.
-      most_logits: that a device holds at a time.
+      most_logits: number of logits that a device holds at a time.
     """
     return _run(hidden, head, targets, weights, vocab_size, most_logits, False)[0]
 
@@ -63,7 +63,7 @@ text_loss.defvjp(_forward, _backward)
 
 
 def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
-    """Loss [] and, with gradients, those of hidden [B, L, D] and head [D, V], all over devices."""
+    """Loss [] and, if `with_grads`, gradients of hidden [B, L, D] and head [D, V], over all devices."""
     mesh = jax.sharding.get_abstract_mesh()
     local = functools.partial(
         _on_device, vocab_size=vocab_size, most_logits=most_logits, with_grads=with_grads,
@@ -79,24 +79,24 @@ def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
 
 
 def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_grads, mesh):
-    """`_run` for the rows and columns of one device."""
+    """`_run` on the rows and columns of one device."""
     dtype = hidden.dtype
     head, first = head.astype(dtype), 0
     if mesh:
         head = jax.lax.all_gather(head, FSDP_AXIS, axis=0, tiled=True)
         first = jax.lax.axis_index(TENSOR_AXIS) * head.shape[1]
     over_columns = functools.partial(_reduce, axes=TENSOR_AXIS if mesh else None)
-    ids = first + jnp.arange(head.shape[1])  # of the tokens that the columns stand for
+    ids = first + jnp.arange(head.shape[1])  # token ids of this device's columns
     shape, hidden = hidden.shape, hidden.reshape(-1, hidden.shape[-1])
     targets, weights = targets.reshape(-1), weights.reshape(-1)
 
     count = weights.size
     chunk = min(count, max(1, most_logits // head.shape[1]))
-    chunk -= chunk % 128 if chunk > 128 else 0  # whole tiles
+    chunk -= chunk % 128 if chunk > 128 else 0  # full tiles
     order = jnp.argsort(weights == 0, stable=True)
-    padded = jnp.pad(order, (0, -count % chunk), constant_values=count)  # read as weight 0
+    padded = jnp.pad(order, (0, -count % chunk), constant_values=count)  # out of bounds: weight 0
 
-    def turn(number, sums):
+    def body(number, sums):
         at = jax.lax.dynamic_slice_in_dim(padded, number * chunk, chunk)
         h, target, weight = (
             x.at[at].get(mode="fill", fill_value=0) for x in (hidden, targets, weights)
@@ -108,12 +108,12 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
         d_head = sums[2] + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
         return sums[0] + loss, d_hidden, d_head
 
-    # The same number of turns everywhere, so that devices meet in the reductions of a turn.
+    # The same number of iterations on every device, because the body contains collectives.
     used = _reduce(jnp.sum(weights != 0), BATCH_AXES if mesh else None, jax.lax.pmax)
     sums = [jnp.zeros(())]
     if with_grads:
         sums += [jnp.zeros((padded.size, head.shape[0]), dtype), jnp.zeros(head.shape)]
-    sums = jax.lax.fori_loop(0, -(-used // chunk), turn, tuple(sums))
+    sums = jax.lax.fori_loop(0, -(-used // chunk), body, tuple(sums))
     loss = _reduce(sums[0], BATCH_AXES if mesh else None)
     if not with_grads:
         return (loss,)
@@ -126,8 +126,8 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
 
 
 def _cross_entropy(logits, target, weight, ids, vocab_size, over_columns):
-    """Weighted sum over a chunk, and its gradient by the logits [tokens, V]; V is this device's."""
-    kind = logits.dtype
+    """Weighted sum over a chunk and its gradient w.r.t. the logits [tokens, V], V of this device."""
+    dtype = logits.dtype
     logits = jnp.where(ids < vocab_size, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     top = over_columns(logits.max(-1), op=jax.lax.pmax)[:, None]
     shifted = jnp.exp(logits - top)
@@ -135,7 +135,7 @@ def _cross_entropy(logits, target, weight, ids, vocab_size, over_columns):
     is_target = target[:, None] == ids
     own = over_columns(jnp.where(is_target, logits, 0).sum(-1))
     loss = jnp.sum(weight * (jnp.log(norm) + top - own[:, None])[:, 0])
-    return loss, ((shifted / norm - is_target) * weight[:, None]).astype(kind)
+    return loss, ((shifted / norm - is_target) * weight[:, None]).astype(dtype)
 
 
 def _reduce(x: jax.Array, axes, op=jax.lax.psum) -> jax.Array:

@@ -1,0 +1,75 @@
+"""Diffusion objectives of the image head: `OBJECTIVES` maps `objective.kind` to one.
+
+An objective samples noise levels, adds noise, and computes the loss. Arrays are [B, L, P], noise levels
+t [B, L, 1] in the time convention of `rectified_flow` (t = 0 is data).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from monoformer_jax.config import ObjectiveConfig
+from monoformer_jax.diffusion import ddpm, rectified_flow
+from monoformer_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A diffusion objective.
+
+    Attributes:
+      sample_times: (key, shape, ObjectiveConfig) -> float32 noise levels of that shape.
+      add_noise: (clean, noise, t) -> the noised image.
+      loss: (prediction, variance or None, clean, noise, t) -> loss per value.
+      solvers: names in `solvers.SOLVERS` that can sample it.
+    """
+
+    sample_times: Callable[[jax.Array, tuple[int, ...], ObjectiveConfig], jax.Array]
+    add_noise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    loss: Callable[..., jax.Array]
+    solvers: tuple[str, ...]
+
+
+def _velocity_loss(prediction, variance, clean, noise, t):
+    return jnp.square(prediction - rectified_flow.velocity_target(clean, noise))
+
+
+def _ddpm_times(key, shape, c):
+    return ddpm.step_to_t(jax.random.randint(key, shape, 0, ddpm.STEPS))
+
+
+def _ddpm_noise(clean, noise, t):
+    return ddpm.q_sample(clean, noise, ddpm.t_to_step(t), ddpm.make_schedule())
+
+
+def _hybrid_loss(prediction, variance, clean, noise, t):
+    step, schedule = ddpm.t_to_step(t), ddpm.make_schedule()
+    return sum(ddpm.hybrid_loss_terms(clean, noise, prediction, variance, step, schedule))
+
+
+OBJECTIVES = {
+    "rectified_flow": Objective(
+        rectified_flow.sample_times, rectified_flow.interpolate, _velocity_loss, ("euler", "heun")
+    ),
+    "ddpm": Objective(_ddpm_times, _ddpm_noise, _hybrid_loss, ("ddpm", "ddim")),
+}
+
+
+def get_objective(c: ObjectiveConfig) -> Objective:
+    """Returns the objective of a config; raises InputError if the kind is unknown."""
+    require(c.kind in OBJECTIVES, f"objective.kind={c.kind!r} is none of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[c.kind]
+
+
+def check_solver(c: ObjectiveConfig, solver: str) -> None:
+    """Raises InputError if the solver cannot sample the objective."""
+    solvers = get_objective(c).solvers
+    require(
+        solver in solvers,
+        f"sampling.solver={solver!r} does not sample objective.kind={c.kind!r}; "
+        f"{' and '.join(solvers)} do",
+    )
