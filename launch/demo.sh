@@ -1,16 +1,50 @@
 #!/usr/bin/env bash
-# Trains the digits model and shows what it can do. Needs python3 >= 3.11 with pip, nothing else.
+# Trains a model on this machine and samples from it. Needs only python3 >= 3.11 with pip.
 #
-#   bash launch/demo.sh
+#   bash launch/demo.sh                                      digits: train, sample, evaluate
+#   bash launch/demo.sh --config=configs/NAME.py[:ARG]       another config: train, sample
 #
-# Safe to run again: it continues an interrupted training and skips a finished one.
-# PYTHON chooses the interpreter for a new .venv.
+# Safe to run again: it resumes an interrupted training and skips a completed one.
+# PYTHON is the interpreter for a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' launch/demo.sh; }
+
+config=configs/digits.py
+for word; do
+  case $word in
+    --config=?*) config=${word#*=} ;;
+    -h | --help) usage && exit 0 ;;
+    *) printf "error: unknown argument '%s'\n\n%s\n" "$word" "$(usage)" >&2 && exit 2 ;;
+  esac
+done
+file=${config%%:*}
+[[ -f $file ]] || { echo "error: --config=$file: no such file in $PWD" >&2 && exit 2; }
+
+# configs/digits.py -> runs/digits, configs/digits.py:tiny -> runs/digits-tiny
+workdir=runs/$(basename "$file" .py)
+if [[ $config == *:* ]]; then
+  argument=${config#*:}
+  workdir+=-${argument//\//-}
+fi
+if [[ $config == configs/digits.py ]]; then
+  what="train $config, sample, evaluate; about 5 minutes on 2 CPU cores, installation included"
+else
+  what="train $config, sample one prompt; for time and data, see the first lines of that file"
+fi
+echo "What:    $what
+Disk:    about 1 GB in .venv on Linux, and the checkpoints
+Results: $PWD/$workdir"
+
 source launch/venv.sh digits
 
-workdir=runs/digits
-python -m monoformer_jax.train --config=configs/digits.py --workdir="$workdir"
+python -m monoformer_jax.train --config="$config" --workdir="$workdir"
+if [[ $config != configs/digits.py ]]; then
+  python -m monoformer_jax.sample --workdir="$workdir" --prompt="a" --out="$workdir/sample.png" ||
+    echo "No sample (a model of latents needs --vae=DIR): python -m monoformer_jax.sample --help"
+  exit 0
+fi
 python -m monoformer_jax.sample --workdir="$workdir" --out="$workdir/seven.png" \
   --prompt="draw a seven" --prompt="two plus three is" --prompt="count from nine to four:"
 python -m monoformer_jax.sample --workdir="$workdir" --prompt="read this: " --image="$workdir/seven.png"

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains on NVIDIA GPUs: all of this host's, or those of a Slurm job. The same command goes on with
-# an interrupted run.
+# Trains on NVIDIA GPUs: all of this host's, or those of a Slurm job. The same command resumes an
+# interrupted run.
 #
-#   launch/gpu.sh --config=FILE --workdir=DIR [-- --config.a.b=1]             one process, all GPUs here
-#   launch/gpu.sh --nodes=2 --gpus=8 [--partition=P --account=A --time=T] ...  srun, a process a GPU
+#   launch/gpu.sh --config=FILE --workdir=DIR [-- --config.a.b=1]     one process, all GPUs of the host
+#   launch/gpu.sh --nodes=2 --gpus=8 [--partition=P --account=A --time=T] ...  srun, one process per GPU
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --requeue --signal=TERM@120 launch/gpu.sh ...
 #
-# In a Slurm job the nodes and GPUs are the job's. Slurm's TERM, 120 s before the end, lets the trainer
-# save and end with 75; a batch job is then queued again. --dry-run prints the command and runs nothing.
+# In a Slurm job, the nodes and GPUs default to the job's. On the SIGTERM that Slurm sends 120 s before
+# the time limit, the trainer saves and exits with 75; a batch job is then requeued.
+# Arguments after -- are passed to the trainer. --dry-run prints the command without running it.
 # The interpreter is .venv/bin/python (python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]') or
-# $PYTHON. Exit codes: 2 bad input, else the trainer's.
+# $PYTHON. Exit codes: 2 bad input, otherwise the trainer's.
 set -euo pipefail
 
 bad() { printf 'error: %s\n' "$*" >&2 && exit 2; }
@@ -28,7 +29,7 @@ while (($#)); do
       value=$1
       shift
       ;;
-    *) bad "'$word' is no option; see launch/gpu.sh --help" ;;
+    *) bad "unexpected argument '$word'; see launch/gpu.sh --help" ;;
   esac
   case $word in
     --config) CONFIG=$value ;;
@@ -36,14 +37,14 @@ while (($#)); do
     --nodes) NODES=$value ;;
     --gpus) GPUS=$value ;;
     --partition | --account | --time) SRUN+=("$word=$value") ;;
-    *) bad "there is no option $word; see launch/gpu.sh --help (the trainer's own flags go after --)" ;;
+    *) bad "unknown option $word; see launch/gpu.sh --help (the trainer's flags go after --)" ;;
   esac
 done
 
-# Under sbatch this file is a copy elsewhere, and the job starts where it was submitted.
+# sbatch runs a copy of this file in a spool folder, but in the working directory of the submission.
 if [[ -z ${SLURM_JOB_ID:-} ]]; then cd "${BASH_SOURCE[0]%/*}/.."; fi
 [[ -n $CONFIG && -n $WORKDIR ]] || bad "--config=FILE and --workdir=DIR are needed"
-[[ -f ${CONFIG%%:*} ]] || bad "--config=${CONFIG%%:*}: there is no such file in $PWD"
+[[ -f ${CONFIG%%:*} ]] || bad "--config=${CONFIG%%:*}: no such file in $PWD"
 PYTHON=${PYTHON:-.venv/bin/python}
 command=("$PYTHON" -m monoformer_jax.train --config="$CONFIG" --workdir="$WORKDIR" "${TRAIN_FLAGS[@]}")
 
@@ -52,30 +53,30 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
 fi
 if [[ -n $NODES ]]; then
   [[ $NODES =~ ^[1-9][0-9]*$ && $GPUS =~ ^[1-9][0-9]*$ ]] ||
-    bad "--nodes=$NODES --gpus=$GPUS: how many nodes, and how many GPUs on each?"
-  # jax.distributed takes the addresses from Slurm's variables, and one GPU for each of its processes.
+    bad "--nodes=$NODES --gpus=$GPUS: both must be positive numbers, of nodes and of GPUs per node"
+  # jax.distributed reads the addresses from Slurm's variables and uses one GPU per process.
   command=(srun --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" --kill-on-bad-exit=1
     "${SRUN[@]}" "${command[@]}")
 elif ((${#SRUN[@]})) || [[ -n $GPUS ]]; then
-  bad "--gpus, --partition, --account and --time belong to --nodes=N; without Slurm all GPUs here are used"
+  bad "--gpus, --partition, --account and --time need --nodes=N; without Slurm, all GPUs of this host are used"
 fi
 
 if [[ -n $DRY ]]; then
   printf '%q ' "${command[@]}" && echo && exit 0
 fi
 if [[ -n $NODES ]]; then
-  command -v srun >/dev/null || bad "--nodes=$NODES needs Slurm, and there is no srun here"
+  command -v srun >/dev/null || bad "--nodes=$NODES needs Slurm, but srun is not on the PATH"
 elif ! nvidia-smi --list-gpus 2>/dev/null | grep -q .; then
-  bad "nvidia-smi finds no GPU here"
+  bad "nvidia-smi finds no GPU on this host"
 fi
 [[ -x $PYTHON ]] || command -v "$PYTHON" >/dev/null ||
-  bad "there is no $PYTHON: python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'"
+  bad "$PYTHON does not exist; create it: python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'"
 
-export PYTHONUNBUFFERED=1 # a log shows a line when it is printed
+export PYTHONUNBUFFERED=1 # writes each line to the log at once
 code=0
 "${command[@]}" || code=$?
 if [[ $code == 75 && -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then
-  echo "saved; queueing job $SLURM_JOB_ID again" >&2
+  echo "saved; requeueing job $SLURM_JOB_ID" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Passes the tests, style checks included. Needs python3 >= 3.11 with pip, nothing else.
+# Runs the linter and the tests. Needs only python3 >= 3.11 with pip.
 #
 #   bash launch/test.sh                    everything
-#   bash launch/test.sh -m "not slow"      the quick part; all arguments go to pytest
+#   bash launch/test.sh -m "not slow"      the fast tests; all arguments are passed to pytest
 #
-# PYTHON chooses the interpreter for a new .venv.
+# PYTHON is the interpreter for a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh test

@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, from an empty project to done.json in the bucket:
+# Creates a Cloud TPU slice, sets it up, and trains on it until done.json is in the bucket:
 #
 #   launch/tpu.sh VERB --name=NAME --zone=ZONE [--type=TYPE --config=FILE --workdir=gs://...] [-- --config.a.b=1]
 #
 #   babysit   create, setup and run; recreate after a preemption, until done.json is in the workdir
-#   run       create and setup if needed, then start the training and leave it alone
-#   create    request the slice and wait for it; a READY one is kept, a broken one is replaced
+#   run       create and setup if needed, then start the training and return
+#   create    request the slice and wait for it; a READY one is kept, a failed one is replaced
 #   setup     ship the committed code and install launch/requirements-tpu.lock on every worker
-#   status    state, workers, hours and cost          stop    SIGTERM: the trainer saves and ends
+#   status    state, workers, hours and cost          stop    SIGTERM: the trainer saves and exits
 #   logs      end of a worker's log                   delete  delete the slice
 #
-#   --name NAME               of the slice and its queued resource; the same name resumes
+#   --name NAME               name of the slice and its queued resource; the same name resumes
 #   --type TYPE               v4-8 ..., v5litepod-16 ..., v5p-8 ..., v6e-8 ...
 #   --zone ZONE               such as us-central1-a
-#   --project PROJECT         default: the one that gcloud is set to
-#   --config FILE[:ARG]       the experiment, committed
-#   --workdir gs://BUCKET/RUN where checkpoints, logs and done.json go; the same workdir resumes
-#   --slices N                slices of that type joined over the data centre's network (1)
+#   --project PROJECT         default: the project of the gcloud configuration
+#   --config FILE[:ARG]       config file of the trainer, committed
+#   --workdir gs://BUCKET/RUN folder of checkpoints, logs and done.json; the same workdir resumes
+#   --slices N                number of slices, joined by multislice over the data centre network (1)
 #   --spot | --reservation    cheap and preemptible | from your reservation; default: on demand
 #   --dry-run                 print every command, ready to be pasted, and call nothing
 #   --allow-dirty             ship the last commit although there are uncommitted changes
 #   --unlisted                accept a size or zone that is not in this script's tables
-#   --worker W --lines N --follow   logs: which worker (0, or SLICE:WORKER), how much (50), go on
-#   --price-per-chip-hour X   prints what was spent; the prices are at cloud.google.com/tpu/pricing
-#   babysit: --delete-when-done     delete the slice at the end, whatever the end is, Ctrl-C too
-#            --max-hours H          delete it after H hours in all  --max-restarts N  give up (100)
-#            --poll-seconds S       how often it looks (60)
+#   --worker W --lines N --follow   logs: worker (0, or SLICE:WORKER), number of lines (50), tail -F
+#   --price-per-chip-hour X   print the cost; prices are at cloud.google.com/tpu/pricing
+#   babysit: --delete-when-done     delete the slice on every exit, including errors and Ctrl-C
+#            --max-hours H          delete it after H hours  --max-restarts N  limit of restarts (100)
+#            --poll-seconds S       polling interval (60)
 #
-# What follows -- goes to the trainer. Exit codes: 0 done, 2 bad input (nothing was created), the
-# trainer's own (3 loss not a number, 4 crash loop, 5 hung, ...), 1 anything else.
+# Arguments after -- are passed to the trainer. Exit codes: 0 done, 2 bad input (nothing was created),
+# the trainer's (3 loss not finite, 4 crash loop, 5 hung, ...), 1 any other error.
 set -euo pipefail
 
 if ((BASH_VERSINFO[0] < 5)); then
@@ -69,7 +69,7 @@ read_options() {
         shift
         ;;
       *)
-        [[ -z $VERB ]] || bad "one verb at a time: '$VERB' or '$word'"
+        [[ -z $VERB ]] || bad "only one verb is allowed, not both '$VERB' and '$word'"
         VERB=$word
         continue
         ;;
@@ -88,7 +88,7 @@ read_options() {
       --max-hours) MAX_HOURS=$value ;;
       --max-restarts) MAX_RESTARTS=$value ;;
       --poll-seconds) POLL=$value ;;
-      *) bad "there is no option $word; see launch/tpu.sh --help (the trainer's own flags go after --)" ;;
+      *) bad "unknown option $word; see launch/tpu.sh --help (the trainer's flags go after --)" ;;
     esac
   done
 }
@@ -97,12 +97,12 @@ usage() { sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$ROOT/launch/tpu.sh"; }
 
 # --- the verbs -------------------------------------------------------------------------------------
 main() {
-  trap farewell EXIT
+  trap on_exit EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
   read_options "$@"
   check_options
-  log_in
+  check_gcloud
   case $VERB in
     create) create_slice ;;
     setup) existing_slice && setup_workers ;;
@@ -110,26 +110,26 @@ main() {
     babysit) babysit ;;
     logs) existing_slice && show_log ;;
     status) status ;;
-    stop) existing_slice && on_workers "$(worker_command stop)" && say "every trainer has saved and ended" ;;
+    stop) existing_slice && on_workers "$(worker_command stop)" && say "every trainer has saved and exited" ;;
     delete) delete ;;
   esac
 }
 
 run() {
   if run_is_complete; then
-    say "$WORKDIR/done.json is there: the run is complete"
+    say "$WORKDIR/done.json exists: the run is complete"
     return
   fi
   create_slice
   if worker_report && [[ $REPORT == *running* ]]; then
-    bad "'$NAME' is already training; follow it with 'babysit' or 'logs', end it with 'stop'"
+    bad "'$NAME' is already training; monitor it with 'babysit' or 'logs', end it with 'stop'"
   fi
-  setup_workers || fail "setup failed on a worker (its own words are above)"
+  setup_workers || fail "setup failed on a worker (its output is above)"
   start_workers || fail "the training could not be started on every worker"
-  say "started; see: $(again logs) --follow"
+  say "started; see: $(command_for logs) --follow"
 }
 
-# Creates, sets up, runs and watches, as often as preemption needs.
+# Creates, sets up, runs and monitors; repeats this after every preemption.
 babysit() {
   local restarts
   for ((restarts = 0; ; restarts++)); do
@@ -140,12 +140,12 @@ babysit() {
     ((restarts <= MAX_RESTARTS)) || fail "gave up after $MAX_RESTARTS restarts"
     create_slice
     if worker_report && [[ $REPORT == *running* && $REPORT != *exited* && $REPORT != *new* ]]; then
-      say "it is training already: watching"
-      watch_workers
+      say "the training is already running: monitoring it"
+      monitor_workers
     elif setup_workers && start_workers; then
-      watch_workers
+      monitor_workers
     else
-      [[ $STATE != READY ]] || fail "a worker could not be set up or started (its own words are above)"
+      [[ $STATE != READY ]] || fail "a worker could not be set up or started (its output is above)"
       OUTCOME=preempted
     fi
     [[ -z $DRY ]] || return 0 # one round shows every command
@@ -153,18 +153,18 @@ babysit() {
     [[ $OUTCOME == preempted ]] || break
   done
   case $OUTCOME in
-    done) say "$WORKDIR/done.json is there: the run is complete; $(cost)" ;;
-    stopped) say "stopped by hand; the same command goes on with it" ;;
+    done) say "$WORKDIR/done.json exists: the run is complete; $(cost)" ;;
+    stopped) say "stopped by the verb stop; the same command resumes the run" ;;
     failed) show_failure && exit "$FAILED_CODE" ;;
   esac
 }
 
 status() {
-  look
+  update_state
   say "$NAME in $ZONE: $STATE${TYPE:+, $SLICES x $TYPE ($((CHIPS * SLICES)) chips)}"
   if [[ $STATE == READY ]]; then
-    if worker_report; then printf '%s\n' "$REPORT"; else say "not every worker answers:" "$REPORT"; fi
-    node_hours && say "$(cost)"
+    if worker_report; then printf '%s\n' "$REPORT"; else say "not every worker responds:" "$REPORT"; fi
+    node_uptime && say "$(cost)"
   fi
   if [[ -n $WORKDIR ]]; then
     if run_is_complete; then say "complete"; else say "not complete: no $WORKDIR/done.json"; fi
@@ -172,7 +172,7 @@ status() {
 }
 
 delete() {
-  look
+  update_state
   if [[ $STATE == ABSENT && -z $DRY ]]; then
     say "there is no '$NAME' in $ZONE: nothing to delete"
   else

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh: which slices there are, and what is checked before anything is created.
+# Sourced by tpu.sh: the tables of TPU types, and the checks before anything is created.
 
-# --- what there is ---------------------------------------------------------------------------------
+# --- TPU types -------------------------------------------------------------------------------------
 # Sizes and zones as listed at cloud.google.com/tpu/docs/regions-zones and the pages of each TPU;
-# runtimes at cloud.google.com/tpu/docs/runtimes. --unlisted goes past the sizes and zones.
+# runtimes at cloud.google.com/tpu/docs/runtimes. --unlisted skips the check of sizes and zones.
 FAMILIES=(v4 v5litepod v5p v6e)
 sizes() {
   case $1 in
@@ -22,7 +22,7 @@ zones() {
   esac
 }
 
-# TYPE -> RUNTIME, CHIPS and HOSTS of one slice. v4 and v5p are named by their cores, two a chip.
+# TYPE -> RUNTIME, CHIPS and HOSTS of one slice. v4 and v5p names count cores, two per chip.
 slice_facts() {
   local size=${TYPE##*-}
   case $TYPE in
@@ -35,12 +35,12 @@ slice_facts() {
   if [[ $TYPE == v5litepod-8 || $TYPE == v6e-8 ]]; then HOSTS=1; fi
 }
 
-# --- words -----------------------------------------------------------------------------------------
+# --- messages and strings --------------------------------------------------------------------------
 say() { printf '%s\n' "${DRY:+# }$*" >&2; }
 bad() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 fail() { printf 'error: %s\n' "$*" >&2 && exit 1; }
 
-# Its arguments as a line for a shell, quoted where that is needed.
+# Prints its arguments as a shell command line, quoted where needed.
 quoted() {
   local word line=''
   for word in "$@"; do
@@ -54,9 +54,9 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-again() { quoted launch/tpu.sh "$1" --name="$NAME" --zone="$ZONE" ${GIVEN_PROJECT:+--project="$PROJECT"}; }
+command_for() { quoted launch/tpu.sh "$1" --name="$NAME" --zone="$ZONE" ${GIVEN_PROJECT:+--project="$PROJECT"}; }
 
-# The one of $2... that begins most like $1.
+# Prints the one of $2... with the longest common prefix with $1.
 nearest() {
   local wanted=$1 word best=$2 length=0
   for word in "${@:2}"; do
@@ -70,9 +70,9 @@ nearest() {
 # --- checks before anything is created -------------------------------------------------------------
 check_options() {
   local verbs=(babysit run create setup status stop logs delete) needs="NAME ZONE" need
-  [[ -n $VERB ]] || bad "which of: ${verbs[*]}? (launch/tpu.sh --help)"
+  [[ -n $VERB ]] || bad "a verb is needed: ${verbs[*]} (see launch/tpu.sh --help)"
   [[ " ${verbs[*]} " == *" $VERB "* ]] ||
-    bad "there is no verb '$VERB'; nearest: '$(nearest "$VERB" "${verbs[@]}")'"
+    bad "unknown verb '$VERB'; nearest: '$(nearest "$VERB" "${verbs[@]}")'"
   case $VERB in
     create) needs+=" TYPE" ;;
     run | babysit) needs+=" TYPE CONFIG WORKDIR" ;;
@@ -81,20 +81,20 @@ check_options() {
     [[ -n ${!need} ]] || bad "$VERB needs --${need,,}=..."
   done
   [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    bad "--name=$NAME: at most 40 lower-case letters, digits and '-', a letter first"
+    bad "--name=$NAME must be at most 40 lower-case letters, digits and '-', with a letter first and no '-' last"
   [[ -z $SPOT || -z $RESERVATION ]] || bad "--spot and --reservation exclude each other"
   [[ -z $WORKDIR || $WORKDIR == gs://?*/?* ]] ||
-    bad "--workdir=$WORKDIR: every worker writes there, so it must be gs://BUCKET/FOLDER"
+    bad "--workdir=$WORKDIR must be gs://BUCKET/FOLDER, because every worker writes to it"
   [[ $VERB == babysit || -z $DELETE_WHEN_DONE$MAX_HOURS ]] ||
-    bad "--delete-when-done and --max-hours need somebody who watches: use babysit"
-  [[ -z $SLICES || $SLICES =~ ^[1-9][0-9]*$ ]] || bad "--slices=$SLICES: a number from 1"
-  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || bad "--max-restarts=$MAX_RESTARTS: a number"
-  [[ $POLL =~ ^[0-9]+$ ]] || bad "--poll-seconds=$POLL: a number"
-  [[ $LINES_SHOWN =~ ^[0-9]+$ ]] || bad "--lines=$LINES_SHOWN: a number"
-  [[ $WORKER =~ ^([0-9]+:)?[0-9]+$ ]] || bad "--worker=$WORKER: a number, or SLICE:WORKER"
+    bad "--delete-when-done and --max-hours are only supported by babysit"
+  [[ -z $SLICES || $SLICES =~ ^[1-9][0-9]*$ ]] || bad "--slices=$SLICES must be a number from 1"
+  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || bad "--max-restarts=$MAX_RESTARTS must be a number"
+  [[ $POLL =~ ^[0-9]+$ ]] || bad "--poll-seconds=$POLL must be a number"
+  [[ $LINES_SHOWN =~ ^[0-9]+$ ]] || bad "--lines=$LINES_SHOWN must be a number"
+  [[ $WORKER =~ ^([0-9]+:)?[0-9]+$ ]] || bad "--worker=$WORKER must be a number, or SLICE:WORKER"
   local number='^[0-9]*\.?[0-9]+$'
-  [[ -z $PRICE || $PRICE =~ $number ]] || bad "--price-per-chip-hour=$PRICE: a number, such as 1.5"
-  [[ -z $MAX_HOURS || $MAX_HOURS =~ $number ]] || bad "--max-hours=$MAX_HOURS: a number, such as 1.5"
+  [[ -z $PRICE || $PRICE =~ $number ]] || bad "--price-per-chip-hour=$PRICE must be a number, such as 1.5"
+  [[ -z $MAX_HOURS || $MAX_HOURS =~ $number ]] || bad "--max-hours=$MAX_HOURS must be a number, such as 1.5"
   [[ -z $TYPE ]] || check_type
 }
 
@@ -102,7 +102,7 @@ check_type() {
   local family=${TYPE%-*} size=${TYPE##*-} known best
   [[ $family != v5e ]] || bad "--type=$TYPE: Google names it v5litepod-$size"
   [[ " ${FAMILIES[*]} " == *" $family "* && $TYPE == *-* ]] ||
-    bad "--type=$TYPE: there is no such TPU; nearest: $(nearest "$TYPE" "${FAMILIES[@]/%/-8}") (of: ${FAMILIES[*]/%/-N})"
+    bad "--type=$TYPE: unknown TPU type; nearest: $(nearest "$TYPE" "${FAMILIES[@]/%/-8}") (of: ${FAMILIES[*]/%/-N})"
   [[ $size =~ ^[1-9][0-9]*$ ]] || bad "--type=$TYPE: a number must follow $family-"
   slice_facts
   SLICES=${SLICES:-1}
@@ -111,29 +111,29 @@ check_type() {
   for known in $(sizes "$family"); do
     if ((known <= size || best < 2)); then best=$known; fi
   done
-  ((best == size)) || bad "--type=$TYPE is not listed; nearest: $family-$best (--unlisted takes it as it is)"
-  # shellcheck disable=SC2046 # one word a zone
+  ((best == size)) || bad "--type=$TYPE is not listed; nearest: $family-$best (--unlisted skips this check)"
+  # shellcheck disable=SC2046 # one word per zone
   [[ " $(zones "$family") " == *" $ZONE "* ]] ||
     bad "--zone=$ZONE has no listed $family; nearest: $(nearest "$ZONE" $(zones "$family"))" \
-      "(of: $(zones "$family"); --unlisted takes it as it is)"
+      "(of: $(zones "$family"); --unlisted skips this check)"
 }
 
 SCRATCH='' ERRORS=/dev/null
-# PROJECT, OWNER (a label that keeps users of one project apart), and that the code can be shipped.
-log_in() {
+# Sets PROJECT and OWNER (a label that separates the users of a project); checks the code to be shipped.
+check_gcloud() {
   local account
   GIVEN_PROJECT=$PROJECT
   if [[ -n $DRY ]]; then
     exec 3>&1
     PROJECT=${PROJECT:-your-project} OWNER=your-account COMMIT=HEAD ARCHIVE=/tmp/monoformer.tar.gz
     case $VERB in create | run | babysit) DRY_STATE=ABSENT ;; esac
-    say "Nothing is called; your-account and your-project stand for what gcloud is set to."
+    say "Dry run: nothing is called; your-account and your-project stand for those of gcloud."
     return
   fi
   command -v gcloud >/dev/null || bad "gcloud is not installed: cloud.google.com/sdk/docs/install"
   SCRATCH=$(mktemp -d)
   ERRORS=$SCRATCH/errors
-  ask config list --format='csv[no-heading](core.account,core.project)' || fail "gcloud: $ERROR"
+  query config list --format='csv[no-heading](core.account,core.project)' || fail "gcloud: $ERROR"
   account=${ANSWER%%,*} PROJECT=${PROJECT:-${ANSWER##*,}}
   [[ -n $account ]] || bad "gcloud is not logged in: gcloud auth login"
   [[ -n $PROJECT ]] || bad "no project: gcloud config set project PROJECT, or --project=PROJECT"
@@ -143,12 +143,12 @@ log_in() {
 
 check_tree() {
   local changed file=${CONFIG%%:*}
-  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null) || bad "$ROOT is no git checkout: the committed code is shipped"
+  COMMIT=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null) || bad "$ROOT is not a git checkout, but only committed code is shipped"
   [[ -z $file ]] || git -C "$ROOT" cat-file -e "HEAD:$file" 2>/dev/null ||
-    bad "--config=$file is not in commit $COMMIT, which is what would be shipped"
+    bad "--config=$file is not in commit $COMMIT, which would be shipped"
   changed=$(git -C "$ROOT" status --porcelain | cut -c4- | head -n 8 | paste -sd ' ')
   if [[ -n $changed && -z $ALLOW_DIRTY ]]; then
-    bad "not committed, so not shipped: $changed; commit, or go without with --allow-dirty"
+    bad "uncommitted changes would not be shipped: $changed; commit them, or use --allow-dirty"
   fi
   ARCHIVE=$SCRATCH/monoformer.tar.gz
 }

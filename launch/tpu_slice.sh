@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by tpu.sh: the steps of a launch, from gcloud's calls to the last word.
+# Sourced by tpu.sh: calls of gcloud, the slice, its workers, and the message on exit.
 
 # --- gcloud ----------------------------------------------------------------------------------------
 show() { printf '%s\n' "$(quoted "$@")" >&3; }
 
-# A command that changes something or shows it.
-do_it() { if [[ -n $DRY ]]; then show "$@"; else "$@"; fi; }
+# Runs a command, or prints it in a dry run.
+run_or_print() { if [[ -n $DRY ]]; then show "$@"; else "$@"; fi; }
 cloud() {
   local where=(--project="$PROJECT" --zone="$ZONE")
   [[ $1 != storage ]] || where=()
-  do_it gcloud "$@" "${where[@]}" --quiet
+  run_or_print gcloud "$@" "${where[@]}" --quiet
 }
 
-# gcloud's answer to a question in ANSWER; fails where the thing asked for does not exist.
-ask() {
+# Sets ANSWER to the output of a gcloud query; fails if the resource does not exist.
+query() {
   local try
   ANSWER='' ERROR=''
   [[ -z $DRY ]] || { show gcloud "$@" && return 1; }
@@ -27,53 +27,53 @@ ask() {
   done
 }
 
-# Trying again cannot help.
+# True for errors that a retry cannot fix.
 is_refused() {
   [[ $ERROR =~ RESOURCE_EXHAUSTED|[Qq]uota|PERMISSION_DENIED|INVALID_ARGUMENT|[Rr]eauth|'auth login' ]]
 }
 refused() {
-  [[ -z $TOUCHED ]] || fail "gcloud refused: ${ERROR%%$'\n'*}"
-  bad "gcloud refused, nothing was created: ${ERROR%%$'\n'*}"
+  [[ -z $TOUCHED ]] || fail "gcloud rejected the request: ${ERROR%%$'\n'*}"
+  bad "gcloud rejected the request, nothing was created: ${ERROR%%$'\n'*}"
 }
 
-# Sleeps such that a signal is heard at once.
-nap() {
+# Sleeps in the background, because bash handles a signal during `wait` but not during `sleep`.
+wait_seconds() {
   (($1 > 0)) && [[ -z $DRY ]] || return 0
   sleep "$1" &
   wait "$!"
 }
-back_off() { nap $(((POLL < 5 ? POLL : 5) * 2 ** ($1 < 5 ? $1 - 1 : 4))); } # 5 s to 80 s
+back_off() { wait_seconds $(((POLL < 5 ? POLL : 5) * 2 ** ($1 < 5 ? $1 - 1 : 4))); } # 5 s to 80 s
 
-# A command up to five times, with back-off, as long as the slice stands.
+# Runs a command up to five times, with back-off, while the slice is READY.
 retry() {
   local try
   for ((try = 1; ; try++)); do
     if "$@"; then return 0; fi
-    look
+    update_state
     [[ $STATE == READY ]] && ((try < 5)) || return 1
-    say "failed; trying again ($try)"
+    say "failed; retrying ($try)"
     back_off "$try"
   done
 }
 
 run_is_complete() {
-  ask storage ls "$WORKDIR/done.json" && return 0
+  query storage ls "$WORKDIR/done.json" && return 0
   [[ -n $DRY || $ERROR == *"matched no objects"* ]] || bad "--workdir=$WORKDIR: $ERROR"
   return 1
 }
 
 # --- the slice -------------------------------------------------------------------------------------
-STATE='' ALIVE=0 LOOKED_AT=0 NODES=() REPORT='' OUTCOME='' FAILED_CODE=1 FAILED_WORKER=''
-TOUCHED='' # set once there may be something that costs money
+STATE='' UPTIME=0 POLLED_AT=0 NODES=() REPORT='' OUTCOME='' FAILED_CODE=1 FAILED_WORKER=''
+TOUCHED='' # set once a slice may exist, which costs money
 DRY_STATE=ACTIVE
 
-# STATE, and what the queued resource says of itself: owner, type, slices.
-look() {
+# Updates STATE; checks owner, type and number of slices of the queued resource.
+update_state() {
   local before=$STATE owner type slices node
-  if ask compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format="csv[no-heading](state.state,tpu.nodeSpec[0].node.labels.owner,tpu.nodeSpec[0].node.acceleratorType,tpu.nodeSpec[0].multisliceParams.nodeCount)"; then
+  if query compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" --format="csv[no-heading](state.state,tpu.nodeSpec[0].node.labels.owner,tpu.nodeSpec[0].node.acceleratorType,tpu.nodeSpec[0].multisliceParams.nodeCount)"; then
     IFS=, read -r STATE owner type slices <<<"$ANSWER"
     [[ $owner == "$OWNER" ]] ||
-      bad "'$NAME' in $ZONE belongs to '${owner:-somebody who set no owner label}', not to '$OWNER': choose another --name"
+      bad "'$NAME' in $ZONE belongs to '${owner:-an unknown user (no owner label)}', not to '$OWNER': choose another --name"
     [[ ${TYPE:=$type} == "$type" && ${SLICES:=${slices:-1}} == "${slices:-1}" ]] ||
       bad "'$NAME' is ${slices:-1} x $type, not $SLICES x $TYPE: delete it, or choose another --name"
     TOUCHED=1
@@ -86,12 +86,12 @@ look() {
   if [[ $STATE == ACTIVE ]]; then
     STATE=READY
     for node in "${NODES[@]}"; do
-      ask compute tpus tpu-vm describe "$node" --project="$PROJECT" --zone="$ZONE" --format='value(state)' || ANSWER=GONE
+      query compute tpus tpu-vm describe "$node" --project="$PROJECT" --zone="$ZONE" --format='value(state)' || ANSWER=GONE
       if [[ $ANSWER != READY && -z $DRY ]]; then STATE=$ANSWER; fi
     done
   fi
-  if [[ $STATE == READY && $before == READY ]]; then ALIVE=$((ALIVE + EPOCHSECONDS - LOOKED_AT)); fi
-  LOOKED_AT=$EPOCHSECONDS
+  if [[ $STATE == READY && $before == READY ]]; then UPTIME=$((UPTIME + EPOCHSECONDS - POLLED_AT)); fi
+  POLLED_AT=$EPOCHSECONDS
 }
 
 name_nodes() {
@@ -101,18 +101,18 @@ name_nodes() {
   for ((i = 0; i < SLICES; i++)); do NODES[i]=$NAME-$i; done
 }
 
-# Until it is READY: requests it, waits in the queue, and replaces what is settled otherwise.
+# Waits until the slice is READY: requests it if it is absent, and replaces it if it failed.
 create_slice() {
   local last='' replaced=0
   while true; do
-    look
+    update_state
     [[ $STATE == "$last" ]] || say "$NAME: $STATE"
     last=$STATE
     case $STATE in
       READY) return ;;
       ABSENT) request_slice ;;
-      CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) nap "$POLL" ;;
-      SUSPENDING | DELETING | STARTING | RESTARTING | REPAIRING) nap "$POLL" ;;
+      CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) wait_seconds "$POLL" ;;
+      SUSPENDING | DELETING | STARTING | RESTARTING | REPAIRING) wait_seconds "$POLL" ;;
       *)
         if [[ $STATE == FAILED ]]; then explain_failure; fi
         ((++replaced < 5)) || fail "$NAME ended as $STATE five times in a row"
@@ -138,19 +138,19 @@ request_slice() {
     if is_refused; then TOUCHED='' && refused; fi
     ((try < 5)) || fail "the request failed $try times: ${ERROR%%$'\n'*}"
     back_off "$try"
-    look # it may have arrived all the same
+    update_state # the request may have succeeded despite the error
     [[ $STATE == ABSENT ]] || return 0
   done
 }
 
 explain_failure() {
-  ask compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
+  query compute tpus queued-resources describe "$NAME" --project="$PROJECT" --zone="$ZONE" \
     --format='value(state.failedData.error.message)' && say "$NAME failed: $ANSWER"
 }
 
 existing_slice() {
-  look
-  [[ $STATE == READY ]] || bad "'$NAME' in $ZONE is $STATE; make it with: $(again create) --type=..."
+  update_state
+  [[ $STATE == READY ]] || bad "'$NAME' in $ZONE is $STATE; create it with: $(command_for create) --type=..."
 }
 
 delete_slice() {
@@ -167,7 +167,7 @@ delete_slice() {
 }
 
 # --- the workers -----------------------------------------------------------------------------------
-# A function for every slice at the same time: FUNCTION SLICE NODE ARG...; fails if it fails for one.
+# Runs FUNCTION SLICE NODE ARG... for all slices in parallel; fails if it fails for one.
 each_slice() {
   local slice pid pids=() failed=0
   for slice in "${!NODES[@]}"; do
@@ -186,27 +186,27 @@ ssh_to() {
   cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3//@SLICE@/$1}" </dev/null
 }
 ship() { each_slice ship_to; }
-on_workers() { each_slice ssh_to "$1"; } # the word @SLICE@ becomes the number of the slice
+on_workers() { each_slice ssh_to "$1"; } # @SLICE@ is replaced by the slice number
 
 REMOTE=monoformer/code/launch/tpu_worker.sh
 worker_command() { quoted bash "$REMOTE" "$@"; }
 
 setup_workers() {
   [[ -z $DRY && -f $ARCHIVE ]] ||
-    do_it git -C "$ROOT" archive --format=tar.gz --output="$ARCHIVE" "$COMMIT"
+    run_or_print git -C "$ROOT" archive --format=tar.gz --output="$ARCHIVE" "$COMMIT"
   say "shipping commit $COMMIT to every worker and installing launch/requirements-tpu.lock"
   retry ship && retry on_workers "rm -rf monoformer/code && mkdir -p monoformer/code && \
 tar -xzf monoformer.tar.gz -C monoformer/code && $(worker_command setup)"
 }
 
-# JAX finds the other workers and slices by itself: the machines' metadata names them.
+# JAX finds the other workers and slices through the metadata of the machines.
 start_workers() {
   local stamp
-  stamp=$(date -u +%Y%m%dT%H%M%SZ)-$COMMIT # the same on all workers: it begins the logs' names
+  stamp=$(date -u +%Y%m%dT%H%M%SZ)-$COMMIT # the prefix of the log names, equal on all workers
   retry on_workers "$(worker_command start @SLICE@ "$WORKDIR" "$stamp" --config="$CONFIG" "${TRAIN_FLAGS[@]}")"
 }
 
-# One line a worker in REPORT (see tpu_worker.sh status); fails unless every worker has answered.
+# Sets REPORT to one line per worker (see tpu_worker.sh status); fails unless all workers respond.
 worker_report() {
   local line lines='' count=0
   REPORT=$(on_workers "if [ -f $REMOTE ]; then $(worker_command status @SLICE@); else \
@@ -219,29 +219,30 @@ echo worker @SLICE@:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
   ((count == HOSTS * SLICES))
 }
 
-# Looks until the run has ended or the slice is gone; OUTCOME: done, preempted, stopped or failed.
-watch_workers() {
+# Polls until the run has ended or the slice is gone; OUTCOME: done, preempted, stopped or failed.
+monitor_workers() {
   local silent=0 ended=0
   while true; do
-    nap "$POLL"
-    look
+    wait_seconds "$POLL"
+    update_state
     stop_in_time
     OUTCOME=preempted
     if [[ $STATE != READY ]]; then
       say "$NAME: $STATE"
       return
     elif worker_report; then
-      [[ -z $DRY ]] || return 0 # one look shows every command
+      [[ -z $DRY ]] || return 0 # one poll shows every command
       silent=0
     elif ((++silent < 5)); then
       continue
     else
-      say "$silent times not every worker answered: $(<"$ERRORS")"
+      say "not every worker responded in $silent polls: $(<"$ERRORS")"
       delete_slice
       return
     fi
-    judge
-    # A worker that fails may be the first sign of a preemption, or one that waits for the others.
+    set_outcome
+    # Polls again before it decides: a failed worker may be the first sign of a preemption, and
+    # others may still be running.
     [[ $OUTCOME != running ]] || continue
     if [[ $OUTCOME == failed || $REPORT == *running* ]] && ((++ended < 3)); then continue; fi
     if [[ $OUTCOME == 'done' || $OUTCOME == failed ]]; then
@@ -249,16 +250,16 @@ watch_workers() {
         OUTCOME='done'
       elif [[ $OUTCOME == 'done' ]]; then
         OUTCOME=failed FAILED_CODE=1 FAILED_WORKER=0:0
-        say "every trainer ended with 0, but there is no $WORKDIR/done.json"
+        say "every trainer exited with 0, but there is no $WORKDIR/done.json"
       fi
     fi
     return 0
   done
 }
 
-# REPORT -> OUTCOME, and the first worker that failed. What a preempted worker leaves behind makes
-# others fail too, so one that saved (75) or is gone outweighs every other code.
-judge() {
+# REPORT -> OUTCOME, and the first worker that failed. A preempted worker makes the others fail too, so
+# one worker that saved (75) or is lost takes precedence over every other exit code.
+set_outcome() {
   local where state code time first=''
   OUTCOME='done'
   while read -r _ where state code time; do
@@ -281,19 +282,19 @@ show_failure() {
   local meaning=''
   case $FAILED_CODE in
     2) meaning=' (bad input)' ;;
-    3) meaning=' (the loss is no longer a number)' ;;
-    4) meaning=' (it crashes again and again)' ;;
+    3) meaning=' (the loss is not finite)' ;;
+    4) meaning=' (crash loop)' ;;
     5) meaning=' (it hung)' ;;
-    137) meaning=' (killed, as when memory runs out)' ;;
+    137) meaning=' (killed, possibly out of memory)' ;;
   esac
-  say "worker $FAILED_WORKER of $NAME ended with code $FAILED_CODE$meaning; the end of its log:"
+  say "worker $FAILED_WORKER of $NAME exited with code $FAILED_CODE$meaning; the end of its log:"
   cloud compute tpus tpu-vm ssh "${NODES[${FAILED_WORKER%%:*}]}" --worker="${FAILED_WORKER##*:}" \
     --command="$(worker_command tail 20)" </dev/null >&2 || say "(its log cannot be read)"
 }
 
 # --- time and money --------------------------------------------------------------------------------
 cost() {
-  awk -v seconds="$ALIVE" -v chips="$((CHIPS * SLICES))" -v price="$PRICE" 'BEGIN {
+  awk -v seconds="$UPTIME" -v chips="$((CHIPS * SLICES))" -v price="$PRICE" 'BEGIN {
     hours = seconds / 3600
     printf "%.2f h x %d chips", hours, chips
     if (price != "") printf " x %s = %.2f", price, hours * chips * price
@@ -301,21 +302,21 @@ cost() {
 }
 
 stop_in_time() {
-  [[ -n $MAX_HOURS && -z $DRY ]] && awk "BEGIN { exit !($ALIVE >= $MAX_HOURS * 3600) }" || return 0
-  say "--max-hours=$MAX_HOURS are over: saving and deleting"
+  [[ -n $MAX_HOURS && -z $DRY ]] && awk "BEGIN { exit !($UPTIME >= $MAX_HOURS * 3600) }" || return 0
+  say "--max-hours=$MAX_HOURS is reached: saving and deleting"
   on_workers "$(worker_command stop)" || say "not every trainer could save"
   delete_slice
   fail "stopped after $(cost)"
 }
 
-# ALIVE of a slice that others may have made: since its node was created.
-node_hours() {
-  ask compute tpus tpu-vm describe "${NODES[0]}" --project="$PROJECT" --zone="$ZONE" \
-    --format='value(createTime.date("%s"))' && ALIVE=$((EPOCHSECONDS - ${ANSWER%%.*}))
+# Sets UPTIME to the seconds since the node was created, perhaps by another call of tpu.sh.
+node_uptime() {
+  query compute tpus tpu-vm describe "${NODES[0]}" --project="$PROJECT" --zone="$ZONE" \
+    --format='value(createTime.date("%s"))' && UPTIME=$((EPOCHSECONDS - ${ANSWER%%.*}))
 }
 
-# On every exit: nothing that costs money is left unseen.
-farewell() {
+# On every exit: deletes the slice, or warns that it still costs money.
+on_exit() {
   local code=$? answer=''
   trap - EXIT INT TERM
   set +e
@@ -328,7 +329,7 @@ farewell() {
     if [[ $answer == [yY]* ]]; then
       delete_slice
     else
-      say "'$NAME' ($STATE) is there and may cost money until: $(again delete)"
+      say "'$NAME' ($STATE) still exists and may cost money; delete it with: $(command_for delete)"
     fi
   fi
   [[ -z $SCRATCH ]] || rm -rf "$SCRATCH"

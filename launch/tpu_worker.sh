@@ -2,18 +2,18 @@
 # Runs on every worker of a slice, where tpu.sh has unpacked the code:
 #
 #   tpu_worker.sh setup                                   Python and the locked packages
-#   tpu_worker.sh start SLICE WORKDIR STAMP TRAIN_FLAG... the trainer, detached, with a log of its own
+#   tpu_worker.sh start SLICE WORKDIR STAMP TRAIN_FLAG... the trainer, detached, with its own log
 #   tpu_worker.sh status SLICE                            one line: worker SLICE:INDEX STATE [CODE TIME]
-#   tpu_worker.sh stop                                    the trainer saves and ends
+#   tpu_worker.sh stop                                    the trainer saves and exits
 #   tpu_worker.sh tail LINES [follow]
 set -euo pipefail
 
-UV=0.13.8 # fetches Python: the images come with 3.10, which is too old
+UV=0.13.8 # installs Python: that of the images, 3.10, is too old
 PYTHON=3.11
 HERE=$HOME/monoformer # code/, venv/ and run/: pid, log, exit ("CODE TIME"), stopped
 RUN=$HERE/run
 LIBTPU_LOCK=${LIBTPU_LOCK:-/tmp/libtpu_lockfile}
-SAVE_SECONDS=300 # for the last checkpoint after SIGTERM
+SAVE_SECONDS=300 # time limit of the last checkpoint after SIGTERM
 WORKER=${HOSTNAME##*-w-}
 
 setup() {
@@ -31,12 +31,12 @@ is_running() {
   [[ -f $RUN/pid ]] && read -r pid <"$RUN/pid" && grep -qs supervise "/proc/$pid/cmdline"
 }
 
-# Ends what may still run here, with time to save.
+# Ends a trainer that still runs on this worker, with time to save.
 end_trainer() {
   local pid waited
   if is_running; then
     read -r pid <"$RUN/pid"
-    kill -TERM "$pid" || true # the supervisor passes it on
+    kill -TERM "$pid" || true # the supervisor forwards it to the trainer
     for ((waited = 0; waited < SAVE_SECONDS * 10; waited++)); do
       is_running || break
       sleep 0.1
@@ -49,9 +49,9 @@ start() {
   local slice=$1 workdir=$2 stamp=$3
   shift 3
   end_trainer
-  # Whoever else holds the chips; fails where nobody does.
+  # Kills any other process that uses the chips; fuser fails if there is none.
   sudo fuser --silent --kill /dev/accel* /dev/vfio/* || true
-  sudo rm -f "$LIBTPU_LOCK" # else: "libtpu already in use"
+  sudo rm -f "$LIBTPU_LOCK" # a stale lock gives "libtpu already in use"
   mkdir -p "$RUN"
   rm -f "$RUN/exit" "$RUN/stopped"
   cd "$HERE/code"
@@ -62,7 +62,7 @@ start() {
   echo "worker $slice:$WORKER started"
 }
 
-# Writes down how the trainer ended, and copies its log to the bucket every minute.
+# Runs the trainer, records its exit code, and copies its log to the bucket every minute.
 supervise() {
   local bucket_log=$1 code signalled=1 trainer
   shift
@@ -71,14 +71,14 @@ supervise() {
   trainer=$!
   trap 'signalled=1; kill -TERM "$trainer" 2>/dev/null || true' TERM
   while sleep 60; do copy_log "$bucket_log"; done &
-  while ((signalled)); do # a signal interrupts `wait`; the trainer goes on until it has saved
+  while ((signalled)); do # a signal interrupts `wait`, while the trainer is still saving
     signalled=0 code=0
     wait "$trainer" || code=$?
   done
   copy_log "$bucket_log"
   echo "$code $EPOCHSECONDS" >"$RUN/exit.new"
   mv "$RUN/exit.new" "$RUN/exit"
-  kill -KILL -- "-$$" # the copying loop and its sleep too
+  kill -KILL -- "-$$" # ends the copying loop and its sleep too
 }
 
 copy_log() {
