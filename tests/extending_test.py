@@ -68,8 +68,13 @@ def test_a_new_model_goes_through_every_command(toy, tmp_path, capsys):
     """Trained, stopped and resumed with the losses of one run, sampled, planned, converted and back."""
     config, runs = tmp_path / "toy.py", [tmp_path / name for name in ("once", "twice")]
     config.write_text(CONFIG)
-    arguments = [f"--config={config}", "--processes=1", "--config.optimizer.schedule=constant",
-                 "--config.optimizer.warmup_steps=0", "--config.optimizer.learning_rate=0.1"]  # fmt: skip
+    arguments = [
+        f"--config={config}",
+        "--processes=1",
+        "--config.optimizer.schedule=constant",
+        "--config.optimizer.warmup_steps=0",
+        "--config.optimizer.learning_rate=0.1",
+    ]
     assert run(train, *arguments, f"--workdir={runs[0]}") == 0
     assert run(train, *arguments, f"--workdir={runs[1]}", "--config.steps=2") == 0
     assert run(train, *arguments, f"--workdir={runs[1]}") == 0
