@@ -3,9 +3,9 @@
 bash launch/demo.sh
 python -m monoformer_jax.train --config=configs/digits.py --workdir=runs/digits
 
-203 s for 1,400 steps on 2 CPU cores, including compilation. `python -m monoformer_jax.evaluate
---workdir=runs/digits`: draw 100.0 %, Fréchet 0.75 (real digits 0.57), read 98.1 %, say 100.0 %, one
-image for each of 100 draw prompts.
+1152 s for 1,400 steps on 2 CPU cores beside other programs, 203 s on idle cores, including
+compilation. `python -m monoformer_jax.evaluate --workdir=runs/digits`: draw 100.0 %, Fréchet 0.74 (real
+digits 0.57), read 97.8 %, say 100.0 %, one image for each of 100 draw prompts.
 """
 
 from monoformer_jax.models import base_config, named_size
