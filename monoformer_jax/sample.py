@@ -161,7 +161,6 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
     if args.paint or args.total:
         model.image_processor.codec.check()
     shown = [model.image_processor.encode(args.image, "--image")] if args.image else []
-    prompts = [(word, [word, *shown]) for word in words]
     if args.chat:
         prompts = [
             (word, chat_parts([{"role": "user", "content": [word.strip(), *shown]}]))
@@ -169,7 +168,7 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
         ]
     else:
         ends = model.config.data.end_of_prompt
-        prompts = [(word, complete_prompt(parts, ends)) for word, parts in prompts]
+        prompts = [(word, complete_prompt([word, *shown], ends)) for word in words]
     if args.total is not None:
         return _many(model, prompts, share, args)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
