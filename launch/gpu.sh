@@ -9,7 +9,7 @@
 # In a Slurm job, the nodes and GPUs default to the job's. On the SIGTERM that Slurm sends 120 s before
 # the time limit, the trainer saves and exits with 75; a batch job is then requeued.
 # Arguments after -- are passed to the trainer. --dry-run prints the command without running it.
-# The interpreter is .venv/bin/python (python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]') or
+# The interpreter is .venv/bin/python (python3 -m venv .venv && .venv/bin/pip install -e '.[cuda,digits]') or
 # $PYTHON. Exit codes: 2 bad input, otherwise the trainer's.
 set -euo pipefail
 
@@ -70,7 +70,7 @@ elif ! nvidia-smi --list-gpus 2>/dev/null | grep -q .; then
   bad "nvidia-smi finds no GPU on this host"
 fi
 [[ -x $PYTHON ]] || command -v "$PYTHON" >/dev/null ||
-  bad "$PYTHON does not exist; create it: python3 -m venv .venv && .venv/bin/pip install -e '.[cuda]'"
+  bad "$PYTHON does not exist; create it: python3 -m venv .venv && .venv/bin/pip install -e '.[cuda,digits]'"
 
 export PYTHONUNBUFFERED=1 # writes each line to the log at once
 code=0
