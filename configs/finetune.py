@@ -23,7 +23,7 @@ def get_config(base: str = ""):
             exists,
             f"{base} is not a workdir to start from: `convert` makes one from released weights",
         )
-        c.update(json.loads((Path(base) / "config.json").read_text()))
+        c.update(json.loads((Path(base) / "config.json").read_text(encoding="utf-8")))
     else:
         c.model.update(named_size("tinyllama_1b"))
         c.objective.learn_sigma = True

@@ -174,7 +174,9 @@ def image_block(layout: TokenLayout, grid: tuple[int, int], rows: int) -> dict:
     )  # fmt: skip
 
 
-def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images: int) -> None:
+def check(
+    batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images: int, vocab_size: int
+) -> None:
     """Raises ValueError, naming the field, if a host batch violates the contract.
 
     Training checks only the first batch of a run.
@@ -187,6 +189,12 @@ def check(batch: Batch, expected: Mapping[str, jax.ShapeDtypeStruct], max_images
             raise ValueError(
                 f"batch field {name} is {got.dtype}{list(got.shape)}, "
                 f"expected {want.dtype}{list(want.shape)}"
+            )
+    for name in ("tokens", "targets"):
+        for row, token in np.argwhere((batch[name] < 0) | (batch[name] >= vocab_size)):
+            raise ValueError(
+                f"batch row {row}, token {token}: {name} is {batch[name][row, token]}, but ids of this "
+                f"vocabulary are 0 to {vocab_size - 1}"
             )
     token_types, segments, images = (
         batch[name] for name in ("token_types", "segment_ids", "image_ids")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import io
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ def run_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     add_arguments(parser)
     args, rest = parser.parse_known_args()
     if hasattr(args, "config"):

@@ -21,7 +21,7 @@ from typing import Any
 
 from monoformer_jax.cli import run_command
 from monoformer_jax.data.image_io import open_image
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import InputError, require, require_unicode
 
 MOST_CONVERSATIONS = 1000  # kept in memory; the least recently used is dropped
 _PREVIEWS = 8  # per image, about
@@ -113,6 +113,9 @@ class Conversations:
         require(talk.pending is None, "the previous answer is not complete: wait for it")
         content = [part for part in content if part]
         require(bool(content), "the message is empty: write text or attach an image")
+        for text in content:
+            if isinstance(text, str):
+                require_unicode(text, "the message")
         content = [x if isinstance(x, str) else open_image(x, "the image") for x in content]
         message = {"role": "user", "content": content}
         context = [*(talk.messages if remember else ()), message]

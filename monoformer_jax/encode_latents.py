@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     written = count_records(files)
     require(written > 0, f"no example of --from={args.source} could be read")
     info = {"examples": written, "files": len(files), "shape": shape}
-    (folder / "info.json").write_text(json.dumps(info) + "\n")
+    (folder / "info.json").write_text(json.dumps(info) + "\n", encoding="utf-8")
     missed = len(examples) - written
     left = f"; {missed} could not be read and were skipped" if missed else ""
     print(f"{folder}: {written} examples in {len(files)} files{left}")

@@ -18,3 +18,17 @@ def require(condition: bool, message: str) -> None:
     """Raises InputError with `message` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+def require_unicode(text: str, name: str) -> None:
+    """Raises InputError for a text with half of a surrogate pair, which has no UTF-8 form.
+
+    JSON with half an emoji has such a text, and a command line in another encoding than the locale's.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} is not Unicode text: character {error.start + 1} of {text[:40]!a} is half "
+            "of a surrogate pair"
+        ) from error

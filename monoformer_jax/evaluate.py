@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     plots.save_digit_grid(samples, drawn[:80], 10, NAMES[:10])
     plots.save_loss_curves(losses, args.workdir / "metrics.jsonl")
     if args.json:
-        args.json.write_text(json.dumps(scores, indent=2) + "\n")
+        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     for name, key, meaning, form in _TABLE:
         print(f"{name:<10} {form.format(scores[key]):>8}   {meaning}")
     print(f"figures: {samples}  {losses}")

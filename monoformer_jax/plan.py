@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     found = estimate(config, args.topology, args.mode, args.dtype)
     print("\n".join(describe(found, args.topology, args.mode)), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")
+        args.json.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
     if found.fits:
         return 0
     print("\nThe run does not fit. Trying config changes:", flush=True)

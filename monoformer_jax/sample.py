@@ -163,8 +163,7 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
     shown = [model.image_processor.encode(args.image, "--image")] if args.image else []
     if args.chat:
         prompts = [
-            (word, chat_parts([{"role": "user", "content": [word.strip(), *shown]}]))
-            for word in words
+            (word, chat_parts([{"role": "user", "content": [word, *shown]}])) for word in words
         ]
     else:
         ends = model.config.data.end_of_prompt
@@ -184,7 +183,7 @@ def _words(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
         require(args.prompts.is_file(), f"--prompts={args.prompts}: no such file")
         try:
-            words += args.prompts.read_text(encoding="utf-8").splitlines()
+            words += args.prompts.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             require(False, f"--prompts={args.prompts} is not UTF-8 text")
     if args.labels is not None:

@@ -44,7 +44,7 @@ def good_batch():
 
 
 def test_check_accepts_a_good_batch():
-    contract.check(good_batch(), SPEC, max_images=1)
+    contract.check(good_batch(), SPEC, max_images=1, vocab_size=262)
 
 
 @pytest.mark.parametrize(
@@ -56,21 +56,23 @@ def test_check_accepts_a_good_batch():
         ("denoise", True, "token 5: denoise"),
         ("patches", 1.0, "token 5: patches"),
         ("target_weights", 1.0, "token 5: target_weights"),
+        ("tokens", 262, "row 0, token 5: tokens is 262, but ids of this"),
+        ("targets", -1, "row 0, token 5: targets is -1, but ids of this"),
     ],
 )
 def test_check_names_the_row_the_token_and_the_rule(field, value, message):
     batch = good_batch()
     batch[field][0, 5] = value
     with pytest.raises(ValueError, match=message):
-        contract.check(batch, SPEC, max_images=1)
+        contract.check(batch, SPEC, max_images=1, vocab_size=262)
 
 
 def test_check_counts_images_and_compares_shapes():
     with pytest.raises(ValueError, match="more than 0 images"):
-        contract.check(good_batch(), SPEC, max_images=0)
+        contract.check(good_batch(), SPEC, max_images=0, vocab_size=262)
     with pytest.raises(ValueError, match=r"tokens is int32\[1, 6\], expected int32\[2, 6\]"):
-        contract.check(good_batch(), contract.spec(LAYOUT, 2, 6), max_images=1)
+        contract.check(good_batch(), contract.spec(LAYOUT, 2, 6), max_images=1, vocab_size=262)
     batch = good_batch()
     del batch["patch_positions"]
     with pytest.raises(ValueError, match="missing or unknown: patch_positions"):
-        contract.check(batch, SPEC, max_images=1)
+        contract.check(batch, SPEC, max_images=1, vocab_size=262)

@@ -1,10 +1,12 @@
 """convert: bit-exact round trips, sampling from a converted folder, bad input."""
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import safetensors.numpy
 import tokenizers
 from conftest import REFERENCE, ROOT
+from llama_tokenizer import write_llama_tokenizer
 
 import monoformer_jax
 from monoformer_jax.config import MeshConfig
@@ -132,20 +135,28 @@ def test_bf16(tmp_path, folder):
 def test_a_llama_gets_new_image_layers_and_special_tokens(tmp_path):
     source = tmp_path / "llama"
     source.mkdir()
-    for name in ("config.json", "weights.safetensors"):
-        shutil.copy(REFERENCE / "llama_tiny" / name, source)
-    write_words(source / "tokenizer.json", 131, [])
+    text = "naïve: two plus three is five " * 2
+    cut = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    count = write_llama_tokenizer(source / "tokenizer.json", specials=(), truncation=cut)
+    config = json.loads((REFERENCE / "llama_tiny" / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"vocab_size": count}))
+    tensors = safetensors.numpy.load_file(REFERENCE / "llama_tiny" / "weights.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = np.resize(tensors[name], (count, tensors[name].shape[1]))
+    safetensors.numpy.save_file(tensors, source / "weights.safetensors")
     out = run("convert", f"--from={source}", f"--to={tmp_path / 'ours'}")
     assert "(new)" in out and "model.layers.*.mlp.up_proj.weight" in out
     config, params, _ = load_trained(tmp_path / "ours")
-    assert config.model.vocab_size == 135
+    assert config.model.vocab_size == count + 4
     want = safetensors.numpy.load_file(source / "weights.safetensors")
     table = np.asarray(params["token_embedding"])
-    np.testing.assert_array_equal(table[:131], want["model.embed_tokens.weight"])
-    assert (table[131:135] != 0).all() and (table[135:] == 0).all()
+    np.testing.assert_array_equal(table[:count], want["model.embed_tokens.weight"])
+    assert (table[count : count + 4] != 0).all() and (table[count + 4 :] == 0).all()
     tokenizer = FileTokenizer(tmp_path / "ours" / "tokenizer.json")
     ids = [tokenizer.pad_id, tokenizer.image_id, tokenizer.im_start_id, tokenizer.im_end_id]
-    assert ids == [131, 132, 133, 134]
+    assert ids == [count, count + 1, count + 2, count + 3]
+    assert tokenizer.decode(tokenizer.encode(text)) == text  # the stored truncation is reset
+    assert max(tokenizer.encode(text)) < count
     # init_from can load it.
     target = abstract_train_state(config, make_mesh(MeshConfig())).params
     started = load_weights(tmp_path / "ours", target, config.model)
@@ -198,6 +209,39 @@ def test_an_invalid_folder(tmp_path, folder, change, message):
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(InputError, match=message):
         open_source(find_source(str(tmp_path / "source")))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("name", ["llama_tiny", "tiny_a"])
+def test_a_prefix_of_all_names_is_said(tmp_path, name, prefix):
+    """As PyTorch saves a compiled or wrapped model; some of each kind of mismatch are listed."""
+    shutil.copy(REFERENCE / name / "config.json", tmp_path)
+    tensors = safetensors.numpy.load_file(REFERENCE / name / "weights.safetensors")
+    tensors = {prefix + key: value for key, value in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"every name begins with '{prefix}', as in") as raised:
+        open_source(find_source(str(tmp_path)))
+    kinds = [line.split()[0] for line in str(raised.value).split("\n")[1:]]
+    assert kinds.count("missing") == kinds.count("unknown") == 8
+
+
+@pytest.mark.parametrize("ends", [[".safetensors", ".bin"], [".bin"]])
+def test_one_set_of_weights_is_downloaded(tmp_path, monkeypatch, ends):
+    """From a repository that holds both formats, safetensors alone; the hub is a fake."""
+    files = ["config.json", "pytorch_model.bin.index.json", *(f"model{end}" for end in ends)]
+
+    def snapshot_download(name, allow_patterns):
+        for file in files:
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert find_source("someone/model").folder == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*files[:2], f"model{ends[0]}"]
+    )
 
 
 def test_bad_input_of_the_command(tmp_path, folder):

@@ -86,9 +86,9 @@ def test_the_beginning_of_a_sentence_decides_its_end():
 
 def test_unknown_sources_and_sizes_are_refused(change):
     with pytest.raises(InputError, match=r"mixture\.dance is not a source: choose from draw, read"):
-        open_sources(change(data={"mixture": {"dance": 1.0}}).data)
+        open_sources(change(data={"mixture": {"dance": 1.0}}).data, 1)
     with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
-        open_sources(change(data={"image_size": 16}).data)
+        open_sources(change(data={"image_size": 16}).data, 1)
     with pytest.raises(InputError, match=r"vocab_size=200 is smaller than the tokenizer's 262"):
         Batches(change(model={"vocab_size": 200}), TOKENIZER)
 
@@ -111,7 +111,7 @@ def test_rows_follow_the_contract_and_documents_are_complete(config):
     real = {image.tobytes() for image in digits("train")[0]}
     kinds_of_documents = set()
     for batch in made:
-        contract.check(batch, expected, config.max_images)
+        contract.check(batch, expected, config.max_images, config.layout.vocab_size)
         for document in documents_of(batch):
             tokens, token_types, targets = (
                 document[k] for k in ("tokens", "token_types", "targets")

@@ -177,4 +177,6 @@ def test_a_new_field_is_one_line(monkeypatch):
     assert (row["token_types"] == PATCH).sum() == 12 and not row["prefix_stop"][
         row["segment_ids"] == 0
     ].any()
-    contract.check({k: v[None] for k, v in row.items()}, contract.spec(layout, 1, 48), 4)
+    contract.check(
+        {k: v[None] for k, v in row.items()}, contract.spec(layout, 1, 48), 4, layout.vocab_size
+    )

@@ -56,6 +56,38 @@ def test_imports_are_from_earlier_layers():
     assert not wrong
 
 
+def names_encoding(call):
+    """Whether a call names its encoding, or reads and writes no text."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name == "open":
+        mode = call.args[:1] if isinstance(call.func, ast.Attribute) else call.args[1:2]
+        modes = [m.value for m in [*mode, keywords.get("mode")] if isinstance(m, ast.Constant)]
+        modes = [m for m in modes if isinstance(m, str)]
+        is_file = isinstance(call.func, ast.Name) or any(m.strip("bt+") in "rwax" for m in modes)
+        if not is_file or any("b" in m for m in modes):
+            return True
+    is_process = getattr(keywords.get("text"), "value", False) is True
+    is_text = name in ("open", "read_text", "write_text") or is_process
+    return not is_text or "encoding" in keywords
+
+
+def test_text_files_are_utf_8_whatever_the_locale():
+    paths = [*PACKAGE.rglob("*.py"), *(ROOT / "configs").glob("*.py")]
+    calls = [(p, n) for p in paths for n in ast.walk(tree_of(p)) if isinstance(n, ast.Call)]
+    unnamed = [f"{p.relative_to(ROOT)}:{n.lineno}" for p, n in calls if not names_encoding(n)]
+    assert not unnamed
+    for bad in ("p.read_text()", "open(p)", "p.open('a')", "p.write_text(x)", "run(x, text=True)"):
+        assert not names_encoding(ast.parse(bad).body[0].value)
+    for good in (
+        "open(p, 'rb')",
+        "p.open('wb')",
+        "talks.open(number)",
+        "open(p, encoding='utf-8')",
+    ):
+        assert names_encoding(ast.parse(good).body[0].value)
+
+
 def test_every_file_has_a_layer():
     assert {top_level(path) for path in PACKAGE.rglob("*.py")} == set(ORDER) | COMMANDS | ENTRY
 

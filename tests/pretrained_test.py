@@ -54,6 +54,24 @@ def test_our_safetensors_are_read_by_the_safetensors_library(tmp_path):
     assert_equal(loaded(tmp_path), ARRAYS)
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["pytorch_model.bin", "model.safetensors.index.json", "diffusion_pytorch_model.safetensors"],
+)
+def test_two_sets_of_weights_are_an_error(tmp_path, other):
+    write_safetensors(tmp_path / "model.safetensors", described(ARRAYS))
+    where = dict.fromkeys(ARRAYS, "model-1.safetensors")
+    (tmp_path / other).write_text(json.dumps({"weight_map": where}))
+    if other.endswith(".index.json"):
+        assert_equal(loaded(tmp_path), ARRAYS)  # downloaded without its shards
+        write_safetensors(tmp_path / "model-1.safetensors", described(ARRAYS))
+    with pytest.raises(InputError, match="has more than one set of weights, ") as raised:
+        open_weights(tmp_path)
+    assert other in str(raised.value) and "model.safetensors" in str(raised.value)
+    (tmp_path / other).unlink()
+    assert_equal(loaded(tmp_path), ARRAYS)
+
+
 def test_shards(tmp_path):
     where = {}
     for number, name in enumerate(ARRAYS):

@@ -47,7 +47,13 @@ LINES = [
     {"img_path": "./b.png", "prompt": "blue"},
     {"image": "a.png", "messages": ["colour?", "red", "sure?", "yes"]},
     {"id": "7", "data": ["hi", "hello"]},
-    {"image": "b.png", "conversations": [{"value": "<image>\nwhat?"}, {"value": "blue"}]},
+    {
+        "image": "b.png",
+        "conversations": [
+            {"from": "human", "value": "<image>\nwhat?"},
+            {"from": "gpt", "value": "blue"},
+        ],
+    },
     {"image": "gone.png", "captions": ["lost"]},
     {"nothing": 1},
 ]
@@ -127,6 +133,7 @@ def test_records_train_as_rows(records):
             batch,
             contract.spec(config.layout, config.batch_size, config.data.max_seq_len),
             config.max_images,
+            config.layout.vocab_size,
         )
     at_patch = batch["token_types"] == PATCH
     assert (batch["patch_logvar"][at_patch] != 0).all(-1).any()
@@ -200,7 +207,7 @@ def test_roles_of_messages(tmp_path):
     file.write_text(json.dumps({"messages": [system, *TALK]}) + "\n")
     (example,) = open_raw(str(file), None)
     assert example().parts == [UntrainedText("Be brief. "), *chat_parts(TALK)[:-1]]
-    for wrong in (TALK[:1], TALK[1:], [{"role": "cat", "content": "meow"}], ["one"], [1, 2]):
+    for wrong in (TALK[:1], TALK[1:], [system], ["one"], []):
         file.write_text(json.dumps({"messages": wrong}) + "\n")
         with pytest.raises(InputError, match="user and assistant must alternate"):
             open_raw(str(file), None)[0]()
@@ -288,7 +295,7 @@ def test_a_dataset_of_tensorflow_datasets(monkeypatch):
 
 def test_records_that_do_not_fit_the_config(tmp_path, raw):
     with pytest.raises(InputError, match=r"--config.data.records.other=DIR"):
-        open_sources(dataclasses.replace(settings(tmp_path).data, mixture={"other": 1.0}))
+        open_sources(dataclasses.replace(settings(tmp_path).data, mixture={"other": 1.0}), 4)
     out = encode(f"--from={raw / 'all.jsonl'}", f"--to={tmp_path / 'r'}", code=2)
     assert "the dataset has images: give the autoencoder with --vae=DIR" in out
     assert not list(tmp_path.glob("r/*.json"))
@@ -296,5 +303,5 @@ def test_records_that_do_not_fit_the_config(tmp_path, raw):
 
 @pytest.mark.slow
 def test_latents_of_another_size(records):
-    with pytest.raises(InputError, match=r"holds latents of 16×16, but data.image_size=32"):
-        open_sources(dataclasses.replace(settings(records).data, image_size=32))
+    with pytest.raises(InputError, match=r"holds latents of 16×16×4, but data.image_size=32 and"):
+        open_sources(dataclasses.replace(settings(records).data, image_size=32), 4)

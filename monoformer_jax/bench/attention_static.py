@@ -97,7 +97,7 @@ def schedule_of(directory: pathlib.Path, name: str) -> Schedule:
     files = sorted(directory.glob(f"*interval_attention_{name}*-packed-bundles-post-ra.txt"))
     if not files:
         raise RuntimeError(f"libtpu dumped no schedule for the {name} kernel")
-    total, loops = innermost_loops(files[-1].read_text(errors="replace"))
+    total, loops = innermost_loops(files[-1].read_text(encoding="utf-8", errors="replace"))
     visits = [loop for loop in loops if loop[1]]
     if len(visits) != 3 or visits[0][1] != 2 * visits[1][1]:
         raise RuntimeError(
@@ -117,7 +117,7 @@ def compile_and_dump(chip: str, head_dim: int, length: int) -> dict[str, Schedul
             "JAX_PLATFORMS": "cpu",
         }
         command = [sys.executable, "-m", __name__, chip, str(head_dim), str(length)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise RuntimeError(f"compiling for {chip} failed:\n{done.stderr[-2000:]}")
         return {name: schedule_of(pathlib.Path(directory), name) for name in PASSES}

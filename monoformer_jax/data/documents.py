@@ -20,7 +20,7 @@ import numpy as np
 
 from monoformer_jax.batch import PATCH, TEXT, TIME, Document, concatenate, empty, patchify, select
 from monoformer_jax.config import TokenLayout
-from monoformer_jax.data.tokenizer import Tokenizer
+from monoformer_jax.data.tokenizer import Tokenizer, encode_after
 from monoformer_jax.errors import require
 
 
@@ -86,6 +86,7 @@ def build_document(
     text_beside_images: bool = True,
     closing: Sequence[int] | None = None,
     after: Document | None = None,
+    before: Sequence[int] = (),
 ) -> Document:
     """Builds the fields of one document, or of the continuation of one.
 
@@ -98,6 +99,8 @@ def build_document(
       closing: ids of the last tokens, default </s>; [] for a prompt to be continued.
       after: the document that this one continues: no <s> is added, positions and image ids
         continue, and <|im_start|> is not repeated if `after` ends with it.
+      before: the ids at the end of `after` that the first part continues as one text, see
+        `open_text`.
 
     Raises:
       InputError: an image whose side is not divisible by the patch size, one with another number of
@@ -118,9 +121,9 @@ def build_document(
             pieces.append(_text([tokenizer.eos_id]))
         else:
             read = isinstance(part, UntrainedText)
-            ids = tokenizer.encode(part.text if read else part)
+            ids = tokenizer.encode(part.text) if read else encode_after(tokenizer, before, part)
             pieces.append(_text(ids) | {"target_weights": float(not read)})
-        begun = False
+        begun, before = False, ()
     pieces.append(_text([tokenizer.eos_id] if closing is None else closing))
     document = concatenate([empty(layout, len(piece["tokens"]), **piece) for piece in pieces])
     first = 0 if after is None else int(after["positions"][-1]) + 1
@@ -147,6 +150,24 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
         else:
             joined.append(part)
     return joined
+
+
+def open_text(parts: Sequence[Part], tokenizer: Tokenizer, before: Sequence[int] = ()) -> list[int]:
+    """Ids of the text at the end of `parts` that a token or text after them continues.
+
+    Empty after an image, </s> or text without loss: the next text is then one of its own, as in
+    training.
+
+    Args:
+      before: the open text that the first part continues.
+    """
+    joined = _joined(parts)
+    if not joined:
+        return list(before)
+    if not isinstance(joined[-1], str):
+        return []
+    before = before if len(joined) == 1 else ()
+    return [*before, *encode_after(tokenizer, before, joined[-1])]
 
 
 def truncate(document: Document, length: int) -> Document:

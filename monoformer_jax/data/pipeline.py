@@ -44,7 +44,7 @@ class Batches:
             f"model.vocab_size={layout.vocab_size} is smaller than the tokenizer's "
             f"{tokenizer.vocab_size}",
         )
-        sources = open_sources(c)
+        sources = open_sources(c, layout.channels)
         for name, source in sources.items():
             require(
                 len(source.examples) >= c.streams,

@@ -98,7 +98,7 @@ class Records(Sequence):
         info = path / "info.json"
         require(info.exists(), f"{folder} has no complete records: there is no info.json; "
                                "`encode_latents` writes such folders")  # fmt: skip
-        self.info = json.loads(info.read_text())
+        self.info = json.loads(info.read_text(encoding="utf-8"))
         files = sorted(str(file) for file in path.glob("*.array_record"))
         require(
             len(files) == self.info["files"],
@@ -117,11 +117,12 @@ class Records(Sequence):
         return f"Records({len(self)} examples)"
 
 
-def check_shape(name: str, records: Records, side: int) -> None:
-    """Raises InputError if the latents do not have the size of the config."""
-    shape = records.info["shape"]
-    if shape is not None and shape[:2] != [side, side]:
+def check_shape(name: str, records: Records, side: int, channels: int) -> None:
+    """Raises InputError if the latents do not have the size and channels of the config."""
+    found, want = records.info["shape"], [side, side, channels]
+    if found is not None and found != want:
+        found, want = ("×".join(map(str, shape)) for shape in (found, want))
         raise InputError(
-            f"data.records.{name} holds latents of {shape[0]}×{shape[1]}, but "
-            f"data.image_size={side}"
+            f"data.records.{name} holds latents of {found}, but data.image_size={side} and "
+            f"model.channels={channels} make {want}"
         )

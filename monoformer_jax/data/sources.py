@@ -62,17 +62,21 @@ def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
     return padded[y : y + height, x : x + width]
 
 
-def _records(c: DataConfig, name: str) -> Source:
+def _records(c: DataConfig, name: str, channels: int) -> Source:
     records = Records(c.records[name])
-    check_shape(name, records, c.image_size)
+    check_shape(name, records, c.image_size, channels)
     return Source(records, lambda example, rng: example)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}
 
 
-def open_sources(c: DataConfig) -> dict[str, Source]:
+def open_sources(c: DataConfig, channels: int) -> dict[str, Source]:
     """Opens the sources of the mixture with a weight above 0.
+
+    Args:
+      c: data config.
+      channels: channels of the model's images, which those of records must have.
 
     Raises:
       InputError: a name that is neither in `SOURCES` nor in data.records, or an invalid source.
@@ -86,5 +90,6 @@ def open_sources(c: DataConfig) -> dict[str, Source]:
     opened = {}
     for name, weight in c.mixture.items():
         if weight > 0:
-            opened[name] = _records(c, name) if name in c.records else SOURCES[name](c)
+            stored = name in c.records
+            opened[name] = _records(c, name, channels) if stored else SOURCES[name](c)
     return opened

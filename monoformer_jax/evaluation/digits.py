@@ -43,15 +43,12 @@ def opens_image(model) -> float:
 
 def exact(model, prompts: list, answers: list[str]) -> float:
     """Share of prompts whose greedy completion is exactly the answer followed by </s>."""
-    expected = [model.tokenizer.encode(answer) for answer in answers]
+    most = max(len(model.tokenizer.encode(answer)) for answer in answers) + 1
     right = 0
     for i in range(0, len(prompts), _BATCH):
-        got = generate_text(
-            model, prompts[i : i + _BATCH],
-            max_tokens=max(map(len, expected)) + 1,
-        )  # fmt: skip
-        pairs = zip(got, expected[i : i + _BATCH])
-        right += sum(g.finish_reason == "end" and g.tokens == e for g, e in pairs)
+        got = generate_text(model, prompts[i : i + _BATCH], max_tokens=most)
+        pairs = zip(got, answers[i : i + _BATCH])
+        right += sum(g.finish_reason == "end" and g.text == answer for g, answer in pairs)
     return right / len(prompts)
 
 

@@ -27,7 +27,7 @@ def save_digit_grid(path: Path, images: np.ndarray, columns: int, names: tuple[s
 def save_loss_curves(path: Path, metrics_file: Path) -> None:
     """Plots text and image loss by step from the metrics.jsonl of a run."""
     plt = _pyplot()
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
     steps = [line["step"] for line in lines]
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
     named = (("text_loss", "next token, nats"), ("image_loss", "velocity, mean squared error"))

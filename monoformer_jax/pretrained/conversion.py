@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from monoformer_jax.config import Config
-from monoformer_jax.data.tokenizer import extend_tokenizer, open_tokenizer
+from monoformer_jax.data.tokenizer import extend_tokenizer, find_tokenizer, open_tokenizer
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.files import atomic_folder
 from monoformer_jax.models import get_model
@@ -75,8 +75,10 @@ def find_source(name: str) -> Source:
                 "pip install 'monoformer_jax[hub]'"
             ) from error
         try:
-            kinds = ["*.json", "*.safetensors", "*.bin"]
-            folder = Path(snapshot_download(name, allow_patterns=kinds))
+            # Many repositories hold the same weights in both formats.
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+            if not any(folder.glob("*.safetensors")):
+                folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
         except Exception as error:  # network, hub and disk errors have many types
             raise InputError(f"{name} is not a folder and its download failed ({error})") from error
     require(folder.is_dir(), f"{name} is not a folder")
@@ -130,7 +132,7 @@ def _open_workdir(source: Source) -> Weights:
 def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None:
     """Writes a workdir, for `sample` or for the `init_from` of a new run."""
     with atomic_folder(to) as folder:
-        (folder / "config.json").write_text(weights.config.to_json())
+        (folder / "config.json").write_text(weights.config.to_json(), encoding="utf-8")
         _write_tokenizer(folder, weights)
         with Checkpoints(folder, kept=1) as checkpoints:
             checkpoints.save_weights(
@@ -167,7 +169,7 @@ def write_safetensors_folder(
         text = json.dumps(values, indent=2) + "\n"
         for part, tensors in _parts(weights, dtype).items():
             (folder / part).mkdir(exist_ok=True)
-            (folder / part / "config.json").write_text(text)
+            (folder / part / "config.json").write_text(text, encoding="utf-8")
             write_safetensors(folder / part / "model.safetensors", tensors, progress)
 
 
@@ -201,15 +203,17 @@ def _write_tokenizer(folder: Path, weights: Weights):
       The tokenizer of the new folder, or None if the source has none.
     """
     config, source = weights.config, weights.source
-    file = source.folder / _TOKENIZER
-    if source.ours and config.data.tokenizer != "bytes" and not file.is_file():
-        file = Path(config.data.tokenizer)
-    if config.data.tokenizer != "bytes":
+    data, to = config.data, folder / _TOKENIZER
+    if data.tokenizer != "bytes":
+        file = source.folder / _TOKENIZER
+        if source.ours:
+            file = find_tokenizer(data.tokenizer, source.folder)
         if not file.is_file():
             return None
         is_llama = len(weights.mapped) < len(by_path(weights.ema))
         if is_llama:
-            extend_tokenizer(file, folder / _TOKENIZER)
+            extend_tokenizer(file, to)
         else:
-            (folder / _TOKENIZER).write_bytes(file.read_bytes())
-    return open_tokenizer(config.data, folder, config.layout.vocab_size)
+            to.write_bytes(file.read_bytes())
+        data = dataclasses.replace(data, tokenizer=str(to.resolve()))
+    return open_tokenizer(data, folder, config.layout.vocab_size)

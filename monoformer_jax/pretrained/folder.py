@@ -4,6 +4,8 @@ model.safetensors                       or shards, with model.safetensors.index.
 pytorch_model.bin                       or shards, with pytorch_model.bin.index.json
 diffusion_pytorch_model.*, weights.*    alternative names; the first is that of diffusers
 config.json
+
+A folder has one set of weights: which of two is meant is not guessed.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from monoformer_jax.pretrained.table import Entry, Tensor, open_tree, read_tree,
 from monoformer_jax.pretrained.torch_file import open_torch_file
 
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model", "weights")
+_INDEX = ".index.json"
 _DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
@@ -47,23 +50,37 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     """Name -> tensor of all weights in a folder; values are read on demand.
 
     Raises:
-      InputError: no weights, a missing or damaged shard, or a .bin that contains code.
+      InputError: no weights, more than one set of them, a missing or damaged shard, or a .bin that
+        contains code.
     """
     require(folder.is_dir(), f"{folder} is not a folder")
-    for end, reader in ((".safetensors", open_safetensors), (".bin", open_torch_file)):
-        for stem in _STEMS:
-            index = folder / f"{stem}{end}.index.json"
-            if index.is_file():
-                return _open_shards(index, reader)
-            file = folder / f"{stem}{end}"
-            if file.is_file():
-                return reader(file)
-    raise InputError(f"{folder} has no weights: no model.safetensors and no pytorch_model.bin")
+    readers = {".safetensors": open_safetensors, ".bin": open_torch_file}
+    names = [f"{stem}{end}{index}" for end in readers for stem in _STEMS for index in (_INDEX, "")]
+    found = [name for name in names if (folder / name).is_file()]
+    require(bool(found), f"{folder} has no weights: no model.safetensors and no pytorch_model.bin")
+    if len(found) > 1:  # an index may have been downloaded without its shards
+        found = [n for n in found if not n.endswith(_INDEX) or _has_shards(folder / n)] or found
+    require(
+        len(found) == 1,
+        f"{folder} has more than one set of weights, {' and '.join(found)}: keep one of them there",
+    )
+    file = folder / found[0]
+    reader = readers[Path(file.name.removesuffix(_INDEX)).suffix]
+    return _open_shards(file, reader) if file.name.endswith(_INDEX) else reader(file)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    where = read_json(index).get("weight_map")
+    require(isinstance(where, dict), f"{index} has no weight_map")
+    return where
+
+
+def _has_shards(index: Path) -> bool:
+    return any((index.parent / shard).is_file() for shard in set(_weight_map(index).values()))
 
 
 def _open_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
-    where = read_json(index).get("weight_map")
-    require(isinstance(where, dict), f"{index} has no weight_map")
+    where = _weight_map(index)
     shards = {name: index.parent / name for name in sorted(set(where.values()))}
     missing = [name for name, path in shards.items() if not path.is_file()]
     require(

@@ -19,7 +19,9 @@ import numpy as np
 
 from monoformer_jax.errors import InputError
 
-_SHOWN = 20  # maximum number of tensors listed in an error
+_SHOWN = 8  # maximum number of tensors of each kind listed in an error
+# Prefixes that torch.compile, DataParallel and training frameworks add to every name.
+_WRAPPERS = ("_orig_mod.", "module.", "model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,35 +96,57 @@ def open_tree(
     entries = {entry.path: entry for entry in table}
     if entries.keys() != shapes.keys():  # a bug in the table, not bad input
         raise ValueError(f"table and parameters differ: {sorted(entries.keys() ^ shapes.keys())}")
-    plan, problems, used = {}, [], set()
+    plan, used, expected = {}, set(), set()
+    missing, misshapen = [], []
     for path, leaf in shapes.items():
         found = [_find(tensors, name, alias) for name, alias in _names(entries[path], leaf)]
         want = _their_shape(entries[path], leaf)
         for (name, _), tensor in zip(_names(entries[path], leaf), found):
+            expected.add(name)
             if tensor is None:
-                problems.append(f"missing {name} {list(want)} (parameter {path})")
+                missing.append(f"missing {name} {list(want)} (parameter {path})")
             else:
                 used.add(tensor)
                 if tensors[tensor].shape != want:
                     got = list(tensors[tensor].shape)
-                    problems.append(f"{tensor} is {got}, expected {list(want)} (parameter {path})")
+                    misshapen.append(f"{tensor} is {got}, expected {list(want)} (parameter {path})")
         plan[path] = found
     unexpected = [
         n for n in tensors if n not in used and not (ignored and re.fullmatch(ignored, n))
     ]
-    problems += [f"unknown {name} {list(tensors[name].shape)}" for name in unexpected]
-    if problems:
-        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "".join(f"\n  {problem}" for problem in problems[:_SHOWN])
+    unknown = [f"unknown {name} {list(tensors[name].shape)}" for name in unexpected]
+    if missing or misshapen or unknown:
         raise InputError(
-            f"{source} does not match the model: {len(problems)} tensors are missing, unknown or of "
-            f"the wrong shape{listed}{more}"
+            f"{source} does not match the model: {len(missing) + len(misshapen) + len(unknown)} "
+            f"tensors are missing, unknown or of the wrong shape{_wrapper(unexpected, expected)}"
+            f"{_listed(missing)}{_listed(misshapen)}{_listed(unknown)}"
         )
     opened = []
     for path, leaf in shapes.items():
         load = functools.partial(_read, entries[path], [tensors[n] for n in plan[path]], leaf.shape)
         opened.append(Tensor(leaf.shape, np.dtype(np.float32), load))
     return jax.tree.unflatten(jax.tree.structure(target), opened)
+
+
+def _wrapper(names: Sequence[str], expected: set[str]) -> str:
+    """What to do if all names have a prefix without which they would be known; else ""."""
+    prefix = ""
+    while names and not any(name.removeprefix(prefix) in expected for name in names):
+        more = [w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)]
+        if not more:
+            return ""
+        prefix += more[0]
+    if not prefix:
+        return ""
+    return (
+        f"; every name begins with {prefix!r}, as in a checkpoint of a wrapped PyTorch model: remove "
+        "this prefix from the names"
+    )
+
+
+def _listed(problems: Sequence[str]) -> str:
+    more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "".join(f"\n  {line}" for line in [*problems[:_SHOWN], *more])
 
 
 def read_tree(tree: Any, progress: Callable[[Sequence], Any] = same) -> Any:

@@ -106,7 +106,7 @@ class CrashLoopGuard:
         if not self._file.exists():
             return 0
         try:
-            values = json.loads(self._file.read_text())
+            values = json.loads(self._file.read_text(encoding="utf-8"))
             return values["starts"] if values["checkpoint"] == self._checkpoint else 0
         except (json.JSONDecodeError, KeyError):  # the process was killed while writing it
             return 0
@@ -114,7 +114,7 @@ class CrashLoopGuard:
     def _write(self, starts: int) -> None:
         if jax.process_index() == 0:
             text = json.dumps({"starts": starts, "checkpoint": self._checkpoint})
-            self._file.write_text(text + "\n")
+            self._file.write_text(text + "\n", encoding="utf-8")
 
     def __enter__(self) -> CrashLoopGuard:
         self._write(self._before + 1)
@@ -133,7 +133,7 @@ class CrashLoopGuard:
 def write_error(folder: epath.Path, kind: str, text: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{kind}_of_process_{jax.process_index()}.txt"
-    file.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{text}")
+    file.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{text}", encoding="utf-8")
     return file
 
 

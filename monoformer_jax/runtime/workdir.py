@@ -49,9 +49,9 @@ def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
         )
         workdir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write_text(config.to_json())
+        file.write_text(config.to_json(), encoding="utf-8")
     done = workdir / "done.json"
-    if done.exists() and json.loads(done.read_text())["step"] < config.steps:
+    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["step"] < config.steps:
         done.unlink()
 
 
@@ -63,7 +63,7 @@ def read_config(workdir: epath.PathLike) -> Config:
     """
     path = epath.Path(workdir) / "config.json"
     require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
-    return make_config(json.loads(path.read_text()))
+    return make_config(json.loads(path.read_text(encoding="utf-8")))
 
 
 def mark_done(workdir: epath.PathLike, config: Config, step: int, seconds: float) -> None:
@@ -71,7 +71,7 @@ def mark_done(workdir: epath.PathLike, config: Config, step: int, seconds: float
     values = {"step": step, "name": config.name, "train_seconds": seconds}
     if jax.process_index() == 0:
         with atomic_write(epath.Path(workdir) / "done.json") as file:
-            file.write_text(json.dumps(values) + "\n")
+            file.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -10,7 +10,7 @@ from monoformer_jax.batch import TEXT, Document, select
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.documents import Image, Part, UntrainedText, build_document
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.errors import require
+from monoformer_jax.errors import require, require_unicode
 from monoformer_jax.sampling.sampler import Sampler
 
 Parts = Sequence[Part]
@@ -38,7 +38,8 @@ def encode_prompt(
       name: how error messages call the prompt.
 
     Raises:
-      InputError: an empty text, an image above the trained size, or a prompt too long for the context.
+      InputError: an empty text or one that is not Unicode, an image above the trained size, or a prompt
+        too long for the context.
     """
     check_parts(sampler, parts, name)
     config = sampler.config
@@ -53,9 +54,11 @@ def encode_prompt(
 
 
 def check_parts(sampler: Sampler, parts: Parts, name: str) -> None:
-    """Raises InputError for an empty text, or an image above the trained size."""
+    """Raises InputError for a text that is empty or not Unicode, or an image above the trained size."""
     texts = [getattr(part, "text", part) for part in parts if isinstance(part, str | UntrainedText)]
     require(all(texts), f"{name} is empty: write something to continue")
+    for text in texts:
+        require_unicode(text, name)
     for part in parts:
         if isinstance(part, Image):
             check_size(sampler, part.pixels.shape[:2], f"an image in {name}")

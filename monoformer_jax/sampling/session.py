@@ -21,7 +21,7 @@ import numpy as np
 
 from monoformer_jax.batch import TEXT, Document, concatenate, empty, stack
 from monoformer_jax.config import SamplingConfig
-from monoformer_jax.data.documents import Image, Part, build_document
+from monoformer_jax.data.documents import Image, Part, build_document, open_text
 from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.errors import require
 from monoformer_jax.parallel import padded_rows, use_mesh
@@ -97,6 +97,7 @@ class Session:
         self._arrays = make_sampling_arrays(sampler, text, text_keys(self._keys), True)
         self._sequences = init_sequences(config.model, sampler.params, size)
         self._documents = [empty(config.layout, 0) for _ in range(size)]
+        self._open: list[list[int]] = [[] for _ in range(size)]  # see `open_text`
         self._generated = np.zeros(size, np.int64)  # number of images generated in each sequence
         self._pending = np.zeros(size, bool)  # whether the sequence has new input to continue from
 
@@ -121,6 +122,8 @@ class Session:
     def append(self, parts: Sequence[Parts | None]) -> None:
         """Appends texts and images to the sequences; None leaves a sequence unchanged.
 
+        A text after a text that has not ended with </s> continues it.
+
         Raises:
           InputError: an empty text, an image above the trained size, or a turn that exceeds the
             context. No sequence is changed.
@@ -144,14 +147,16 @@ class Session:
             require(False, f"row {b} has nothing to continue: append a turn first")
         with use_mesh(self.sampler.mesh):
             self._sequences, _, completions = continue_text(
-                self.sampler, self._sequences, self._lengths, most, self._arrays, self._stop
-            )
+                self.sampler, self._sequences, self._lengths, most, self._arrays, self._stop,
+                self._open,
+            )  # fmt: skip
         tokenizer = self.sampler.tokenizer
         last = {"image": [tokenizer.im_start_id], "end": [tokenizer.eos_id]}
         for b, completion in enumerate(completions):
             reason = completion.finish_reason
             if ids := [*completion.tokens, *last.get(reason, [])]:
                 self._add(b, self._piece(b, (), ids))
+            self._open[b] = [] if reason in last else [*self._open[b], *completion.tokens]
             if reason:
                 self._pending[b] = reason in ("image", "length")
         return completions[: len(self)]
@@ -245,7 +250,7 @@ class Session:
         before = self._documents[row]
         return build_document(
             parts, self.sampler.tokenizer, self.sampler.config.layout, closing=closing,
-            after=before if len(before["tokens"]) else None,
+            after=before if len(before["tokens"]) else None, before=self._open[row],
         )  # fmt: skip
 
     def _add(self, row: int, piece: Document) -> None:
@@ -280,6 +285,7 @@ class Session:
             )
         for b in np.flatnonzero(counts):
             self._add(b, pieces[b])
+            self._open[b] = [] if closing else open_text(turns[b], sampler.tokenizer, self._open[b])
             self._pending[b] = True
 
     def _branches(self, chosen: np.ndarray, branches: int) -> Any:

@@ -111,7 +111,7 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
         require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no {_FACTS} "
                 "that describes it: give another --out")  # fmt: skip
         with atomic_write(path) as file:
-            file.write_text(json.dumps(facts, indent=2) + "\n")
+            file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -121,7 +121,7 @@ def _check(folder: Path, facts: Mapping[str, Any]) -> None:
         f"{folder} of process 0 does not exist here: give an --out that all processes share",
     )
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged: remove the folder, or give another --out") from error
     changed = [

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from monoformer_jax.errors import require
+from monoformer_jax.data.documents import open_text
+from monoformer_jax.data.tokenizer import decode_after
+from monoformer_jax.errors import require, require_unicode
 from monoformer_jax.models import get_model
 from monoformer_jax.parallel import padded_rows, use_mesh
 from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt
@@ -33,7 +35,8 @@ class SamplingParams:
     # Logits of tokens that occur in the sequence are divided by this, or multiplied if negative
     # (Keskar et al., arXiv 1909.05858); not those of </s> and <|im_start|>.
     repetition_penalty: float | Sequence[float] = 1.0
-    stop: tuple[str, ...] = ()  # stop strings; the text ends before the first one
+    # The text ends before the first of these strings; they may begin with a space and span tokens.
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self):
         def every(name, fits, what):
@@ -45,6 +48,8 @@ class SamplingParams:
         every("top_p", lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (off)")
         every("repetition_penalty", lambda x: (x > 0) & np.isfinite(x), "above 0; 1 is off")
         require(all(self.stop), "stop: an empty string would end every answer at once")
+        for text in self.stop:
+            require_unicode(text, "stop")
 
 
 GREEDY = SamplingParams()
@@ -55,8 +60,9 @@ class Completion:
     """Generated continuation of one sequence.
 
     Attributes:
-      tokens: new ids, without </s> and <|im_start|>.
-      text: the decoded tokens, without the stop string.
+      tokens: new ids, without </s> and <|im_start|>, and those from the stop string on.
+      text: the tokens decoded as the continuation of the prompt, up to the stop string. Prompt + text
+        read as one text, unless the prompt ends with an image, </s> or text without loss.
       finish_reason: "end" (</s>), "image" (<|im_start|>), "stop" (stop string), "length" (token
         limit), or "full" (no space in the context for more text, or for the image that it began).
     """
@@ -106,7 +112,9 @@ def generate_text(
     with use_mesh(sampler.mesh):
         sequences = prefill(sampler, documents)
         lengths = np.array([len(document["tokens"]) for document in documents])
-        found = continue_text(sampler, sequences, lengths, most, arrays, sampling.stop)[2]
+        before = [open_text(parts, sampler.tokenizer) for parts in prompts]
+        before += before[-1:] * (len(most) - count)
+        found = continue_text(sampler, sequences, lengths, most, arrays, sampling.stop, before)[2]
     return found[:count]
 
 
@@ -117,12 +125,14 @@ def continue_text(
     most: np.ndarray,
     arrays: SamplingArrays,
     stop: Sequence[str],
+    before: Sequence[Sequence[int]],
 ) -> tuple[Sequences, np.ndarray, list[Completion]]:
     """Decodes until every sequence has ended, in chunks of up to 64 tokens; the cache grows per chunk.
 
     Args:
       lengths: lengths of the sequences, on the host.
       most: maximum new tokens per sequence; 0 leaves a sequence unchanged.
+      before: ids of the text that each sequence continues, see `documents.open_text`.
 
     Returns:
       The sequences with their completions, including </s> or <|im_start|> but not a stop string;
@@ -143,7 +153,9 @@ def continue_text(
         kept = np.zeros_like(lengths)
         for b in np.flatnonzero(running):
             new = tokens[b, : counts[b]].tolist()
-            kept[b] = _append(completions[b], new, int(lengths[b]), int(most[b]), sampler, stop)
+            kept[b] = _append(
+                completions[b], new, int(lengths[b]), int(most[b]), sampler, stop, before[b]
+            )
             running[b] = not completions[b].finish_reason
         lengths = lengths + kept
         sequences = truncate(
@@ -153,7 +165,13 @@ def continue_text(
 
 
 def _append(
-    c: Completion, new: list[int], length: int, most: int, sampler: Sampler, stop: Sequence[str]
+    c: Completion,
+    new: list[int],
+    length: int,
+    most: int,
+    sampler: Sampler,
+    stop: Sequence[str],
+    before_text: Sequence[int],
 ) -> int:
     """Adds tokens to a completion and sets finish_reason; returns how many the sequence keeps."""
     tokenizer, context = sampler.tokenizer, sampler.config.data.max_seq_len
@@ -168,11 +186,11 @@ def _append(
     elif before + kept == most:
         c.finish_reason = "length"
     c.tokens += new[:-1] if end in (tokenizer.im_start_id, tokenizer.eos_id) else new
-    c.text = tokenizer.decode(c.tokens)
+    c.text = decode_after(tokenizer, before_text, c.tokens)
     found = [place for place in (c.text.find(s) for s in stop) if place >= 0]
     if found:
         c.finish_reason, c.text = "stop", c.text[: min(found)]
-        while len(tokenizer.decode(c.tokens)) > len(c.text):
+        while len(decode_after(tokenizer, before_text, c.tokens)) > len(c.text):
             c.tokens.pop()
         kept = len(c.tokens) - before  # negative if the stop string began in an earlier chunk
     return kept
@@ -227,7 +245,7 @@ def make_sampling_arrays(
     keys = keys[np.pad(np.arange(rows), fill, mode="edge")]
     c = sampler.config.model
     vocab = get_model(c).text_head(c, sampler.params).shape[1]
-    allowed = np.arange(vocab) < c.layout.vocab_size
+    allowed = np.arange(vocab) < min(c.layout.vocab_size, tokenizer.vocab_size)
     never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.image_id, tokenizer.im_end_id]
     never += [] if allow_images else [tokenizer.im_start_id]
     allowed[[i for i in never if i >= 0]] = False

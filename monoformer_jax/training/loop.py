@@ -139,7 +139,8 @@ def _check_first_batch(config: Config, tokenizer: Tokenizer, rows: list[int]) ->
     """Checks a batch of a separate pipeline: that of the run must start at its first batch."""
     probe = Batches(config, tokenizer, rows)
     expected = contract.spec(config.layout, len(rows), config.data.max_seq_len)
-    contract.check(next(probe.iterator), expected, config.max_images)
+    vocab_size = config.layout.vocab_size
+    contract.check(next(probe.iterator), expected, config.max_images, vocab_size)
 
 
 class _NanGuard:

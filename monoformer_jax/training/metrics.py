@@ -41,11 +41,11 @@ class Writer:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._lines: list[str] = []
         if self._path.exists():
-            text = self._path.read_text()
+            text = self._path.read_text(encoding="utf-8")
             self._lines = [line for line in text.splitlines() if _step(line) <= step]
             self._write()
         self._written = time.monotonic()
-        self._file = None if _is_remote(self._path) else self._path.open("a")
+        self._file = None if _is_remote(self._path) else self._path.open("a", encoding="utf-8")
         try:
             from tensorboard.summary import Writer as TensorBoard
         except ImportError:
@@ -74,7 +74,7 @@ class Writer:
 
     def _write(self) -> None:
         with atomic_write(self._path) as file:
-            file.write_text("".join(f"{line}\n" for line in self._lines))
+            file.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
 
     def close(self) -> None:
         self.flush()
