@@ -5,7 +5,8 @@
 
 TinyLlama's size and weights (`convert` makes the workdir for init_from), 32×32×4 latents of Stable
 Diffusion's autoencoder in 256 patches, rows of 512 tokens. Learning rate, EMA, clipping and loss
-weights are the original's; it trained DDPM, which is --config.objective.kind=ddpm
+weights are the original's, and `:modern` has today's recipe (`modern_recipe` in common.py, with the
+source of each value); the original trained DDPM, which is --config.objective.kind=ddpm
 --config.objective.learn_sigma=True --config.sampling.solver=ddpm. It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8` (nothing was timed):
@@ -33,7 +34,7 @@ The 7 B model, `--config=configs/imagenet256.py:7b --topology=v5e:16x16`: peak 4
 73% free, at least 807.9 ms a step.
 """
 
-from common import paper_config
+from common import paper_config, split_target
 
 # Rows per step. The paper's 256 are too few for 256 chips: the collectives of the weights would take
 # longer than the matrix products. See `paper_config` for the learning rate and the steps.
@@ -41,8 +42,11 @@ BATCH = {"v5e-64": 256, "v6e-64": 512, "v5e-256": 1024, "7b": 256, "tiny": 8}
 
 
 def get_config(target: str = "v5e-64"):
-    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
+    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test.
+
+    "modern" is the modern recipe for v5e-64, and ",modern" after a target that for another one.
+    """
     c = paper_config("imagenet256", target, BATCH, paper_batch=256, mixture={"imagenet": 1.0})
-    if target not in ("7b", "tiny"):
+    if split_target(target)[0] not in ("7b", "tiny"):
         c.data.max_seq_len = 512  # fits an image (256 patches) and its prompt
     return c

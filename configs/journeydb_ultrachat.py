@@ -5,7 +5,8 @@
 
 TinyLlama's size and weights (`convert` makes the workdir for init_from), 32×32×4 latents of Stable
 Diffusion's autoencoder, rows of 2048 tokens packed with complete documents. Learning rate, EMA,
-clipping, mixture and loss weights are the original's. It has not been run at this size.
+clipping, mixture and loss weights are the original's. `:modern` has today's recipe (`modern_recipe` in
+common.py, with the source of each value). It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/journeydb_ultrachat.py --topology=v5e:4x4` (nothing was
 timed):
@@ -32,13 +33,18 @@ timed):
       at 50% of peak: 562.3 ms a step, 233,106 tokens/s, up to 797 images/s, 500,000 steps in 78.1 h
 """
 
-from common import paper_config
+from common import paper_config, split_target
 
 # Packed rows of 2048 tokens per step. See `paper_config` for the learning rate.
 BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 
 def get_config(target: str = "v5e-64"):
-    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
+    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test.
+
+    "modern" is the modern recipe for v5e-64, and ",modern" after a target that for another one.
+    """
     mixture = {"journeydb": 0.9, "ultrachat": 0.1}
-    return paper_config("journeydb_ultrachat", target, BATCH, paper_batch=64, mixture=mixture)
+    c = paper_config("journeydb_ultrachat", target, BATCH, paper_batch=64, mixture=mixture)
+    c.data.truncate_text = split_target(target)[1]  # the original drops chats longer than a row
+    return c

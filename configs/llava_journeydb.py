@@ -6,7 +6,8 @@
 TinyLlama's size and weights (`convert` makes the workdir for init_from); conditioning and generated
 images are the same 32×32×4 latents of Stable Diffusion's autoencoder, clean or noised. Rows of 2048
 tokens packed with complete documents. Learning rate, EMA, clipping, mixture and loss weights are the
-original's. It has not been run at this size.
+original's. `:modern` has today's recipe (`modern_recipe` in common.py, with the source of each value).
+It has not been run at this size.
 
 `python -m monoformer_jax.plan --config=configs/llava_journeydb.py --topology=v5e:8x8` (nothing was
 timed):
@@ -38,6 +39,9 @@ BATCH = {"v5e-64": 64, "v6e-64": 128, "v5e-256": 256, "7b": 256, "tiny": 8}
 
 
 def get_config(target: str = "v5e-64"):
-    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test."""
+    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test.
+
+    "modern" is the modern recipe for v5e-64, and ",modern" after a target that for another one.
+    """
     mixture = {"llava": 0.5, "journeydb": 0.5}
     return paper_config("llava_journeydb", target, BATCH, paper_batch=64, mixture=mixture)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -86,16 +87,24 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Weights of the text and image losses."""
+    """Weights of the text and image losses.
+
+    Adam divides a gradient by its own size. A weight therefore sets the balance only in parameters that
+    both losses reach: the decoder and the token embedding. The text head, which the text loss alone
+    reaches, learns at the same rate with text_weight=0.01 as with 1, and the image head likewise.
+    """
 
     text_weight: float = 1.0
     image_weight: float = 1.0
     # False as in the original: no text loss in a document with a denoised image, so captions and
     # <|im_start|> are not learned.
     text_beside_images: bool = True
+    # Adds z_loss · (log Z)² to the cross-entropy of each token, where Z is the softmax's denominator:
+    # it keeps logits small (PaLM, arXiv 2204.02311: 1e-4). `text_loss` includes it. 0: off.
+    z_loss: float = 0.0
 
     def __post_init__(self):
-        at_least(self, "loss", 0, "text_weight", "image_weight")
+        at_least(self, "loss", 0, "text_weight", "image_weight", "z_loss")
         require(
             self.text_weight + self.image_weight > 0,
             "loss.text_weight and loss.image_weight are both 0: there is nothing to train",
@@ -156,6 +165,9 @@ class OptimizerConfig:
     schedule: str = "cosine"  # or "constant"
     warmup_steps: int = 100
     final_fraction: float = 0.0  # final learning rate of the cosine, as a fraction of learning_rate
+    # Step at which warm-up and cosine begin again (SGDR, arXiv 1608.03983), which extends a finished
+    # cosine run: its number of steps. 0: they begin once.
+    restart_step: int = 0
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.05
@@ -174,7 +186,11 @@ class OptimizerConfig:
         one_of("optimizer.first_moment_dtype", self.first_moment_dtype, ("float32", "bfloat16"))
         one_of("optimizer.schedule", self.schedule, ("cosine", "constant"))
         positive(self, "optimizer", "learning_rate", "clip_norm", "grad_accum_steps")
-        at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
+        at_least(self, "optimizer", 0, "warmup_steps", "restart_step", "weight_decay")
+        require(
+            not self.restart_step or self.schedule == "cosine",
+            f"optimizer.restart_step={self.restart_step} needs optimizer.schedule='cosine'",
+        )
         for name in ("b1", "b2", "ema_decay", "final_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name}={value} is not between 0 and 1")
@@ -228,24 +244,31 @@ class SamplingConfig:
     guidance_channels: str = "all"
     guidance_low: float = 0.0  # guidance is applied where low <= t <= high
     guidance_high: float = 1.0
-    shift: float = 1.0  # shift of the time grid, as objective.shift
+    # Scale and interval of `sample --total`, whose images are scored: FID wants less guidance than
+    # images to look at. 0: `guidance` and its interval.
+    fid_guidance: float = 0.0
+    fid_guidance_low: float = 0.0
+    fid_guidance_high: float = 1.0
+    shift: float = 0.0  # shift of the time grid; 0: objective.shift, that of training
     clip: bool = (
         False  # clip the clean image that DDPM predicts to [-1, 1]; for pixels, not latents
     )
 
     def __post_init__(self):
         one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
-        positive(self, "sampling", "steps", "shift", "guidance", "image_guidance")
+        positive(self, "sampling", "steps", "guidance", "image_guidance")
+        at_least(self, "sampling", 0, "shift", "fid_guidance")
         require(self.steps <= 1000, f"sampling.steps={self.steps} must be 1000 or less")
         require(
             0 <= self.guidance_rescale <= 1,
             f"sampling.guidance_rescale={self.guidance_rescale} must be between 0 and 1",
         )
-        require(
-            0 <= self.guidance_low <= self.guidance_high <= 1,
-            f"sampling.guidance_low={self.guidance_low} and guidance_high={self.guidance_high} must "
-            "be ordered and between 0 and 1",
-        )
+        for name in ("guidance", "fid_guidance"):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            require(
+                0 <= low <= high <= 1,
+                f"sampling.{name}_low={low} and {name}_high={high} must be ordered and between 0 and 1",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,14 +304,17 @@ class Config:
             f"keep_period={self.keep_period} is not a multiple of "
             f"checkpoint_every={self.checkpoint_every}",
         )
+        streams, micro = self.data.streams, self.optimizer.grad_accum_steps
+        for name, parts in (("data.streams", streams), ("optimizer.grad_accum_steps", micro)):
+            fits = -(-self.batch_size // math.lcm(streams, micro)) * math.lcm(streams, micro)
+            require(
+                self.batch_size % parts == 0,
+                f"batch_size={self.batch_size} is not a multiple of {name}={parts}; "
+                f"batch_size={fits} is",
+            )
         require(
-            self.batch_size % self.data.streams == 0,
-            f"batch_size={self.batch_size} is not a multiple of data.streams={self.data.streams}",
-        )
-        require(
-            self.batch_size % self.optimizer.grad_accum_steps == 0,
-            f"batch_size={self.batch_size} is not a multiple of "
-            f"optimizer.grad_accum_steps={self.optimizer.grad_accum_steps}",
+            self.optimizer.restart_step < self.steps,
+            f"optimizer.restart_step={self.optimizer.restart_step} is not below steps={self.steps}",
         )
         require(
             not self.lora.rank or bool(self.init_from),
@@ -323,6 +349,11 @@ class Config:
     def max_images(self) -> int:
         """I, the maximum number of images in a row."""
         return self.data.max_seq_len // self.image_tokens
+
+    def image_sampling(self, sampling: SamplingConfig | None = None) -> SamplingConfig:
+        """Sampling settings, by default the config's, with the shift of training if they have none."""
+        sampling = self.sampling if sampling is None else sampling
+        return dataclasses.replace(sampling, shift=sampling.shift or self.objective.shift)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested values, the inverse of `models.make_config`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.config import MeshConfig
-from monoformer_jax.errors import require
+from monoformer_jax.errors import InputError, require
 
 AXES = ("data", "fsdp", "tensor")
 DATA_AXIS, FSDP_AXIS, TENSOR_AXIS = AXES
@@ -60,9 +60,7 @@ def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     if free and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     require(int(np.prod(sizes)) == len(devices), f"{given} does not fit {len(devices)} devices")
-    # GPU devices also have slice_index (the host), but NCCL handles the topology.
-    slice_ids = [getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices]
-    slices = len(set(slice_ids))
+    slices = count_slices(devices)
     require(c.slices == slices, f"mesh.slices={c.slices}, but the devices are in {slices} slices")
     require(
         sizes[0] % slices == 0, f"mesh.data={sizes[0]} is not a multiple of mesh.slices={slices}"
@@ -75,6 +73,57 @@ def make_mesh(c: MeshConfig, devices: list | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
+def count_slices(devices: list) -> int:
+    """Number of TPU slices of the devices."""
+    # GPU devices also have slice_index (the host), but NCCL handles the topology.
+    return len({getattr(d, "slice_index", 0) if d.platform == "tpu" else 0 for d in devices})
+
+
+def fitting_layout(
+    axes: Any, shapes: Any, c: MeshConfig, devices: list, batch_size: int, micro: int, streams: int
+) -> tuple[MeshConfig, int] | None:
+    """The mesh and batch size closest to the wanted ones that fit the devices; None if none does.
+
+    Args:
+      axes, shapes: see `logical_shardings`.
+      c: the mesh that is wanted.
+      batch_size: the batch size that is wanted; it is raised if no mesh divides it.
+      micro: micro-batches of a step, `optimizer.grad_accum_steps`.
+      streams: `data.streams`.
+    """
+    count, slices = len(devices), count_slices(devices)
+
+    def cost(layout):
+        mesh, rows = layout
+        wanted = [(c.data, mesh.data), (c.tensor, mesh.tensor)]
+        return rows, sum(abs(math.log(have / want)) for want, have in wanted if want > 0)
+
+    found = []
+    for tensor in (n for n in range(1, count + 1) if count % n == 0):
+        for data in range(slices, count // tensor + 1, slices):
+            sizes = {"data": data, "fsdp": count // tensor // data, "tensor": tensor}
+            if math.prod(sizes.values()) != count or next(_misfits(axes, shapes, sizes), None):
+                continue
+            unit = math.lcm(micro * data * sizes["fsdp"], streams)
+            found.append((MeshConfig(**sizes, slices=slices), -(-batch_size // unit) * unit))
+    return min(found, key=cost, default=None)
+
+
+def _misfits(axes: Any, shapes: Any, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Dimensions that are not divisible by their mesh axes, as a message each."""
+    named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
+    for (path, names), shape in zip(named, jax.tree.leaves(shapes), strict=True):
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        for name, size in zip(names, shape.shape, strict=True):
+            if name not in RULES:
+                raise ValueError(f"parameter {where}: no rule for its axis {name!r}")
+            over = RULES[name] or ()
+            over = (over,) if isinstance(over, str) else over
+            if size % math.prod(sizes[axis] for axis in over):
+                given = " times ".join(f"mesh.{axis}={sizes[axis]}" for axis in over)
+                yield f"parameter {where}: its axis {name} of {size} is not divisible by {given}"
+
+
 def logical_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """Returns the sharding of every array of a tree.
 
@@ -84,24 +133,17 @@ def logical_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
       mesh: see `make_mesh`.
 
     Raises:
-      ValueError: a name without a rule, or a dimension that is not divisible by its mesh axes.
+      InputError: a dimension that is not divisible by its mesh axes.
+      ValueError: a name without a rule.
     """
 
-    def place(path, shape, names):
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
-        for name, size in zip(names, shape.shape, strict=True):
-            if name not in RULES:
-                raise ValueError(f"parameter {where}: no rule for its axis {name!r}")
-            over = RULES[name] or ()
-            over = (over,) if isinstance(over, str) else over
-            if size % math.prod(mesh.shape[axis] for axis in over):
-                sizes = " times ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in over)
-                raise ValueError(
-                    f"parameter {where}: its axis {name} of {size} is not divisible by {sizes}"
-                )
+    for misfit in _misfits(axes, shapes, mesh.shape):
+        raise InputError(misfit)
+
+    def place(shape, names):
         return NamedSharding(mesh, PartitionSpec(*(RULES[name] for name in names)))
 
-    return jax.tree_util.tree_map_with_path(place, shapes, axes)
+    return jax.tree.map(place, shapes, axes)
 
 
 def abstract_arrays(axes: Any, shapes: Any, mesh: Mesh) -> Any:

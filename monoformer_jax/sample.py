@@ -15,7 +15,9 @@ JSON file beside it: seed, settings, config, checkpoint and every answer. The or
 emit <|im_start|>: --paint appends it to the prompts.
 
 With --total the prompts, evenly repeated, are used to generate shards in the folder --out, which are
-merged to samples.npz, arr_0 uint8 [N, height, width, 3]. The same command resumes an interrupted run.
+merged to samples.npz, arr_0 uint8 [N, height, width, 3]. Their guidance is the config's for scores
+(sampling.fid_guidance, if it is set), unless --guidance is given. The same command resumes an
+interrupted run.
 Several processes share the work if all share --out; each uses all its devices. They are connected as in
 `train`, automatically or by flags, here two on one machine; process 0 merges the shards at the end:
 
@@ -150,13 +152,15 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
     from monoformer_jax.data.templates import chat_parts, complete_prompt
     from monoformer_jax.parallel import describe_mesh
     from monoformer_jax.runtime.processes import run_on_first
+    from monoformer_jax.sampling.image import fid_sampling
 
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
     if model.mesh is not None:
         print(f"mesh of {model.mesh.size} devices: {describe_mesh(model.mesh)}", file=sys.stderr)
     names = ("steps", "guidance", "image_guidance", "solver")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    sampling = dataclasses.replace(model.config.sampling, **flags)
+    sampling = model.config.sampling
+    sampling = dataclasses.replace(fid_sampling(sampling) if args.total else sampling, **flags)
     model.config = dataclasses.replace(model.config, sampling=sampling)
     if args.paint or args.total:
         model.image_processor.codec.check()

@@ -56,7 +56,8 @@ def test_it_trains_samples_and_starts_another_run(change, tmp_path):
 def test_drawn_steps_are_whole_and_even(change):
     config = change(**DDPM)
     batch = next(Batches(config, TOKENIZER).iterator)
-    times = [draw_noise(jax.random.key(i), batch, config).times for i in range(300)]
+    keys = [jax.random.split(jax.random.key(i)) for i in range(300)]
+    times = [draw_noise(*pair, batch, config).times for pair in keys]
     denoised = np.asarray(times[0]) > 0
     drawn = 1000 * np.stack(times)[:, denoised].astype(np.float64)
     np.testing.assert_allclose(drawn, np.rint(drawn), atol=1e-3)
@@ -69,7 +70,7 @@ def test_step_zero_is_noised_and_counted(change):
     config = change(**DDPM)
     params = monoformer.init(config.model, jax.random.key(0))
     batch = next(Batches(config, TOKENIZER).iterator)
-    noise = draw_noise(jax.random.key(0), batch, config)
+    noise = draw_noise(*jax.random.split(jax.random.key(0)), batch, config)
     whole = loss_normalizers(batch, noise)
     zero = noise.replace(times=jax.numpy.zeros_like(noise.times))
     assert loss_normalizers(batch, zero) == whole and whole.images > 1
@@ -92,7 +93,7 @@ def test_every_variant_trains_and_paints_what_it_was_taught(change, original):
     )
     params = monoformer.init(config.model, jax.random.key(0))
     batch = next(Batches(config, TOKENIZER).iterator)
-    noise = draw_noise(jax.random.key(0), batch, config)
+    noise = draw_noise(*jax.random.split(jax.random.key(0)), batch, config)
     loss, _ = jax.jit(lambda p: loss_fn(p, batch, noise, loss_normalizers(batch, noise), config))(
         params
     )

@@ -16,6 +16,7 @@ from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.models import monoformer
 from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
+from monoformer_jax.training.state import draw_inputs
 from monoformer_jax.training.text_loss import text_loss
 
 
@@ -31,7 +32,7 @@ def params(config):
 
 @pytest.fixture(scope="module")
 def noise(config, batch):
-    return draw_noise(jax.random.key(1), batch, config)
+    return draw_noise(*jax.random.split(jax.random.key(1)), batch, config)
 
 
 def compiled(config):
@@ -84,6 +85,22 @@ def test_context_images_are_clean_and_denoised_ones_are_not(batch, noise):
     assert seen == {True, False}
 
 
+def test_latents_noise_levels_and_noise_are_independent(config):
+    """Correlations over 10^5 steps; with one key for two of them, theirs is 1."""
+    token_types = jnp.array([[2, PATCH]])
+    batch = {"token_types": token_types, "denoise": token_types > 0,
+             "image_ids": jnp.ones((1, 2), jnp.int32), "patches": jnp.zeros((1, 2, 4)),
+             "patch_logvar": jnp.zeros((1, 2, 4))}  # fmt: skip
+    drawn, noise = jax.jit(jax.vmap(lambda step: draw_inputs(step, batch, config)))(
+        jnp.arange(100_000)
+    )
+    latents, noises = drawn["patches"][:, 0, 1], noise.noise[:, 0, 1]
+    levels = jnp.repeat(jax.scipy.special.logit(noise.times[:, 0, :1]), 4, axis=1)
+    values = np.stack([np.ravel(x) for x in (latents, noises, levels)])
+    np.testing.assert_allclose(values.std(1), 1, atol=0.01)
+    assert np.abs(np.corrcoef(values) - np.eye(3)).max() < 0.01
+
+
 def test_images_of_all_sizes_have_equal_weight(config, params):
     """Two images of different sizes: the loss is the mean of their two losses, not of their patches."""
     tokenizer = ByteTokenizer()
@@ -98,7 +115,7 @@ def test_images_of_all_sizes_have_equal_weight(config, params):
 
     small, large = rng.normal(size=(2, 2, 1)), rng.normal(size=(8, 6, 1))
     both = one_row([small, large])
-    noise = draw_noise(jax.random.key(0), both, config)
+    noise = draw_noise(*jax.random.split(jax.random.key(0)), both, config)
     loss = compiled(config)
     _, parts = loss(params, both, noise, loss_normalizers(both, noise))
     alone = []
@@ -115,7 +132,7 @@ def test_a_batch_without_images_or_without_targets_has_loss_zero(config, params,
         "denoise": np.zeros_like(batch["denoise"]),
         "target_weights": np.zeros_like(batch["target_weights"]),
     }
-    noise = draw_noise(jax.random.key(1), none, config)
+    noise = draw_noise(*jax.random.split(jax.random.key(1)), none, config)
     (loss, _), grads = jax.value_and_grad(compiled(config), has_aux=True)(
         params, none, noise, loss_normalizers(none, noise)
     )
@@ -178,7 +195,7 @@ def test_the_chunked_text_loss_equals_that_of_full_logits(tokens):
         return jnp.sum(weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
     def chunked(hidden, head):
-        return text_loss(hidden, head, targets, weights, REAL, tokens * WIDTH)
+        return text_loss(hidden, head, targets, weights, REAL, most_logits=tokens * WIDTH)
 
     want, want_grads = jax.value_and_grad(whole, (0, 1))(hidden, head)
     got, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
@@ -196,7 +213,7 @@ def test_chunks_without_a_target_are_not_visited():
     count = int((weights > 0).sum())
 
     def loss(hidden):
-        return text_loss(hidden, head, targets, weights, REAL, count * WIDTH)
+        return text_loss(hidden, head, targets, weights, REAL, most_logits=count * WIDTH)
 
     value, grads = jax.value_and_grad(loss)(hidden)
     assert np.isfinite(value) and np.isfinite(grads).all()
@@ -208,7 +225,7 @@ def test_full_logits_are_never_materialized():
     shapes = ((1, 1024, 8), (8, 8192), (1, 1024), (1, 1024))
     kinds = (np.float32, np.float32, np.int32, np.float32)
     inputs = [jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds)]
-    loss = jax.value_and_grad(lambda *args: text_loss(*args, 8192, 64 * 8192), (0, 1))
+    loss = jax.value_and_grad(lambda *args: text_loss(*args, 8192, most_logits=64 * 8192), (0, 1))
     compiled = jax.jit(loss).lower(*inputs).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * 2**20
 

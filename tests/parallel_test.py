@@ -52,7 +52,7 @@ def run_on_eight_devices() -> None:
     few = {name: field[:4] for name, field in batches[0].items()}
 
     def loss(params, rows):
-        noise = draw_noise(jax.random.key(0), rows, config)
+        noise = draw_noise(*jax.random.split(jax.random.key(0)), rows, config)
         return loss_fn(params, rows, noise, loss_normalizers(rows, noise), config)[0]
 
     gradients = []

@@ -32,7 +32,7 @@ def generate_images_uncached(
 ) -> np.ndarray:
     """Same images as `generate_images` with text guidance, float32 [B, height, width, C]."""
     config, tokenizer = sampler.config, sampler.tokenizer
-    size = (config.data.image_size,) * 2
+    size, sampling = (config.data.image_size,) * 2, config.image_sampling(sampling)
     spec = make_image_spec(config.model, sampling, size, branches=2)
     blank = Image(np.zeros((*size, config.layout.channels), np.float32), denoise=True)
     documents = [

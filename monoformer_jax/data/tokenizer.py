@@ -56,7 +56,7 @@ class FileTokenizer:
 
     def __init__(self, path: epath.PathLike):
         """Raises InputError if there is no such file or it lacks a special token."""
-        self._tokenizer = _read(path)
+        self.path, self._tokenizer = epath.Path(path), _read(path)
         # Otherwise "</s>" in the text of a prompt would become the special token.
         self._tokenizer.encode_special_tokens = True
         names = {"bos_id": "<s>", "eos_id": "</s>"}
@@ -138,15 +138,21 @@ def _read(path: epath.PathLike) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def find_tokenizer(name: str, workdir: epath.PathLike) -> epath.Path:
-    """The file of `data.tokenizer`: in the workdir, or else relative to the current folder.
+def find_tokenizer(
+    name: str, workdir: epath.PathLike, base: epath.PathLike | None = None
+) -> epath.Path:
+    """The file of `data.tokenizer`: in the workdir, in that of init_from, or in the current folder.
+
+    Args:
+      base: workdir of init_from.
 
     Raises:
       InputError: a new workdir and the current folder have one each, with different contents.
     """
     inside, outside = epath.Path(workdir) / name, epath.Path(name)
     if not inside.is_file():
-        return outside
+        given = [] if base is None else [epath.Path(base) / name]
+        return next((path for path in given if path.is_file()), outside)
     is_new = not inside.with_name("config.json").exists()  # else its config means its own file
     differ = is_new and outside.is_file() and inside.read_bytes() != outside.read_bytes()
     require(
@@ -157,7 +163,9 @@ def find_tokenizer(name: str, workdir: epath.PathLike) -> epath.Path:
     return inside
 
 
-def open_tokenizer(c: DataConfig, workdir: epath.PathLike, vocab_size: int) -> Tokenizer:
+def open_tokenizer(
+    c: DataConfig, workdir: epath.PathLike, vocab_size: int, base: epath.PathLike | None = None
+) -> Tokenizer:
     """Opens the tokenizer of a run: data.tokenizer is "bytes", or a file, see `find_tokenizer`.
 
     Raises:
@@ -167,7 +175,7 @@ def open_tokenizer(c: DataConfig, workdir: epath.PathLike, vocab_size: int) -> T
     if c.tokenizer == "bytes":
         tokenizer = ByteTokenizer()
     else:
-        tokenizer = FileTokenizer(find_tokenizer(c.tokenizer, workdir))
+        tokenizer = FileTokenizer(find_tokenizer(c.tokenizer, workdir, base))
     require(
         tokenizer.vocab_size <= vocab_size,
         f"the tokenizer {c.tokenizer} has the id {tokenizer.vocab_size - 1}, but model.vocab_size is "

@@ -45,6 +45,7 @@ def make_time_grid(solver: str, steps: int | str, shift: float = 1.0) -> TimeGri
       InputError: an unknown solver, steps outside 1 … 1000, or an invalid respacing.
     """
     require(solver in SOLVERS, f"solver {solver!r} is not one of {', '.join(SOLVERS)}")
+    require(shift > 0, f"shift={shift} must be above 0")
     if isinstance(steps, int):
         require(
             1 <= steps <= MAX_STEPS,

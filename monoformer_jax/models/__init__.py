@@ -3,7 +3,8 @@
 A module has a frozen dataclass and functions of it; parameters are a nested dict, with LoRA adapters
 under "lora".
 
-    Config                            with kind, layout (see `config.TokenLayout`) and predict_variance
+    Config                            with kind, dtype, layout (see `config.TokenLayout`) and
+                                      predict_variance
     SIZES                             named sizes: {name: keys of Config}
     init(c, key) -> params            float32
     logical_axes(c)                   tree of axis names, see `parallel.RULES`

@@ -70,6 +70,8 @@ class MonoFormerConfig(DecoderConfig):
     channels: int = 1  # channels of the image or latent
     patch_size: int = 2
     feature_dim: int = 0  # feature size of the vision encoder for conditioning images; 0: none
+    # The image head's last layer starts at zero, as in DiT (arXiv 2212.09748).
+    zero_image_head: bool = False
     original: OriginalConfig = OriginalConfig()
     predict_variance: bool = False  # set by Config from objective.learn_sigma
 
@@ -140,7 +142,8 @@ class MonoFormer(nnx.Module):
         self.time_token = Projector(D, D, ("embed", "embed_out"), rngs)
 
     def make_image_head(self, rngs: nnx.Rngs) -> ImageHead:
-        return ImageHead(self.config.embed_dim, self.config.output_dim, rngs)
+        c = self.config
+        return ImageHead(c.embed_dim, c.output_dim, rngs, c.zero_image_head)
 
     def __call__(
         self,

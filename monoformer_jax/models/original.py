@@ -24,13 +24,13 @@ from monoformer_jax.nn.layers import Linear
 class AddHead(nnx.Module):
     """Image head [B, L, D] -> float32 [B, L, P]: adds the projected time embedding; then linear."""
 
-    def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs):
+    def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs, zero: bool = False):
         self.modulation = Linear(dim, dim, ("embed", "embed_out"), rngs=rngs)
-        self.out = Linear(dim, outputs, ("embed", None), rngs=rngs)
+        self.out = Linear(dim, outputs, ("embed", None), rngs=rngs, zero=zero)
 
     def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
         x = x + broadcast_to_tokens(self.modulation(jax.nn.silu(embedding)), image_of)
-        return self.out(x).astype(jnp.float32)
+        return self.out.float32(x)
 
 
 class OriginalMonoFormer(MonoFormer):
@@ -47,7 +47,7 @@ class OriginalMonoFormer(MonoFormer):
         c = self.config
         if c.original.image_head == "adaln":
             return super().make_image_head(rngs)
-        return AddHead(c.embed_dim, c.output_dim, rngs)
+        return AddHead(c.embed_dim, c.output_dim, rngs, c.zero_image_head)
 
     def embed_patches(self, inputs, embedding, image_of):
         c, dtype = self.config, embedding.dtype

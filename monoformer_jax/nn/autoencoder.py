@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from monoformer_jax.errors import require
+from monoformer_jax.nn.layers import full_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +245,8 @@ class Autoencoder(nnx.Module):
 
     def encode(self, images: jax.Array) -> Moments:
         """[B, h, w, 3] in [-1, 1] -> moments; h and w are multiples of f."""
-        mean, log_variance = jnp.split(self.quantize(self.encoder(images)), 2, axis=-1)
+        with full_precision(jnp.float32):
+            mean, log_variance = jnp.split(self.quantize(self.encoder(images)), 2, axis=-1)
         return Moments(mean, jnp.clip(log_variance, -30.0, 20.0))
 
     def latents(self, moments: Moments, noise: jax.Array) -> jax.Array:
@@ -253,7 +255,8 @@ class Autoencoder(nnx.Module):
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Scaled latents [B, h/f, w/f, C] -> images [B, h, w, 3], about [-1, 1]."""
-        return self.decoder(self.unquantize(self.config.denormalize(latents)))
+        with full_precision(jnp.float32):
+            return self.decoder(self.unquantize(self.config.denormalize(latents)))
 
 
 def init(c: AutoencoderConfig, key: jax.Array) -> dict:

@@ -16,7 +16,7 @@ from einops import rearrange
 from flax import nnx
 
 from monoformer_jax.errors import require
-from monoformer_jax.nn.layers import Linear, parameter
+from monoformer_jax.nn.layers import Linear, full_precision, parameter
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, of the training pixels
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -99,6 +99,10 @@ class ClipVision(nnx.Module):
 
     def states(self, images: jax.Array) -> jax.Array:
         """[B, h, w, 3] from `preprocess` -> [layers + 1, B, 1 + patches, D]."""
+        with full_precision(jnp.float32):
+            return self._states(images)
+
+    def _states(self, images):
         p = self.config.patch_size
         x = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
         x = x @ self.patch_embedding[...]

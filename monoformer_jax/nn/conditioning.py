@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from monoformer_jax.attention.tpu_forward import matmul_precision
 from monoformer_jax.nn.layers import Axes, Linear
 from monoformer_jax.parallel import constrain
 
@@ -72,16 +73,16 @@ def modulate(x: jax.Array, modulation: Linear, embedding: jax.Array, image_of: j
 class ImageHead(nnx.Module):
     """adaLN: LayerNorm without affine parameters, shift and scale from the time embedding; linear."""
 
-    def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs):
+    def __init__(self, dim: int, outputs: int, rngs: nnx.Rngs, zero: bool = False):
         self.modulation = Linear(dim, 2 * dim, ("embed", "embed_out"), rngs=rngs)
-        self.out = Linear(dim, outputs, ("embed", None), rngs=rngs)
+        self.out = Linear(dim, outputs, ("embed", None), rngs=rngs, zero=zero)
 
     def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
         """[B, L, D], time embeddings [B, I, D], image one-hot [B, L, I] -> float32 [B, L, P]."""
         y = x.astype(jnp.float32)
         y = y - y.mean(-1, keepdims=True)
         y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-        return self.out(modulate(y, self.modulation, embedding, image_of)).astype(jnp.float32)
+        return self.out.float32(modulate(y, self.modulation, embedding, image_of))
 
 
 def image_one_hot(image_ids: jax.Array, images: int, dtype) -> jax.Array:
@@ -92,7 +93,8 @@ def image_one_hot(image_ids: jax.Array, images: int, dtype) -> jax.Array:
 def broadcast_to_tokens(per_image: jax.Array, image_of: jax.Array) -> jax.Array:
     """[B, I, D] -> [B, L, D]; 0 for tokens outside images.
 
-    It is a matrix product, which shards and differentiates better than a gather.
+    It is a matrix product, which shards and differentiates better than a gather; it does not round.
     """
     per_image = constrain(per_image, ("batch", None, None))
-    return jnp.einsum("BID,BLI->BLD", per_image, image_of)
+    precision = matmul_precision(per_image.dtype)
+    return jnp.einsum("BID,BLI->BLD", per_image, image_of, precision=precision)

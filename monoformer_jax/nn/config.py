@@ -31,6 +31,9 @@ class DecoderConfig:
     mlp_dim: int = 344
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    # RMSNorm of queries and keys of each head, before RoPE (arXiv 2302.05442, 2403.03206): keeps
+    # attention logits small in long runs. For a model that is trained from random weights.
+    qk_norm: bool = False
     dtype: str = "bfloat16"  # compute dtype of matrix products; parameters, norms, losses: float32
     # Activations of a block that are saved for the backward pass: a name in jax.checkpoint_policies,
     # "none" (no remat), or "save_names:a,b" with names of `SAVED_NAMES`; the rest is recomputed.

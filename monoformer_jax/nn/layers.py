@@ -6,6 +6,8 @@ to mesh axes; they are cast to the compute dtype where they are used.
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -13,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention import IntervalMask, interval_attention
+from monoformer_jax.attention.tpu_forward import matmul_precision
 from monoformer_jax.nn import lora
 from monoformer_jax.nn.config import DecoderConfig
 
@@ -26,15 +29,55 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float)
     return nnx.Param(value, axes=axes)
 
 
+def full_precision(dtype):
+    """Context in which products of float32 operands are float32; for other dtypes it does nothing.
+
+    By default a TPU rounds the operands to bfloat16, and a GPU to TF32.
+    """
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else contextlib.nullcontext()
+
+
+def float32_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b for operands of one dtype, accumulated and returned in float32."""
+    precision = matmul_precision(a.dtype)
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def head_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Product of an output head, x [..., D] and float32 [D, P] -> float32 [..., P].
+
+    Operands are in x's dtype. The gradient of the kernel is float32 before it is reduced over devices;
+    that of a cast kernel would be rounded to x's dtype.
+    """
+    return float32_matmul(x, kernel.astype(x.dtype))
+
+
+def _head_matmul_backward(residuals, cotangent):
+    x, kernel = residuals
+    cotangent = cotangent.astype(x.dtype)
+    d_x = float32_matmul(cotangent, kernel.astype(x.dtype).T).astype(x.dtype)
+    x, cotangent = (y.reshape(-1, y.shape[-1]) for y in (x, cotangent))
+    return d_x, float32_matmul(x.T, cotangent)
+
+
+head_matmul.defvjp(lambda x, kernel: (head_matmul(x, kernel), (x, kernel)), _head_matmul_backward)
+
+
 class Linear(nnx.Module):
     """[..., D_in] -> [..., D_out] with bias."""
 
-    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs: nnx.Rngs):
-        self.kernel = parameter(rngs, (d_in, d_out), axes, d_in**-0.5)
+    def __init__(self, d_in: int, d_out: int, axes: Axes, *, rngs: nnx.Rngs, zero: bool = False):
+        self.kernel = parameter(rngs, (d_in, d_out), axes, 0.0 if zero else d_in**-0.5)
         self.bias = nnx.Param(jnp.zeros(d_out), axes=axes[1:])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+    def float32(self, x: jax.Array) -> jax.Array:
+        """The same as the last layer of a head, see `head_matmul`; returns float32."""
+        return head_matmul(x, self.kernel[...]) + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -77,6 +120,8 @@ class Attention(nnx.Module):
         # Each block adds two terms to the residual stream; this keeps its scale independent of depth.
         stddev = (N * H * 2 * c.num_layers) ** -0.5
         self.out = parameter(rngs, (N, H, D), ("heads", "head_dim", "embed"), stddev)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(H, c.norm_eps), RMSNorm(H, c.norm_eps)
 
     def __call__(
         self,
@@ -102,6 +147,8 @@ class Attention(nnx.Module):
             return y.reshape(-1, length, y.shape[-1] // c.head_dim, c.head_dim)
 
         q, k, v = project("q"), project("k"), project("v")
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, positions, c.rope_theta), rope(k, positions, c.rope_theta)
         q, k, v = (checkpoint_name(x, "qkv") for x in (q, k, v))
         if cache is not None:

@@ -75,7 +75,8 @@ def merge(params: Mapping, adapters: Adapters, c: LoraConfig) -> dict:
     if _is_pair(adapters):
         pair = scaled(adapters, c)
         kernel = jnp.asarray(params, jnp.float32)
-        return kernel + (pair["a"] @ pair["b"]).reshape(kernel.shape)
+        product = jnp.matmul(pair["a"], pair["b"], precision=jax.lax.Precision.HIGHEST)
+        return kernel + product.reshape(kernel.shape)
     merged = {name: merge(params[name], adapters[name], c) for name in adapters}
     return {**params, **merged}
 

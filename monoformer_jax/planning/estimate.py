@@ -14,13 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from monoformer_jax import batch as contract
 from monoformer_jax.config import Config, MeshConfig
 from monoformer_jax.diffusion.solvers import EVALUATIONS, make_time_grid
-from monoformer_jax.errors import require
 from monoformer_jax.models import get_model
 from monoformer_jax.parallel import (
     BATCH,
     batch_shards,
     bytes_on_device,
-    check_batch_size,
     make_mesh,
     use_mesh,
 )
@@ -35,7 +33,7 @@ from monoformer_jax.sampling.sampler import (
     sampling_mesh,
 )
 from monoformer_jax.sampling.text import row_keys
-from monoformer_jax.training.state import abstract_train_state, make_train_step
+from monoformer_jax.training.state import abstract_train_state, check_layout, make_train_step
 
 GIB = 2**30
 TRAINING = 3  # forward plus backward in forward passes; remat is not model FLOPs
@@ -108,15 +106,11 @@ def slice_mesh(config: Config, topology: str, mode: str = "train") -> Mesh:
     Raises:
       InputError: no such topology, or the mesh or the batch size does not fit it.
     """
-    mesh = make_mesh(config.mesh, all_chips(topology, config.mesh.slices))
-    try:
-        if mode == "train":
-            check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
-            abstract_train_state(config, mesh)
-        else:
-            abstract_weights(config.model, "float32", mesh)
-    except ValueError as error:
-        require(False, str(error))
+    devices = all_chips(topology, config.mesh.slices)
+    if mode == "train":
+        return check_layout(config, devices)
+    mesh = make_mesh(config.mesh, devices)
+    abstract_weights(config.model, "float32", mesh)
     return mesh
 
 
@@ -218,7 +212,7 @@ def _placed(tree, sharding: NamedSharding):
 
 def _sample_program(config: Config, mesh: Mesh, dtype: str):
     """The denoising loop of `sample` for a batch of images, after prefill."""
-    images, sampling = _images(mesh), config.sampling
+    images, sampling = _images(mesh), config.image_sampling()
     branches = image.guidance_branches(sampling, shown=False)
     spec = image.make_image_spec(config.model, sampling, (config.data.image_size,) * 2, branches)
     params = abstract_weights(config.model, dtype, mesh)
@@ -239,7 +233,7 @@ def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:
 
 
 def _solver_steps(config: Config) -> int:
-    s = config.sampling
+    s = config.image_sampling()
     return int(make_time_grid(s.solver, s.steps, s.shift).steps)
 
 

@@ -55,6 +55,11 @@ class Weights:
     left_out: tuple[str, ...] = ()
 
     @property
+    def untrained(self) -> list[str]:
+        """Modules that are newly initialised: the image layers of a LLaMA."""
+        return sorted(set(self.ema) - {path.split("/")[0] for path in self.mapped})
+
+    @property
     def parts(self) -> dict[str, dict]:
         return {"ema": self.ema} | ({} if self.params is None else {"params": self.params})
 
@@ -111,8 +116,7 @@ def _open_workdir(source: Source) -> Weights:
         return Weights(config, None, ema, tuple(by_path(ema)), source)
     shapes = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
     with Checkpoints(source.folder) as checkpoints:
-        step, names = checkpoints.latest, ["ema", "params"][: 1 + checkpoints.has_params]
-    require(step is not None, f"there is no complete checkpoint in {source.folder}")
+        names, untrained = ["ema", "params"][: 1 + checkpoints.has_params], checkpoints.untrained()
 
     def tensor(part, path, leaf):
         def load():
@@ -125,7 +129,7 @@ def _open_workdir(source: Source) -> Weights:
         name: jax.tree_util.tree_map_with_path(functools.partial(tensor, name), shapes)
         for name in names
     }
-    mapped = tuple(by_path(shapes))
+    mapped = tuple(path for path in by_path(shapes) if path.split("/")[0] not in untrained)
     return Weights(config, parts.get("params"), parts["ema"], mapped, source)
 
 
@@ -137,7 +141,8 @@ def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None
         with Checkpoints(folder, kept=1) as checkpoints:
             checkpoints.save_weights(
                 {name: functools.partial(read_tree, tree, progress)
-                 for name, tree in weights.parts.items()}
+                 for name, tree in weights.parts.items()},
+                weights.untrained,
             )  # fmt: skip
 
 
@@ -210,8 +215,7 @@ def _write_tokenizer(folder: Path, weights: Weights):
             file = find_tokenizer(data.tokenizer, source.folder)
         if not file.is_file():
             return None
-        is_llama = len(weights.mapped) < len(by_path(weights.ema))
-        if is_llama:
+        if weights.untrained:  # a LLaMA
             extend_tokenizer(file, to)
         else:
             to.write_bytes(file.read_bytes())

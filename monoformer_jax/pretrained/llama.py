@@ -23,7 +23,7 @@ def field(values: dict[str, Any], name: str, where: str | Path) -> Any:
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> MonoFormerConfig:
-    """The model config of a LLaMA; the image layers have the defaults of the released MonoFormer.
+    """The model config of a LLaMA; its image layers, which are new, have MonoFormer's sizes.
 
     Raises:
       InputError: another model type, or an unsupported variant.
@@ -58,7 +58,6 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Mo
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
             channels=4,
             patch_size=2,
-            predict_variance=True,
         )
     except TypeError as error:
         raise InputError(f"{where}: a size is not a number ({error})") from error

@@ -119,31 +119,35 @@ def open_pretrained(folder: Path) -> Pretrained:
     if original.is_monoformer(values):
         model = original.read_config(values, where, original.feature_dim(tensors))
         length = llama.field(values, "tokenizer_max_length", where)
-        side = original.latent_side(values, where)
         table, ignored = original.table(model), original.IGNORED
+        config = run_config(model, length, original.latent_side(values, where))
     else:
         model = llama.read_config(values, where)
         vocab, length = model.vocab_size, values.get("max_position_embeddings", 2048)
         model = dataclasses.replace(model, vocab_size=vocab + SPECIALS)
-        side = 32
         table, ignored = llama.table(model, vocab), llama.IGNORED
-    return Pretrained(folder, run_config(model, length, side), table, tensors, ignored)
+        config = Config(model, name="converted", data=_data_config(model, length, side=32))
+    return Pretrained(folder, config, table, tensors, ignored)
 
 
 def run_config(model: Any, length: int, side: int) -> Config:
-    """The config of a run with the original's training and sampling settings.
+    """The config of a MonoFormer, with the original's training and sampling settings.
 
     Args:
       model: config of the model.
       length: tokens per sequence.
       side: height and width of the latents.
     """
-    tokens = model.layout.image_tokens(side, side)
     return Config(
         name="converted",
         model=model,
         objective=ObjectiveConfig(kind="ddpm", learn_sigma=model.predict_variance),
         loss=LossConfig(text_weight=0.01, text_beside_images=False),
-        data=DataConfig(max_seq_len=max(length, tokens + 4), image_size=side, end_of_prompt=False),
+        data=_data_config(model, length, side),
         sampling=SamplingConfig(solver="ddpm", guidance_channels="first_three"),
     )
+
+
+def _data_config(model: Any, length: int, side: int) -> DataConfig:
+    tokens = model.layout.image_tokens(side, side)
+    return DataConfig(max_seq_len=max(length, tokens + 4), image_size=side, end_of_prompt=False)

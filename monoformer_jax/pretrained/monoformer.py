@@ -96,6 +96,7 @@ def write_config(c: MonoFormerConfig, side: int, max_length: int) -> dict[str, A
         "the original does not support model.original.context_images='bidirectional' with a vision "
         "encoder: its conditioning images use causal attention",
     )
+    require(not c.qk_norm, "the original does not support model.qk_norm=True")
     require(
         c.head_dim * c.num_heads == c.embed_dim,
         f"the original does not support model.head_dim={c.head_dim} with embed_dim={c.embed_dim} "

@@ -4,7 +4,7 @@ WORKDIR/checkpoints/STEP/params/    float32 weights
                         /ema/       exponential moving average of the weights, used for sampling
                         /optimizer/
                         /data/      {"streams": state of each stream of rows}
-                        /meta/      {"step", "train_seconds"}
+                        /meta/      {"step", "train_seconds"}; of converted weights also "untrained"
 WORKDIR/damaged/STEP/               checkpoints that could not be read, moved here
 
 A checkpoint can be restored on any mesh, with any number of devices and processes.
@@ -152,9 +152,14 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or the newest cannot be read.
         """
-        return self._newest(
+        weights, meta = self._newest(
             lambda folder: (_read_arrays(folder / "ema", target), _read_json(folder / "meta"))
         )
+        return weights, {name: meta[name] for name in ("step", "train_seconds")}
+
+    def untrained(self) -> list[str]:
+        """Modules that `convert` initialised, as the source has none; see `restore_ema`."""
+        return self._newest(lambda folder: _read_json(folder / "meta")).get("untrained", [])
 
     def restore_one(self, part: str, path: Sequence[str], target: jax.ShapeDtypeStruct):
         """One parameter of "ema" or "params" as numpy, for models larger than the memory."""
@@ -173,13 +178,17 @@ class Checkpoints:
         """Whether the newest checkpoint has `params` besides `ema`; a converted one may not."""
         return self.latest is not None and (self.folder / str(self.latest) / "params").is_dir()
 
-    def save_weights(self, parts: Mapping[str, Callable[[], dict]]) -> None:
+    def save_weights(
+        self, parts: Mapping[str, Callable[[], dict]], untrained: Sequence[str] = ()
+    ) -> None:
         """Saves converted weights as step 0, with one part in memory at a time.
 
         Args:
           parts: {"ema": read, "params": read}, "params" optional; `read()` returns float32 arrays.
+          untrained: modules that are newly initialised, see `untrained()`.
         """
-        meta = ocp.args.JsonSave({"step": 0, "train_seconds": 0.0})
+        meta = {"step": 0, "train_seconds": 0.0, "untrained": list(untrained)}
+        meta = ocp.args.JsonSave(meta)
         self._manager.save(0, args=ocp.args.Composite(meta=meta))
         self._manager.wait_until_finished()
         host = jax.local_devices(backend="cpu")[0]
@@ -215,6 +224,14 @@ class Checkpoints:
         # close() has a barrier, which the other processes may never reach after an error.
         if kind is None or jax.process_count() == 1:
             self._manager.close()
+
+
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether a workdir, which may not exist, holds a complete checkpoint."""
+    if not (epath.Path(workdir) / "checkpoints").exists():
+        return False
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.latest is not None
 
 
 def _read_arrays(folder: epath.Path, target: dict) -> dict:

@@ -17,6 +17,10 @@ from monoformer_jax.parallel import make_mesh
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.workdir import read_config
 
+# Keys of a model that affect no loaded parameter, and those that affect only image modules.
+_NO_PARAMETERS = ("dtype", "remat", "attention", "zero_image_head")
+_IMAGE_MODULES = ("channels", "patch_size", "feature_dim", "original", "predict_variance")
+
 
 def load_trained(
     workdir: epath.PathLike, dtype: str | None = None, mesh: Mesh | None = None
@@ -56,6 +60,27 @@ def load_trained(
 def load_weights(workdir: epath.PathLike, target: dict, model: Any) -> dict:
     """EMA weights of another run, with the shardings of `target`, to initialise a run of `model`.
 
+    Modules that `convert` initialised, the image layers of a LLaMA, are not returned: the run
+    initialises its own, for its objective and its latents.
+
+    Raises:
+      InputError: see `check_init_from`.
+    """
+    untrained = check_init_from(workdir, model)
+    mesh = jax.tree.leaves(target)[0].sharding.mesh
+    stored = trainable.abstract(read_config(workdir).model, LoraConfig(), mesh)
+    wanted = {name: leaf for name, leaf in target.items() if name not in untrained}
+    with Checkpoints(workdir) as checkpoints:
+        weights = checkpoints.restore_ema(stored | wanted)[0]
+    return {name: weights[name] for name in wanted}
+
+
+def check_init_from(workdir: epath.PathLike, model: Any) -> list[str]:
+    """Checks that a run of `model` can start from the weights of a workdir; reads none of them.
+
+    Returns:
+      Modules without trained weights in it, see `Checkpoints.untrained`.
+
     Raises:
       InputError: the workdir has no model, a different model, or adapters that are not merged.
     """
@@ -69,13 +94,13 @@ def load_weights(workdir: epath.PathLike, target: dict, model: Any) -> dict:
         f"init_from={workdir} holds adapters; merge them first: python -m monoformer_jax.convert "
         f"--from={workdir} --to=DIR --format=orbax",
     )
-    # dtype, remat and attention may differ: they do not affect the parameters.
+    with Checkpoints(workdir) as checkpoints:
+        untrained = checkpoints.untrained()
+    free = _NO_PARAMETERS + (_IMAGE_MODULES if untrained else ())
     changed = [
         f"{field.name} (was {getattr(source, field.name)!r}, now {getattr(model, field.name)!r})"
         for field in dataclasses.fields(source)
-        if field.name not in ("dtype", "remat", "attention")
-        and getattr(source, field.name) != getattr(model, field.name)
+        if field.name not in free and getattr(source, field.name) != getattr(model, field.name)
     ]
     require(not changed, f"init_from={workdir} holds another model: {', '.join(changed)}")
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(target)[0]
+    return untrained

@@ -8,6 +8,7 @@ The modules checkpoint, metrics and faults list their own files.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -29,12 +30,17 @@ def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
     In a multi-process run only process 0 calls it.
 
     Raises:
-      InputError: the workdir holds another run, or checkpoints without config.json.
+      InputError: the workdir holds another run, or checkpoints without config.json; or a finished
+        cosine run is extended without `optimizer.restart_step`.
     """
     workdir = epath.Path(workdir)
-    path = workdir / "config.json"
+    path, restart = workdir / "config.json", config.optimizer.restart_step
     if path.exists():
-        old, new = _flat(read_config(workdir).to_dict()), _flat(config.to_dict())
+        before = read_config(workdir)
+        if restart and restart == before.steps == _finished(workdir):
+            optimizer = dataclasses.replace(before.optimizer, restart_step=restart)
+            before = dataclasses.replace(before, steps=config.steps, optimizer=optimizer)
+        old, new = _flat(before.to_dict()), _flat(config.to_dict())
         changed = [
             f"{key} (was {old.get(key)!r}, now {new.get(key)!r})"
             for key in sorted(old.keys() | new.keys())
@@ -42,17 +48,39 @@ def claim_workdir(workdir: epath.PathLike, config: Config) -> None:
         ]
         require(not changed, f"{workdir} holds another run: {', '.join(changed)}; nothing was "
                              "changed, use a new --workdir")  # fmt: skip
+        _check_extension(workdir, before, config)
     else:
         require(
             not (workdir / "checkpoints").exists(),
             f"{workdir} has checkpoints but no config.json; nothing was changed",
         )
+        require(
+            not restart,
+            f"optimizer.restart_step={restart} extends a finished run, {workdir} is new",
+        )
         workdir.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write_text(config.to_json(), encoding="utf-8")
+    if 0 < _finished(workdir) < config.steps:
+        (workdir / "done.json").unlink()
+
+
+def _check_extension(workdir: epath.Path, before: Config, config: Config) -> None:
+    """Raises InputError if a finished run would jump to the learning rate of a longer cosine."""
+    c, finished = before.optimizer, _finished(workdir)
+    jumps = c.schedule == "cosine" and c.restart_step + c.warmup_steps < finished < config.steps
+    require(
+        not jumps or finished != before.steps,
+        f"{workdir} ended its cosine at step {finished}, and the learning rate of steps="
+        f"{config.steps} would jump there: warm up and decay again with "
+        f"--config.optimizer.restart_step={finished}; nothing was changed",
+    )
+
+
+def _finished(workdir: epath.Path) -> int:
+    """The last step of a finished run; 0 if it has not finished."""
     done = workdir / "done.json"
-    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["step"] < config.steps:
-        done.unlink()
+    return json.loads(done.read_text(encoding="utf-8"))["step"] if done.exists() else 0
 
 
 def read_config(workdir: epath.PathLike) -> Config:

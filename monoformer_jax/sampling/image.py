@@ -27,6 +27,7 @@ from monoformer_jax.diffusion.guidance import Guidance, classifier_free_guidance
 from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.diffusion.solvers import TimeGrid, make_time_grid, solve
 from monoformer_jax.models import get_model
+from monoformer_jax.nn.layers import full_precision
 from monoformer_jax.parallel import padded_rows, use_mesh
 from monoformer_jax.sampling.prompts import Parts, check_size, encode_prompt, guidance_documents
 from monoformer_jax.sampling.sampler import Sampler
@@ -91,7 +92,7 @@ def generate_images(
         trained one, or incompatible settings.
     """
     config, tokenizer = sampler.config, sampler.tokenizer
-    sampling = config.sampling if sampling is None else sampling
+    sampling = config.image_sampling(sampling)
     check_solver(config.objective, sampling.solver)
     size = size or (config.data.image_size,) * 2
     check_size(sampler, size, "the image to generate")
@@ -184,6 +185,14 @@ def denoise_settings(sampling: SamplingConfig) -> tuple[TimeGrid, Guidance, np.i
     return grid, make_guidance(sampling), np.int32(0), np.int32(sampling.steps)
 
 
+def fid_sampling(c: SamplingConfig) -> SamplingConfig:
+    """The settings of images that are scored, which have their own guidance if it is set."""
+    if not c.fid_guidance:
+        return c
+    low, high = c.fid_guidance_low, c.fid_guidance_high
+    return dataclasses.replace(c, guidance=c.fid_guidance, guidance_low=low, guidance_high=high)
+
+
 def make_guidance(sampling: SamplingConfig) -> Guidance:
     values = (sampling.guidance, sampling.image_guidance, sampling.guidance_low,
               sampling.guidance_high, sampling.guidance_rescale)  # fmt: skip
@@ -234,7 +243,8 @@ def make_denoiser(params: dict, state: Any, spec: ImageSpec, guidance: Guidance)
         x = jnp.repeat(x, spec.branches, axis=0)
         times = jnp.full(len(x), t)
         grid = (spec.height, spec.width)
-        predicted, variance = model.denoise(c, params, state, grid, x, times)
+        with full_precision(c.dtype):
+            predicted, variance = model.denoise(c, params, state, grid, x, times)
         predicted = classifier_free_guidance(branches_of(predicted), t, guidance, spec.guided)
         return predicted, None if variance is None else branches_of(variance)[:, 0]
 

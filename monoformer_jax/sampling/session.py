@@ -85,7 +85,7 @@ class Session:
           required for a model with a vision encoder.
         """
         self.sampler, config = sampler, sampler.config
-        self.sampling = config.sampling if sampling is None else sampling
+        self.sampling = config.image_sampling(sampling)
         check_solver(config.objective, self.sampling.solver)
         require(
             reencode is not None or not config.layout.feature_dim,

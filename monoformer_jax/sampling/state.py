@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from monoformer_jax.batch import TEXT, Document, stack
 from monoformer_jax.errors import require
 from monoformer_jax.models import get_model
+from monoformer_jax.nn.layers import full_precision
 from monoformer_jax.parallel import BATCH, constrain
 from monoformer_jax.sampling.prompts import bucket
 from monoformer_jax.sampling.sampler import Sampler
@@ -42,7 +43,8 @@ def extend(
     params: dict, sequences: Sequences, block: dict[str, jax.Array], c: Any, slots: int
 ) -> Sequences:
     """Appends a block of the batch contract [B, L] to the sequences, see `extend` of a model."""
-    state = get_model(c).extend(c, params, sequences.state, block, slots)
+    with full_precision(c.dtype):
+        state = get_model(c).extend(c, params, sequences.state, block, slots)
     state = constrain(state, state.logical_axes())
     is_text = block["token_types"] == TEXT
     return Sequences(state, mark_seen(sequences.seen, block["tokens"], is_text))

@@ -16,6 +16,7 @@ from monoformer_jax.data.documents import open_text
 from monoformer_jax.data.tokenizer import decode_after
 from monoformer_jax.errors import require, require_unicode
 from monoformer_jax.models import get_model
+from monoformer_jax.nn.layers import float32_matmul, full_precision
 from monoformer_jax.parallel import padded_rows, use_mesh
 from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt
 from monoformer_jax.sampling.sampler import Sampler
@@ -293,9 +294,9 @@ def filter_logits(logits: jax.Array, arrays: SamplingArrays) -> jax.Array:
 def text_logits(c: Any, params: dict, hidden: jax.Array) -> jax.Array:
     """Text logits, [B, D] -> float32 [B, V]; vocabulary padding has probability 0."""
     head = get_model(c).text_head(c, params)
-    logits = hidden @ head.astype(hidden.dtype)
+    logits = float32_matmul(hidden, head.astype(hidden.dtype))
     real = jnp.arange(head.shape[1]) < c.layout.vocab_size
-    return jnp.where(real, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "room"))
@@ -331,7 +332,8 @@ def decode_tokens(
         tokens, counts = tokens.at[:, i].set(token), counts + running
         seen = seen.at[everyone, token].max(running)
         hidden = state.hidden
-        state = model.decode(c, params, state, token)
+        with full_precision(c.dtype):
+            state = model.decode(c, params, state, token)
         # An ended sequence still runs with the batch, but keeps the hidden state of its last token.
         state = state.replace(hidden=jnp.where(running[:, None], state.hidden, hidden))
         running = running & ~arrays.stops[token] & (counts < most)

@@ -18,8 +18,10 @@ from monoformer_jax.config import Config
 from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
-from monoformer_jax.parallel import check_batch_size, local_rows, make_mesh, put_batch
-from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.errors import require
+from monoformer_jax.files import atomic_write
+from monoformer_jax.parallel import local_rows, put_batch
+from monoformer_jax.runtime.checkpoint import Checkpoints, has_checkpoint
 from monoformer_jax.runtime.faults import (
     CrashLoopGuard,
     NonFiniteLoss,
@@ -28,10 +30,15 @@ from monoformer_jax.runtime.faults import (
     Watchdog,
 )
 from monoformer_jax.runtime.processes import run_on_first
-from monoformer_jax.runtime.weights import load_weights
-from monoformer_jax.runtime.workdir import claim_workdir, mark_done
+from monoformer_jax.runtime.weights import check_init_from, load_weights
+from monoformer_jax.runtime.workdir import claim_workdir, mark_done, read_config
 from monoformer_jax.training.metrics import TrainMetrics, Writer
-from monoformer_jax.training.state import abstract_train_state, init_train_state, make_train_step
+from monoformer_jax.training.state import (
+    abstract_train_state,
+    check_layout,
+    init_train_state,
+    make_train_step,
+)
 
 
 def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> None:
@@ -52,14 +59,13 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
       CrashLoop: several consecutive starts made no checkpoint.
     """
     workdir = epath.Path(workdir).expanduser()
-    tokenizer = open_tokenizer(config.data, workdir, config.layout.vocab_size)
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, config.optimizer.grad_accum_steps, mesh)
+    tokenizer = _check_start(config, workdir)
+    mesh = check_layout(config)
     target = abstract_train_state(config, mesh)
     rows = local_rows(config.batch_size, mesh)
     batches = Batches(config, tokenizer, rows)
     _check_first_batch(config, tokenizer, rows)
-    run_on_first(lambda: claim_workdir(workdir, config))
+    run_on_first(lambda: _claim(workdir, config, tokenizer))
     with (
         Checkpoints(workdir, config.max_to_keep, config.keep_period) as checkpoints,
         CrashLoopGuard(workdir, checkpoints.latest),
@@ -85,6 +91,29 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
             watchdog.stop()
             checkpoints.wait()
             mark_done(workdir, config, step, report.seconds)
+
+
+def _check_start(config: Config, workdir: epath.Path) -> Tokenizer:
+    """Checks what the run starts from; returns its tokenizer, by default that of `init_from`."""
+    base = epath.Path(config.init_from) if config.init_from else None
+    if base is not None and (config.lora.rank or not has_checkpoint(workdir)):
+        check_init_from(base, config.model)
+        theirs = read_config(base).data.tokenizer
+        require(
+            config.data.tokenizer != "bytes" or theirs == "bytes" or not (base / theirs).is_file(),
+            f"data.tokenizer='bytes', but init_from={base} was trained with {theirs}: set "
+            f"--config.data.tokenizer={theirs}",
+        )
+    return open_tokenizer(config.data, workdir, config.layout.vocab_size, base)
+
+
+def _claim(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> None:
+    """Claims the workdir, and copies the tokenizer of `init_from` or the current folder into it."""
+    claim_workdir(workdir, config)
+    name = config.data.tokenizer
+    if name != "bytes" and "/" not in name and not (workdir / name).is_file():
+        with atomic_write(workdir / name) as file:
+            file.write_bytes(tokenizer.path.read_bytes())
 
 
 def _start(config, mesh, target, batches, checkpoints):

@@ -41,9 +41,8 @@ def draw_latents(key: jax.Array, batch: Batch) -> Batch:
     return dict(batch) | {"patches": jnp.where(is_patch, drawn, 0.0)}
 
 
-def draw_noise(key: jax.Array, batch: Batch, config: Config) -> Noise:
-    """Draws noise levels and noise for a batch."""
-    time_key, noise_key = jax.random.split(key)
+def draw_noise(time_key: jax.Array, noise_key: jax.Array, batch: Batch, config: Config) -> Noise:
+    """Draws noise levels and noise for a batch, from one key each."""
     denoised = _denoised(batch, config.max_images)
     c = config.objective
     times = get_objective(c).sample_times(time_key, denoised.shape, c)
@@ -95,15 +94,18 @@ def loss_fn(
     if head is not None:
         vocab_size = config.layout.vocab_size
         text = text_loss(
-            out.text_hidden, head, batch["targets"], batch["target_weights"], vocab_size
-        )
+            out.text_hidden, head, batch["targets"], batch["target_weights"], vocab_size,
+            config.loss.z_loss,
+        )  # fmt: skip
     text = text / normalizers.text
 
     error = objective.loss(out.prediction, out.variance, clean, noise.noise, t).mean(-1)
     denoised = (batch["denoise"] & (batch["token_types"] == PATCH)).astype(jnp.float32)
     patches = jnp.einsum("BL,BLI->BI", denoised, image_of)
-    per_image = jnp.einsum("BL,BLI->BI", denoised * error, image_of) / jnp.maximum(patches, 1.0)
-    image = per_image.sum() / normalizers.images
+    summed = jnp.einsum(
+        "BL,BLI->BI", denoised * error, image_of, precision=jax.lax.Precision.HIGHEST
+    )
+    image = (summed / jnp.maximum(patches, 1.0)).sum() / normalizers.images
 
     loss = config.loss.text_weight * text + config.loss.image_weight * image
     return loss + sum(out.aux.values()), {"text_loss": text, "image_loss": image}

@@ -9,15 +9,20 @@ from monoformer_jax.config import OptimizerConfig
 
 
 def learning_rate(c: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then a cosine to `final_fraction` of the rate, or a constant one."""
+    """Linear warm-up from 0, then a cosine to `final_fraction` of the rate, or a constant one.
+
+    With `restart_step`, both begin there, from the rate at which the finished run ended.
+    """
     final_fraction = 1.0 if c.schedule == "constant" else c.final_fraction
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+    steps, end_value = steps - c.restart_step, final_fraction * c.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=end_value if c.restart_step else 0.0,
         peak_value=c.learning_rate,
         warmup_steps=c.warmup_steps,
         decay_steps=max(steps, c.warmup_steps + 1),
-        end_value=final_fraction * c.learning_rate,
+        end_value=end_value,
     )
+    return (lambda step: schedule(step - c.restart_step)) if c.restart_step else schedule
 
 
 def make_optimizer(c: OptimizerConfig, steps: int, axes: dict) -> optax.GradientTransformation:

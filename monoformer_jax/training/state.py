@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -14,7 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import trainable
+from monoformer_jax.nn.layers import full_precision
+from monoformer_jax.parallel import check_batch_size, fitting_layout, make_mesh
 from monoformer_jax.training.losses import (
     Noise,
     draw_latents,
@@ -67,6 +71,33 @@ def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
     return TrainState(place(state.step, replicated), params, params, opt_state, frozen)
 
 
+def check_layout(config: Config, devices: list | None = None) -> Mesh:
+    """Returns the mesh of a run on these devices, by default all of the process or the slice.
+
+    Raises:
+      InputError: devices, mesh, batch size, micro-batches and streams do not fit together; it names
+        the closest values that do.
+    """
+    devices = jax.devices() if devices is None else devices
+    micro = config.optimizer.grad_accum_steps
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        check_batch_size(config.batch_size, micro, mesh)
+        abstract_train_state(config, mesh)
+    except InputError as error:
+        axes = trainable.logical_axes(config.model, config.lora)
+        shapes = jax.eval_shape(functools.partial(_init, config)).params
+        found = fitting_layout(
+            axes, shapes, config.mesh, devices, config.batch_size, micro, config.data.streams
+        )
+        if found is None:
+            raise InputError(f"{error}; no mesh of {len(devices)} devices fits") from None
+        mesh, rows = found
+        sizes = "".join(f" --config.mesh.{k}={v}" for k, v in dataclasses.asdict(mesh).items())
+        raise InputError(f"{error}; these fit:{sizes} --config.batch_size={rows}") from None
+    return mesh
+
+
 def init_train_state(config: Config, mesh: Mesh) -> TrainState:
     """Initializes the train state, created sharded on the devices; `frozen` is still empty."""
     return make_init(config, mesh)()
@@ -88,17 +119,30 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch):
         # The attention kernels are sharded by shard_map and read this mesh.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with (
+            jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+            full_precision(config.model.dtype),
+        ):
             return _train_step(state, batch, config)
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _train_step(state: TrainState, batch: Batch, config: Config):
-    # The key depends only on seed and step: a resumed run draws the same noise.
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    batch = draw_latents(jax.random.fold_in(key, 1), batch)
-    return apply_step(state, batch, draw_noise(key, batch, config), config)
+    return apply_step(state, *draw_inputs(state.step, batch, config), config)
+
+
+def draw_inputs(step: jax.Array, batch: Batch, config: Config) -> tuple[Batch, Noise]:
+    """Draws all that is random in a step: the latents of the batch, noise levels and noise.
+
+    The key depends only on seed and step: a resumed run draws the same values.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    # One split for all: split(key, n)[i] is fold_in(key, i), so a key that is folded besides would
+    # be one of these.
+    time_key, noise_key, latent_key = jax.random.split(key, 3)
+    batch = draw_latents(latent_key, batch)
+    return batch, draw_noise(time_key, noise_key, batch, config)
 
 
 def apply_step(

@@ -15,21 +15,26 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from monoformer_jax.nn.layers import float32_matmul
 from monoformer_jax.parallel import BATCH, BATCH_AXES, DATA_AXIS, FSDP_AXIS, TENSOR_AXIS
 
 MOST_LOGITS = 2**25  # per device at a time: 128 MiB in float32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def text_loss(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     vocab_size: int,
+    z_loss: float = 0.0,
     most_logits: int = MOST_LOGITS,
 ) -> jax.Array:
-    """Sum over tokens of weight times cross-entropy, float32 []; statistics are float32.
+    """Sum over tokens of weight times cross-entropy, float32 [].
+
+    Operands of the products are in the compute dtype; logits, statistics and the gradient of the head
+    are float32.
 
     Under a mesh each device processes its own batch rows (data, fsdp) and head columns (tensor);
     gradients are summed over devices once, after the last chunk.
@@ -39,17 +44,18 @@ def text_loss(
       head: [D, V] float32; its columns from `vocab_size` on are padding and have probability 0.
       targets: int32 [B, L].
       weights: float32 [B, L]; not differentiated.
+      z_loss: weight of the squared log-partition of each token, see `LossConfig`.
       most_logits: number of logits that a device holds at a time.
     """
-    return _run(hidden, head, targets, weights, vocab_size, most_logits, False)[0]
+    return _run(hidden, head, targets, weights, vocab_size, z_loss, most_logits, False)[0]
 
 
-def _forward(hidden, head, targets, weights, vocab_size, most_logits):
-    loss, *grads = _run(hidden, head, targets, weights, vocab_size, most_logits, True)
+def _forward(hidden, head, targets, weights, vocab_size, z_loss, most_logits):
+    loss, *grads = _run(hidden, head, targets, weights, vocab_size, z_loss, most_logits, True)
     return loss, (*grads, head)
 
 
-def _backward(vocab_size, most_logits, residuals, cotangent):
+def _backward(vocab_size, z_loss, most_logits, residuals, cotangent):
     d_hidden, d_head, head = residuals
     return (
         (d_hidden * cotangent).astype(d_hidden.dtype),
@@ -62,12 +68,12 @@ def _backward(vocab_size, most_logits, residuals, cotangent):
 text_loss.defvjp(_forward, _backward)
 
 
-def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
+def _run(hidden, head, targets, weights, vocab_size, z_loss, most_logits, with_grads):
     """Loss [] and, if `with_grads`, gradients of hidden [B, L, D] and head [D, V], over all devices."""
     mesh = jax.sharding.get_abstract_mesh()
     local = functools.partial(
-        _on_device, vocab_size=vocab_size, most_logits=most_logits, with_grads=with_grads,
-        mesh=not mesh.empty,
+        _on_device, vocab_size=vocab_size, z_loss=z_loss, most_logits=most_logits,
+        with_grads=with_grads, mesh=not mesh.empty,
     )  # fmt: skip
     if mesh.empty:
         return local(*map(jnp.asarray, (hidden, head, targets, weights)))
@@ -78,7 +84,9 @@ def _run(hidden, head, targets, weights, vocab_size, most_logits, with_grads):
     )(hidden, head, targets, weights)
 
 
-def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_grads, mesh):
+def _on_device(
+    hidden, head, targets, weights, *, vocab_size, z_loss, most_logits, with_grads, mesh
+):
     """`_run` on the rows and columns of one device."""
     dtype = hidden.dtype
     head, first = head.astype(dtype), 0
@@ -101,11 +109,16 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
         h, target, weight = (
             x.at[at].get(mode="fill", fill_value=0) for x in (hidden, targets, weights)
         )
-        loss, d_logits = _cross_entropy(h @ head, target, weight, ids, vocab_size, over_columns)
+        logits = float32_matmul(h, head)
+        loss, d_logits = _cross_entropy(
+            logits, target, weight, ids, vocab_size, z_loss, over_columns
+        )
         if not with_grads:
             return (sums[0] + loss,)
-        d_hidden = jax.lax.dynamic_update_slice(sums[1], d_logits @ head.T, (number * chunk, 0))
-        d_head = sums[2] + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
+        d_logits = d_logits.astype(dtype)
+        d_h = float32_matmul(d_logits, head.T).astype(dtype)
+        d_hidden = jax.lax.dynamic_update_slice(sums[1], d_h, (number * chunk, 0))
+        d_head = sums[2] + float32_matmul(h.T, d_logits)
         return sums[0] + loss, d_hidden, d_head
 
     # The same number of iterations on every device, because the body contains collectives.
@@ -118,24 +131,30 @@ def _on_device(hidden, head, targets, weights, *, vocab_size, most_logits, with_
     if not with_grads:
         return (loss,)
     d_hidden = over_columns(sums[1][jnp.argsort(order)]).reshape(shape)
-    d_head = sums[2].astype(dtype)
+    d_head = sums[2]  # float32 also while it is summed over devices
     if mesh:
         d_head = jax.lax.psum_scatter(d_head, FSDP_AXIS, scatter_dimension=0, tiled=True)
         d_head = jax.lax.psum(d_head, DATA_AXIS)
     return loss, d_hidden, d_head
 
 
-def _cross_entropy(logits, target, weight, ids, vocab_size, over_columns):
-    """Weighted sum over a chunk and its gradient w.r.t. the logits [tokens, V], V of this device."""
-    dtype = logits.dtype
-    logits = jnp.where(ids < vocab_size, logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+def _cross_entropy(logits, target, weight, ids, vocab_size, z_loss, over_columns):
+    """Weighted sum over a chunk and its gradient w.r.t. the logits [tokens, V], V of this device;
+    float32."""
+    logits = jnp.where(ids < vocab_size, logits, jnp.finfo(jnp.float32).min)
     top = over_columns(logits.max(-1), op=jax.lax.pmax)[:, None]
     shifted = jnp.exp(logits - top)
     norm = over_columns(shifted.sum(-1))[:, None]
     is_target = target[:, None] == ids
     own = over_columns(jnp.where(is_target, logits, 0).sum(-1))
-    loss = jnp.sum(weight * (jnp.log(norm) + top - own[:, None])[:, 0])
-    return loss, ((shifted / norm - is_target) * weight[:, None]).astype(dtype)
+    log_z = jnp.log(norm) + top
+    loss = jnp.sum(weight * (log_z - own[:, None])[:, 0])
+    share = shifted / norm
+    d_logits = (share - is_target) * weight[:, None]
+    if z_loss:
+        loss += z_loss * jnp.sum(weight * jnp.square(log_z)[:, 0])
+        d_logits += 2 * z_loss * log_z * share * weight[:, None]
+    return loss, d_logits
 
 
 def _reduce(x: jax.Array, axes, op=jax.lax.psum) -> jax.Array:

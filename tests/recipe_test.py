@@ -1,0 +1,164 @@
+"""The modern recipe beside the original's: its values, and what each of its options computes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+
+from monoformer_jax.cli import load_config
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.diffusion.rectified_flow import shift_times
+from monoformer_jax.errors import InputError
+from monoformer_jax.models import monoformer
+from monoformer_jax.pretrained.monoformer import write_config
+from monoformer_jax.sampling.image import denoise_settings, fid_sampling
+from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
+from monoformer_jax.training.optimizer import make_optimizer
+from monoformer_jax.training.text_loss import text_loss
+
+
+@pytest.fixture(scope="module")
+def inputs(config):
+    batch = next(Batches(config, ByteTokenizer()).iterator)
+    return batch, draw_noise(*jax.random.split(jax.random.key(1)), batch, config)
+
+
+@pytest.mark.parametrize("name", ["imagenet256", "journeydb_ultrachat", "llava_journeydb"])
+def test_modern_is_a_recipe_beside_the_original_s(name):
+    file = f"{ROOT}/configs/{name}.py"
+    original, modern = load_config(file, []), load_config(f"{file}:modern", [])
+    assert modern == load_config(f"{file}:v5e-64,modern", [])
+    c = modern.optimizer
+    assert (c.b2, c.clip_norm, c.warmup_steps, c.weight_decay) == (0.95, 1.0, 4000, 0.1)
+    assert modern.model.zero_image_head and not modern.model.qk_norm and not modern.loss.z_loss
+    assert modern.objective.shift == 1 == modern.image_sampling().shift
+    scored = fid_sampling(modern.sampling)
+    assert (modern.sampling.guidance, scored.guidance) == (4.0, 1.5)
+    assert (scored.guidance_low, scored.guidance_high) == (0.0, 0.7)
+    for group in ("data", "loss", "mesh", "steps", "batch_size"):
+        same = getattr(original, group) == getattr(modern, group)
+        assert same or (name, group) == ("journeydb_ultrachat", "data")
+    load_config(f"{file}:tiny,modern", [])
+    with pytest.raises(InputError, match="there is no recipe 'old'; there is modern"):
+        load_config(f"{file}:tiny,old", [])
+
+
+def test_images_to_score_have_their_own_guidance():
+    looks = SamplingConfig(guidance=4.0, guidance_low=0.4)
+    assert fid_sampling(looks) == looks
+    scored = fid_sampling(dataclasses.replace(looks, fid_guidance=1.5, fid_guidance_high=0.7))
+    assert (scored.guidance, scored.guidance_low, scored.guidance_high) == (1.5, 0.0, 0.7)
+
+
+def test_sampling_has_the_shift_of_training(change):
+    config = change(objective={"shift": 3.0})
+    grid = denoise_settings(config.image_sampling(SamplingConfig("euler", steps=4)))[0]
+    np.testing.assert_allclose(grid.times[:5], shift_times(np.linspace(1, 0, 5), 3.0), rtol=1e-6)
+    assert config.image_sampling(SamplingConfig(shift=2.0)).shift == 2
+    with pytest.raises(InputError, match=r"shift=0.0 must be above 0"):
+        denoise_settings(SamplingConfig())
+
+
+def test_z_loss_is_the_squared_log_partition_of_each_token():
+    rng, real, width = np.random.default_rng(0), 200, 256
+    hidden, head = (rng.normal(size=s).astype(np.float32) for s in ((3, 20, 16), (16, width)))
+    targets = rng.integers(0, real, (3, 20))
+    weights = rng.uniform(0.5, 2, (3, 20)) * (rng.uniform(size=(3, 20)) < 0.4)
+
+    def whole(hidden, head):
+        logits = jnp.where(jnp.arange(width) < real, hidden @ head, jnp.finfo(jnp.float32).min)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(weights * (loss + 0.01 * jax.nn.logsumexp(logits, -1) ** 2))
+
+    def chunked(hidden, head):
+        return text_loss(hidden, head, targets, weights, real, 0.01, 7 * width)
+
+    want, want_grads = jax.value_and_grad(whole, (0, 1))(hidden, head)
+    got, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for a, b in zip(grads, want_grads):
+        np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(b).max()))
+
+
+def test_qk_norm_makes_attention_independent_of_the_size_of_queries_and_keys(change, inputs):
+    batch, noise = inputs
+    c = change(model={"qk_norm": True}).model
+    params = monoformer.init(c, jax.random.key(0))
+    attention = params["decoder"]["layers"]["attention"]
+    assert attention["q_norm"]["scale"].shape == (c.num_layers, c.head_dim)
+    forward = jax.jit(lambda p, c: monoformer.forward(c, p, batch, noise.noise, noise.times),
+                      static_argnums=1)  # fmt: skip
+    before = forward(params, c).text_hidden
+    for name in ("q", "k"):
+        attention[name] = 10 * attention[name]
+    np.testing.assert_allclose(forward(params, c).text_hidden, before, atol=1e-3)
+    for name in ("q_norm", "k_norm"):
+        attention[name]["scale"] = 0 * attention[name]["scale"]
+    assert (
+        np.abs(forward(params, c).text_hidden - before).max() > 0.01
+    )  # now all keys weigh the same
+    with pytest.raises(InputError, match=r"the original does not support model\.qk_norm=True"):
+        write_config(c, 8, 64)
+
+
+def test_a_zero_image_head_predicts_zero_and_learns(change, config, inputs):
+    batch, noise = inputs
+    zero = change(model={"zero_image_head": True})
+    params, other = (monoformer.init(c.model, jax.random.key(0)) for c in (zero, config))
+    assert not np.any(params["image_head"]["out"]["kernel"])
+    params["image_head"]["out"] = other["image_head"]["out"]
+    jax.tree.map(
+        np.testing.assert_array_equal, params, other
+    )  # nothing else is initialised otherwise
+    params = monoformer.init(zero.model, jax.random.key(0))
+
+    def image_loss(params):
+        return loss_fn(params, batch, noise, loss_normalizers(batch, noise), zero)[1]["image_loss"]
+
+    loss, grads = jax.jit(jax.value_and_grad(image_loss))(params)
+    patch = batch["denoise"] & (batch["token_types"] == 3)
+    np.testing.assert_allclose(
+        loss, np.mean((noise.noise - batch["patches"])[patch] ** 2), rtol=1e-5
+    )
+    assert np.any(grads["image_head"]["out"]["kernel"])
+
+
+def test_text_weight_does_not_slow_what_the_text_loss_alone_trains(change, inputs):
+    """Adam's step has the size of the learning rate: the weight turns the step of the decoder."""
+    batch, noise = inputs
+    whole = loss_normalizers(batch, noise)
+    config = change(
+        optimizer={"warmup_steps": 0, "schedule": "constant", "weight_decay": 0, "clip_norm": 1e6}
+    )
+    params = monoformer.init(config.model, jax.random.key(0))
+
+    def losses(params):
+        parts = loss_fn(params, batch, noise, whole, config)[1]
+        return jnp.stack([parts["text_loss"], parts["image_loss"]])
+
+    both = jax.jit(jax.jacrev(losses))(params)
+    optimizer = make_optimizer(config.optimizer, 1, monoformer.logical_axes(config.model))
+
+    def step(weight):
+        grads = jax.tree.map(lambda g: weight * g[0] + g[1], both)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    moved = {weight: jax.tree.map(np.ravel, step(weight)) for weight in (1.0, 0.01)}
+
+    def compare(pick):
+        a, b = (pick(moved[weight]) for weight in (1.0, 0.01))
+        norms = np.linalg.norm(a), np.linalg.norm(b)
+        return norms[1] / norms[0], a @ b / norms[0] / norms[1]
+
+    size, cosine = compare(lambda tree: tree["text_head"])
+    assert 0.9 < size < 1.01 and cosine > 0.95
+    size, cosine = compare(lambda tree: tree["image_head"]["out"]["kernel"])
+    assert size == pytest.approx(1, abs=1e-3) and cosine > 0.999
+    size, cosine = compare(lambda tree: tree["decoder"]["layers"]["mlp"]["up"])
+    assert 0.9 < size < 1.1 and cosine < 0.9
