@@ -32,7 +32,7 @@ setup(
         "ml-collections>=1.1",
         "clu>=0.0.12",
         "einops>=0.8",
-        "pillow>=10",
+        "pillow>=10.1",
         "tqdm>=4.66",
         "array-record>=0.5",
         "msgpack>=1",

@@ -24,7 +24,7 @@ def png(picture, **options):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "YCbCr", "F"])
-@pytest.mark.parametrize("size", [(8, 8), (1, 1), (50, 9), (3, 4000)])
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (50, 9), (3, 96)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_and_size_becomes_pixels(mode, size, channels):
     picture = PIL.Image.new("L", size, 128)
@@ -50,33 +50,97 @@ def test_every_source_type_gives_the_same_pixels(tmp_path):
     np.testing.assert_array_equal(to_pil(plain), RAMP)
 
 
-def test_transparency_is_white_and_exif_orientation_is_applied():
-    clear = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert (to_pixels(open_image(clear), 4, 3) == 1).all()
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def pixels_of(data):
+    picture = open_image(data)
+    assert picture.mode == "RGB"
+    return np.asarray(picture).tolist()
+
+
+def test_known_pixels_of_every_kind_of_file():
+    """Two pixels side by side; written as a file, read as RGB."""
+    clear = PIL.Image.new("RGBA", (2, 1), (*RED, 255))
+    clear.putpixel((1, 0), (0, 0, 0, 0))
+    assert pixels_of(png(clear)) == [[list(RED), list(WHITE)]]
+    half = PIL.Image.new("LA", (1, 1), (0, 128))
+    assert pixels_of(png(half)) == [[[127] * 3]]
+    palette = PIL.Image.new("P", (2, 1), 0)
+    palette.putpalette([*RED, *BLUE])
+    palette.putpixel((1, 0), 1)
+    assert pixels_of(png(palette)) == [[list(RED), list(BLUE)]]
+    assert pixels_of(png(palette, transparency=1)) == [[list(RED), list(WHITE)]]
+    deep = PIL.Image.fromarray(np.array([[0, 65535]], np.uint16))
+    assert pixels_of(png(deep)) == [[[0] * 3, [255] * 3]]
+    assert pixels_of(png(deep, transparency=0)) == [[[255] * 3, [255] * 3]]
+    file = io.BytesIO()
+    deep.save(file, "tiff")
+    assert pixels_of(file.getvalue()) == [[[0] * 3, [255] * 3]]
+    file = io.BytesIO()
+    PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(file, "jpeg", quality=100)
+    assert pixels_of(file.getvalue())[0][0] == list(RED)
+
+
+def chunk(name, data):
+    body = name + data
+    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def raw_png(width, height, depth, colour, data):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress(data))
+    return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
+
+
+def test_sixteen_bits_of_colour_and_alpha():
+    """PIL cannot write these: RGB, then RGBA with a transparent second pixel, 16 bits each."""
+    rgb = np.array([65535, 0, 0, 0, 0, 65535], ">u2").tobytes()
+    assert pixels_of(raw_png(2, 1, 16, 2, b"\0" + rgb)) == [[list(RED), list(BLUE)]]
+    rgba = np.array([65535, 0, 0, 65535, 0, 0, 65535, 0], ">u2").tobytes()
+    assert pixels_of(raw_png(2, 1, 16, 6, b"\0" + rgba)) == [[list(RED), list(WHITE)]]
+
+
+@pytest.mark.parametrize("form", ["gif", "png", "tiff"])
+def test_the_first_frame_of_an_animation(form):
+    file = io.BytesIO()
+    frames = [PIL.Image.new("RGB", (1, 1), colour) for colour in (RED, BLUE)]
+    frames[0].save(file, form, save_all=True, append_images=frames[1:])
+    assert PIL.Image.open(file).n_frames == 2 and pixels_of(file.getvalue()) == [[list(RED)]]
+
+
+@pytest.mark.parametrize(
+    "orientation, corner", [(1, (0, 0)), (3, (3, 7)), (6, (0, 3)), (8, (7, 0))]
+)
+def test_the_exif_orientation_is_applied(orientation, corner):
+    """The first pixel of 8×4 stored pixels is at the corner that the orientation says."""
     wide = PIL.Image.new("L", (8, 4))
+    wide.putpixel((0, 0), 255)
     exif = wide.getexif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    assert open_image(png(wide, exif=exif)).size == (4, 8)
+    exif[0x0112] = orientation
+    pixels = np.asarray(open_image(png(wide, exif=exif)))
+    assert pixels.shape[:2] == ((8, 4) if orientation in (6, 8) else (4, 8))
+    assert np.argwhere(pixels[..., 0]).tolist() == [list(corner)]
+
+
+def test_damaged_exif_data_costs_no_image():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 4)).save(file, "jpeg", exif=b"Exif\0\0damaged")
+    assert open_image(file.getvalue()).size == (8, 4)
 
 
 def bomb(side):
     """A PNG of a few bytes whose header claims side × side pixels."""
-
-    def chunk(name, data):
-        body = name + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    data = zlib.compress(bytes(1000))
-    start = b"\x89PNG\r\n\x1a\n"
-    return start + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return raw_png(side, side, 8, 0, bytes(1000))
 
 
 @pytest.mark.parametrize(
     "source, message",
     [
-        (bomb(9000), "is 9000×9000: over 67 million pixels"),
-        (bomb(100_000), "has too many pixels"),
+        (bomb(9000), "is 9000×9000 pixels: over 67 million"),
+        (bomb(100_000), "has 10000000000 pixels: over 67 million"),
+        (png(PIL.Image.new("1", (3, 4000))), "is 3×4000 pixels: a side is more than 32 times"),
+        (np.zeros((40, 1), np.uint8), "is 1×40 pixels: a side is more than 32 times"),
         (bomb(64), "cannot be read as an image"),  # truncated
         (b"", "cannot be read as an image"),
         (b"\x89PNG\r\n\x1a\n nothing more", "cannot be read as an image"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +15,17 @@ from einops import rearrange, repeat
 from monoformer_jax.errors import InputError, require
 
 MOST_PIXELS = 1 << 26  # 67 million; decoded, that is 200 MB
+_MILLIONS = f"{MOST_PIXELS // 10**6} million"
+MOST_STRETCHED = 32  # longest side of an image, in shortest sides
 _SIDE = 128  # pixels up to which small images in a grid, such as 8×8 digits, are enlarged
 
 
 def open_image(source, name: str = "the image") -> PIL.Image.Image:
-    """Decodes an image to mode L or RGB and center-crops it to an aspect ratio of at most 4:1.
+    """Decodes an image to mode RGB; `np.asarray` of it is uint8 [h, w, 3].
 
-    The EXIF orientation is applied, and transparency is composited on white.
+    Every image that comes from outside is opened here, in training as in sampling. The EXIF
+    orientation is applied, transparency is composited on white, 16 bits per channel are scaled to 8,
+    palettes and CMYK are converted, and an animation gives its first frame.
 
     Args:
       source: a path, bytes, an open binary file, a PIL image, or an array [h, w], [h, w, 1] or
@@ -29,7 +33,8 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
       name: name of the image in error messages.
 
     Raises:
-      InputError: the file does not exist, is not an image, or has more than `MOST_PIXELS`.
+      InputError: the file does not exist or is not an image, or it has more than `MOST_PIXELS` or a
+        side more than `MOST_STRETCHED` times the other, which is read from its header.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name)
@@ -39,19 +44,15 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         require(Path(source).is_file(), f"{name}: there is no file {source}")
         name = f"{name} ({source})"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
-            # The size comes from the header, so it is checked before anything is decoded.
-            require(
-                image.width * image.height <= MOST_PIXELS,
-                f"{name} is {image.width}×{image.height}: over {MOST_PIXELS // 10**6} million "
-                "pixels, make it smaller",
-            )
-            image.load()
-            return _plain(PIL.ImageOps.exif_transpose(image))
-    except PIL.Image.DecompressionBombError as error:
-        raise InputError(f"{name} has too many pixels, make it smaller") from error
+        image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+        _check_size(image.width, image.height, name)
+        image.load()
+        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+    except PIL.Image.DecompressionBombError as error:  # so large that PIL refuses its header
+        size = re.search(r"\d+", str(error))
+        raise InputError(
+            f"{name} has {size[0]} pixels: over {_MILLIONS}, make it smaller"
+        ) from error
     except InputError:
         raise
     except Exception as error:  # image decoders raise many exception types on corrupt data
@@ -59,37 +60,42 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
 
 
-def _plain(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits per pixel
-        values = np.asarray(image).astype(np.float64) / 257
-        image = PIL.Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+def _check_size(width: int, height: int, name: str) -> None:
+    size = f"{name} is {width}×{height} pixels"
+    require(width * height <= MOST_PIXELS, f"{size}: over {_MILLIONS}, make it smaller")
+    require(
+        max(width, height) <= MOST_STRETCHED * min(width, height),
+        f"{size}: a side is more than {MOST_STRETCHED} times the other, crop it",
+    )
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel
+        values = np.asarray(image)
+        clear = values == image.info.get("transparency", -1)
+        values = np.where(clear, 255, (values / np.float32(257)).clip(0, 255).round())
+        image = PIL.Image.fromarray(values.astype(np.uint8))
     if image.has_transparency_data:
         over = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(over, image.convert("RGBA"))
-    # Only the center crop is used, and resizing a long strip by its short side would take too much
-    # memory.
-    most = 4 * min(image.size)
-    left, top = (max(side - most, 0) // 2 for side in image.size)
-    box = (left, top, left + min(image.width, most), top + min(image.height, most))
-    return image.convert("L" if image.mode in ("1", "L") else "RGB").crop(box)
+    return image.convert("RGB")
 
 
 def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
     values = values[..., None] if values.ndim == 2 else values
     fits = values.ndim == 3 and values.shape[-1] in (1, 3) and values.size > 0
     require(fits, f"{name} has shape {values.shape}; an image is [height, width, 1 or 3]")
-    require(values.size <= 3 * MOST_PIXELS, f"{name} has too many pixels, make it smaller")
+    _check_size(values.shape[1], values.shape[0], name)
     if values.dtype != np.uint8:
         inside = np.issubdtype(values.dtype, np.floating) and np.abs(values).max() <= 1.5
         require(bool(inside), f"{name} is neither uint8 nor floats in [-1, 1]")  # also rejects NaN
-        return _plain(to_pil(values))
-    return _plain(PIL.Image.fromarray(values.squeeze(-1) if values.shape[-1] == 1 else values))
+        values = to_uint8(values)
+    return PIL.Image.fromarray(np.broadcast_to(values, (*values.shape[:2], 3)))
 
 
 def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     """Resizes the shorter side to `size` and center-crops (as in ADM): float32 [size, size, 3] in
-    [-1, 1]."""
-    image = image.convert("RGB")
+    [-1, 1]. `image` has mode RGB."""
     # Halve with a box filter first, to avoid aliasing.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
@@ -103,7 +109,8 @@ def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int) -> np.ndarray:
     """The center crop as used in training, float32 [size, size, 1 or 3] in [-1, 1]."""
-    return crop(picture.convert({1: "L", 3: "RGB"}[channels]), size)[..., :channels]
+    picture = picture.convert("L").convert("RGB") if channels == 1 else picture
+    return crop(picture, size)[..., :channels]
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

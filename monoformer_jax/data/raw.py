@@ -23,7 +23,6 @@ answers a question twice or not at all raises InputError, which names its line.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,6 +32,7 @@ from typing import Any
 import PIL.Image
 
 from monoformer_jax.data.documents import EndOfTurn, Part, Prompt, UntrainedText
+from monoformer_jax.data.image_io import open_image
 from monoformer_jax.data.templates import chat_parts, class_prompts
 from monoformer_jax.errors import InputError, require, require_unicode
 
@@ -97,7 +97,7 @@ def _class_folders(folder: Path, labels: Sequence[str]) -> list[Callable[[], Raw
         f"{folder} has {len(classes)} class folders, but there are {len(labels)} class names",
     )
     return [
-        partial(_captioned, str(file), class_prompts(label), partial(PIL.Image.open, file))
+        partial(_captioned, str(file), class_prompts(label), partial(open_image, file))
         for path, label in zip(classes, labels)
         for file in sorted(path.iterdir())
         if file.suffix.lower() in _PICTURES
@@ -120,7 +120,7 @@ def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], RawExample]
 
     def example(number: int) -> RawExample:
         row = source[number]
-        image = partial(PIL.Image.open, io.BytesIO(row["image"]))
+        image = partial(open_image, row["image"])
         return _captioned(f"tfds:{name} {number}", class_prompts(labels[int(row["label"])]), image)
 
     return [partial(example, number) for number in range(len(source))]
@@ -203,7 +203,7 @@ def _image(name: Any, path: Path, where: str) -> Callable[[], PIL.Image.Image]:
     good = isinstance(name, str) and bool(name) and "\0" not in name
     require(good, f"{where}: the image {name!r} is not the path of a file")
     require_unicode(name, f"the image path of {where}")
-    return partial(PIL.Image.open, path.parent / name)
+    return partial(open_image, path.parent / name)
 
 
 def _captioned(where: str, captions: Sequence[str], image: Callable) -> RawExample:
