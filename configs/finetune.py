@@ -39,6 +39,7 @@ def get_config(base: str = ""):
     c.lora.rank = 16
     c.steps = 1000
     c.batch_size = 8
+    c.data.streams = 0  # that of the base divides another batch_size
     c.checkpoint_every = 250
     c.loss.text_beside_images = True
     c.data.mixture = {"pictures": 1.0}

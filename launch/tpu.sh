@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Creates a Cloud TPU slice, sets it up, and trains on it until done.json is in the bucket:
+# Creates a Cloud TPU slice, sets it up, and trains or encodes data on it until the bucket has the result:
 #
 #   launch/tpu.sh VERB --name=NAME --zone=ZONE [--type=TYPE --config=FILE --workdir=gs://...] [-- --config.a.b=1]
 #
-#   babysit   create, setup and run; recreate after a preemption, until done.json is in the workdir
+#   babysit   create, setup and run; recreate after a preemption, until the workdir is complete
 #   run       create and setup if needed, then start the training and return
 #   create    request the slice and wait for it; a READY one is kept, a failed one is replaced
 #   setup     ship the committed code and install launch/requirements-tpu.lock on every worker
@@ -14,8 +14,10 @@
 #   --type TYPE               v4-8 ..., v5litepod-16 ..., v5p-8 ..., v6e-8 ...
 #   --zone ZONE               such as us-central1-a
 #   --project PROJECT         default: the project of the gcloud configuration
-#   --config FILE[:ARG]       config file of the trainer, committed
-#   --workdir gs://BUCKET/RUN folder of checkpoints, logs and done.json; the same workdir resumes
+#   --command COMMAND         train (default), or encode_latents, whose flags follow after --
+#   --config FILE[:ARG]       config file of the trainer, committed; none for encode_latents
+#   --workdir gs://BUCKET/RUN folder of checkpoints, logs and done.json, or of the records, logs and
+#                             info.json (--to of encode_latents); the same workdir resumes
 #   --slices N                number of slices, joined by multislice over the data centre network (1)
 #   --spot | --reservation    cheap and preemptible | from your reservation; default: on demand
 #   --dry-run                 print every command, ready to be pasted, and call nothing
@@ -27,7 +29,7 @@
 #            --max-hours H          delete it after H hours  --max-restarts N  limit of restarts (100)
 #            --poll-seconds S       polling interval (60)
 #
-# Arguments after -- are passed to the trainer. Exit codes: 0 done, 2 bad input (nothing was created),
+# Arguments after -- are passed to the command. Exit codes: 0 done, 2 bad input (nothing was created),
 # the trainer's (3 loss not finite, 4 crash loop, 5 hung, ...), 1 any other error.
 set -euo pipefail
 
@@ -44,7 +46,7 @@ source "$ROOT/launch/tpu_slice.sh"
 # --- the command line ------------------------------------------------------------------------------
 VERB='' NAME='' TYPE='' ZONE='' PROJECT='' CONFIG='' WORKDIR='' SLICES='' PRICE='' MAX_HOURS=''
 SPOT='' RESERVATION='' DRY='' ALLOW_DIRTY='' UNLISTED='' FOLLOW='' DELETE_WHEN_DONE=''
-WORKER=0 LINES_SHOWN=50 MAX_RESTARTS=100 POLL=60
+WORKER=0 LINES_SHOWN=50 MAX_RESTARTS=100 POLL=60 COMMAND=train MARKER=done.json
 TRAIN_FLAGS=()
 
 read_options() {
@@ -79,6 +81,7 @@ read_options() {
       --type) TYPE=$value ;;
       --zone) ZONE=$value ;;
       --project) PROJECT=$value ;;
+      --command) COMMAND=$value ;;
       --config) CONFIG=$value ;;
       --workdir) WORKDIR=${value%/} ;;
       --slices) SLICES=$value ;;
@@ -117,7 +120,7 @@ main() {
 
 run() {
   if run_is_complete; then
-    say "$WORKDIR/done.json exists: the run is complete"
+    say "$WORKDIR/$MARKER exists: the run is complete"
     return
   fi
   create_slice
@@ -153,7 +156,7 @@ babysit() {
     [[ $OUTCOME == preempted ]] || break
   done
   case $OUTCOME in
-    done) say "$WORKDIR/done.json exists: the run is complete; $(cost)" ;;
+    done) say "$WORKDIR/$MARKER exists: the run is complete; $(cost)" ;;
     stopped) say "stopped by the verb stop; the same command resumes the run" ;;
     failed) show_failure && exit "$FAILED_CODE" ;;
   esac
@@ -167,7 +170,7 @@ status() {
     node_uptime && say "$(cost)"
   fi
   if [[ -n $WORKDIR ]]; then
-    if run_is_complete; then say "complete"; else say "not complete: no $WORKDIR/done.json"; fi
+    if run_is_complete; then say "complete"; else say "not complete: no $WORKDIR/$MARKER"; fi
   fi
 }
 

@@ -77,6 +77,15 @@ check_options() {
     create) needs+=" TYPE" ;;
     run | babysit) needs+=" TYPE CONFIG WORKDIR" ;;
   esac
+  case $COMMAND in
+    train) ;;
+    encode_latents)
+      needs=${needs/ CONFIG/}
+      MARKER=info.json
+      [[ -z $CONFIG ]] || bad "--config=$CONFIG is for training; the flags of encode_latents go after --"
+      ;;
+    *) bad "--command=$COMMAND must be train or encode_latents" ;;
+  esac
   for need in $needs; do
     [[ -n ${!need} ]] || bad "$VERB needs --${need,,}=..."
   done

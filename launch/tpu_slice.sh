@@ -57,7 +57,7 @@ retry() {
 }
 
 run_is_complete() {
-  query storage ls "$WORKDIR/done.json" && return 0
+  query storage ls "$WORKDIR/$MARKER" && return 0
   [[ -n $DRY || $ERROR == *"matched no objects"* ]] || bad "--workdir=$WORKDIR: $ERROR"
   return 1
 }
@@ -203,7 +203,7 @@ tar -xzf monoformer.tar.gz -C monoformer/code && $(worker_command setup)"
 start_workers() {
   local stamp
   stamp=$(date -u +%Y%m%dT%H%M%SZ)-$COMMIT # the prefix of the log names, equal on all workers
-  retry on_workers "$(worker_command start @SLICE@ "$WORKDIR" "$stamp" --config="$CONFIG" "${TRAIN_FLAGS[@]}")"
+  retry on_workers "$(worker_command start @SLICE@ "$WORKDIR" "$stamp" "$COMMAND" ${CONFIG:+--config="$CONFIG"} "${TRAIN_FLAGS[@]}")"
 }
 
 # Sets REPORT to one line per worker (see tpu_worker.sh status); fails unless all workers respond.
@@ -250,7 +250,7 @@ monitor_workers() {
         OUTCOME='done'
       elif [[ $OUTCOME == 'done' ]]; then
         OUTCOME=failed FAILED_CODE=1 FAILED_WORKER=0:0
-        say "every trainer exited with 0, but there is no $WORKDIR/done.json"
+        say "every trainer exited with 0, but there is no $WORKDIR/$MARKER"
       fi
     fi
     return 0

@@ -2,7 +2,7 @@
 # Runs on every worker of a slice, where tpu.sh has unpacked the code:
 #
 #   tpu_worker.sh setup                                   Python and the locked packages
-#   tpu_worker.sh start SLICE WORKDIR STAMP TRAIN_FLAG... the trainer, detached, with its own log
+#   tpu_worker.sh start SLICE WORKDIR STAMP COMMAND FLAG... train or encode_latents, detached, with a log
 #   tpu_worker.sh status SLICE                            one line: worker SLICE:INDEX STATE [CODE TIME]
 #   tpu_worker.sh stop                                    the trainer saves and exits
 #   tpu_worker.sh tail LINES [follow]
@@ -46,8 +46,9 @@ end_trainer() {
 }
 
 start() {
-  local slice=$1 workdir=$2 stamp=$3
-  shift 3
+  local slice=$1 workdir=$2 stamp=$3 command=$4 option=--workdir
+  shift 4
+  [[ $command == train ]] || option=--to
   end_trainer
   # Kills any other process that uses the chips; fuser fails if there is none.
   sudo fuser --silent --kill /dev/accel* /dev/vfio/* || true
@@ -56,7 +57,7 @@ start() {
   rm -f "$RUN/exit" "$RUN/stopped"
   cd "$HERE/code"
   nohup setsid bash launch/tpu_worker.sh supervise "$workdir/logs/$stamp-$slice-$WORKER.log" \
-    --workdir="$workdir" "$@" >"$RUN/log" 2>&1 </dev/null &
+    "$command" "$option=$workdir" "$@" >"$RUN/log" 2>&1 </dev/null &
   echo $! >"$RUN/pid"
   until is_running || [[ -f $RUN/exit ]]; do sleep 0.05; done
   echo "worker $slice:$WORKER started"
@@ -64,10 +65,10 @@ start() {
 
 # Runs the trainer, records its exit code, and copies its log to the bucket every minute.
 supervise() {
-  local bucket_log=$1 code signalled=1 trainer
-  shift
-  echo "$HOSTNAME: train $*"
-  PYTHONUNBUFFERED=1 "$HERE/venv/bin/python" -m monoformer_jax.train "$@" &
+  local bucket_log=$1 command=$2 code signalled=1 trainer
+  shift 2
+  echo "$HOSTNAME: $command $*"
+  PYTHONUNBUFFERED=1 "$HERE/venv/bin/python" -m "monoformer_jax.$command" "$@" &
   trainer=$!
   trap 'signalled=1; kill -TERM "$trainer" 2>/dev/null || true' TERM
   while sleep 60; do copy_log "$bucket_log"; done &

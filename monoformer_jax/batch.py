@@ -14,6 +14,7 @@ I images in a row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -105,6 +106,21 @@ def empty(layout: TokenLayout, *shape: int, pad_id: int = 0, xp=np, **values) ->
     return made
 
 
+def assemble(layout: TokenLayout, pieces: Sequence[Mapping]) -> Document:
+    """Builds a document from consecutive pieces, each with "tokens" [n] and any other fields, of shape
+    [n, …] or broadcast to it. Other values are pad values, or 0 instead of the pad id."""
+    ends = np.cumsum([len(piece["tokens"]) for piece in pieces])
+    document = {}
+    for name, field in FIELDS.items():
+        document[name] = np.zeros(_shape(field, layout, (ends[-1],)), field.dtype)
+        if field.pad:
+            document[name][:] = field.pad
+    for piece, stop in zip(pieces, ends):
+        for name, value in piece.items():
+            document[name][stop - len(piece["tokens"]) : stop] = value
+    return document
+
+
 def concatenate(documents: Sequence[Document]) -> Document:
     """Concatenates pieces of one document."""
     return {name: np.concatenate([d[name] for d in documents]) for name in FIELDS}
@@ -131,25 +147,26 @@ def stack(documents: Sequence[Document], length: int, pad_id: int) -> dict[str, 
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def shift(row: Document, segments: np.ndarray) -> Document:
-    """Offsets the values of each field in a row of concatenated documents.
+def shift(row: Document, segments: np.ndarray) -> None:
+    """Offsets, in place, the values of each field in a row of concatenated documents.
 
     Args:
       row: the fields with per-document values, PAD after the last document.
       segments: int [L], index of the document from 1; 0 at PAD.
     """
-    starts = np.searchsorted(segments, np.arange(segments.max() + 1))
-    before = {"documents": np.arange(segments.max() + 1) - 1, "tokens": starts}
-    images = np.zeros(segments.max() + 1, np.int64)
-    np.maximum.at(images, segments, row["image_ids"])
-    before["images"] = np.cumsum(images) - images
-    moved = dict(row)
+    # Index 0 is PAD, after the last document.
+    starts = np.flatnonzero(np.diff(segments, prepend=0) > 0)
+    images = np.maximum.reduceat(row["image_ids"], starts) if len(starts) else starts
+    starts, images = np.append(0, starts), np.append(0, images)
+    before = {
+        "documents": np.arange(len(starts)) - 1,
+        "tokens": starts,
+        "images": np.cumsum(images) - images,
+    }
     for name, field in FIELDS.items():
         if field.shift:
             counts = (segments > 0) & ((row[name] > 0) if field.shift == "images" else True)
-            moved[name] = row[name] + np.where(counts, before[field.shift][segments], 0)
-            moved[name] = moved[name].astype(field.dtype)
-    return moved
+            row[name] += np.where(counts, before[field.shift][segments], 0).astype(field.dtype)
 
 
 def text_block(layout: TokenLayout, tokens: jax.Array, positions: jax.Array) -> dict:
@@ -234,8 +251,14 @@ def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
         f"an image of {height}×{width} cannot be split into patches of size {patch}",
     )
     patches = rearrange(image, "(h p) (w q) c -> (h w) (c p q)", p=patch, q=patch)
-    positions = np.stack(np.indices((height // patch, width // patch)), -1).reshape(-1, 2)
-    return patches.astype(np.float32), positions.astype(np.int32)
+    return patches.astype(np.float32, copy=False), _patch_positions(height // patch, width // patch)
+
+
+@functools.lru_cache
+def _patch_positions(height: int, width: int) -> np.ndarray:
+    positions = np.stack(np.indices((height, width), np.int32), -1).reshape(-1, 2)
+    positions.flags.writeable = False
+    return positions
 
 
 def unpatchify(patches: np.ndarray, height: int, width: int, patch: int) -> np.ndarray:

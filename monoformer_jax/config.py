@@ -128,9 +128,9 @@ class DataConfig:
         128  # L, packed row length; in sampling, the context of prompt plus completion
     )
     packing_bins: int = 64  # rows that each stream packs concurrently
-    # The batch is packed by this many independent streams, for any number of processes. Each process
-    # runs the streams of its rows: a multiple of the process count avoids packing a row twice.
-    streams: int = 1
+    # The batch is packed by this many independent streams, for any number of hosts. Each host runs the
+    # streams of its rows; there must be at least one for each. 0: see `Config.streams`.
+    streams: int = 0
     image_size: int = 8  # image side in pixels (or latent values)
     prompt_dropout: float = 0.1  # probability of dropping a prompt, for classifier-free guidance
     # End a prompt with </s> in training and sampling, which marks it as complete. The released weights
@@ -142,12 +142,12 @@ class DataConfig:
     )
 
     def __post_init__(self):
-        positive(self, "data", "max_seq_len", "packing_bins", "streams", "image_size")
+        positive(self, "data", "max_seq_len", "packing_bins", "image_size")
         require(
             0 <= self.prompt_dropout <= 1,
             f"data.prompt_dropout={self.prompt_dropout} is not between 0 and 1",
         )
-        at_least(self, "data", 0, "shift_pixels")
+        at_least(self, "data", 0, "shift_pixels", "streams")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
             require(
@@ -287,6 +287,10 @@ class Config:
     # A step that takes longer ends the process with exit code 5; the first may take an hour longer, to
     # compile. It must exceed the time of writing a checkpoint. 0: no limit.
     watchdog_seconds: float = 1800.0
+    # Processes of each host that read and pack its rows, whose content does not depend on it. -1: one
+    # per stream of the host, up to half of its cores; none on a CPU, where the model takes all cores,
+    # or without data.records.
+    data_workers: int = -1
     init_from: str = ""  # workdir whose EMA weights initialize a new run; "": random initialization
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()
@@ -299,12 +303,14 @@ class Config:
     def __post_init__(self):
         positive(self, "", "steps", "batch_size", "log_every", "checkpoint_every", "max_to_keep")
         at_least(self, "", 0, "keep_period", "watchdog_seconds")
+        at_least(self, "", -1, "data_workers")
         require(
             self.keep_period % self.checkpoint_every == 0,
             f"keep_period={self.keep_period} is not a multiple of "
             f"checkpoint_every={self.checkpoint_every}",
         )
-        streams, micro = self.data.streams, self.optimizer.grad_accum_steps
+        # The default number of streams divides every batch.
+        streams, micro = self.data.streams or 1, self.optimizer.grad_accum_steps
         for name, parts in (("data.streams", streams), ("optimizer.grad_accum_steps", micro)):
             fits = -(-self.batch_size // math.lcm(streams, micro)) * math.lcm(streams, micro)
             require(
@@ -339,6 +345,17 @@ class Config:
     def layout(self) -> TokenLayout:
         """Token layout of the model, for data, batches and packing."""
         return dataclasses.replace(self.model.layout, latent_variance=self.data.sample_latents)
+
+    @property
+    def streams(self) -> int:
+        """Number of streams that pack the batch: data.streams, or by default one for every four rows,
+        up to 64, rounded down to a power of two that divides batch_size / 4.
+
+        The default depends on nothing else, so that any number of hosts resumes the run. A host of a
+        TPU slice has at least four chips, so at least four rows. More streams would cost: each packs
+        `data.packing_bins` rows before its first one, and keeps them in memory.
+        """
+        return self.data.streams or max(math.gcd(self.batch_size, 4 * 64) // 4, 1)
 
     @property
     def image_tokens(self) -> int:

@@ -141,6 +141,24 @@ def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
             f"{tokens / seconds:,.0f} tokens/s, up to {images / seconds:,.0f} images/s, "
             f"{config.steps:,} steps in {hours:,.1f} h"
         )
+    yield from _feed(found)
+
+
+def _feed(found: Estimate) -> Iterator[str]:
+    from monoformer_jax.planning.estimate import FED
+
+    feed, seconds = found.feed, found.seconds_at(FED)
+    yield f"hosts: {feed.hosts}, streams: {found.config.streams}"
+    known = feed.real_token_share is not None
+    yield (
+        f"  at {FED:.0%} of peak a host must make {feed.rows:g} rows in {1e3 * seconds:.4g} ms: "
+        f"{'' if known else 'up to '}{feed.images_per_s(seconds):,.0f} images/s"
+    )
+    yield "  " + (
+        f"packed rows: {feed.real_token_share:.0%} real tokens, {feed.images_per_row:.2f} images"
+        if known
+        else "real tokens are not known: the records or the tokenizer are not here"
+    )
 
 
 def changes(config: Config, mode: str) -> list[dict[str, str]]:

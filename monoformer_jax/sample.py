@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from monoformer_jax.errors import require
-    from monoformer_jax.runtime.processes import exit_without_barrier
+    from monoformer_jax.runtime.processes import exit_without_barrier, start_share
     from monoformer_jax.sampling.text import SamplingParams
 
     for name in ("count", "max_tokens", "batch"):
@@ -122,29 +122,16 @@ def main(args: argparse.Namespace) -> int:
     text = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
                           tuple(args.stop))  # fmt: skip
     words = _words(args)
-    share = _start_processes(args)
+    require(
+        args.total is not None or args.process is None or args.coordinator is not None,
+        "--process without --coordinator needs --total",
+    )
+    share = start_share(args.coordinator, args.processes, args.process)
     try:
         return _sample(words, text, share, args)
     except BaseException as error:
         exit_without_barrier(error)
         raise
-
-
-def _start_processes(args: argparse.Namespace) -> tuple[int, int]:
-    """Returns process index and count, from jax.distributed or, without --coordinator, the flags."""
-    import jax
-
-    from monoformer_jax.errors import require
-    from monoformer_jax.runtime.processes import start_processes
-
-    index, count = args.process, args.processes
-    if args.coordinator is not None or index is None:
-        start_processes(args.coordinator, count, index)
-        return jax.process_index(), jax.process_count()
-    require(count is not None, "--process needs --processes")
-    require(args.total is not None, "--process without --coordinator needs --total")
-    require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
-    return index, count
 
 
 def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Namespace) -> int:

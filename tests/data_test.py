@@ -1,13 +1,17 @@
 """Documents, packing and the data pipeline: no lost or split documents, deterministic order."""
 
+import contextlib
+import json
+
 import numpy as np
 import pytest
 
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH, TEXT, TIME
+from monoformer_jax.data import sources
 from monoformer_jax.data.digits import digits, draw_prompt, sentences
 from monoformer_jax.data.documents import Image, build_document, describe, truncate
-from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.pipeline import Batches, check_streams
 from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
@@ -205,9 +209,47 @@ def test_streams_partition_every_epoch(change):
     assert len(first[0]) == len(first[1]) == 95 and not first[0] & first[1]
 
 
-def test_more_streams_than_examples_are_refused(change):
-    with pytest.raises(InputError, match=r"data.streams=200, but source say has only 190 examples"):
-        Batches(change(batch_size=200, data={"streams": 200}), TOKENIZER)
+def test_fewer_examples_than_streams_are_read_equally_often(change):
+    """Ten streams of five sentences: their first documents together are two epochs."""
+    data = {"streams": 10, "mixture": {"few": 1.0}, "packing_bins": 1, "max_seq_len": 21}
+    few = sources.Source([letter * 17 for letter in "abcde"], lambda text, rng: [text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "few", lambda c: few)
+        made, _ = take(change(batch_size=10, data=data), 3)
+    for batch in made:  # one document a row
+        texts, counts = np.unique(batch["tokens"], axis=0, return_counts=True)
+        assert len(texts) == 5 and (counts == 2).all()
+
+
+def test_the_default_streams_depend_on_the_batch_alone(change):
+    sizes = {1: 1, 2: 1, 12: 1, 16: 4, 64: 16, 96: 8, 256: 64, 1024: 64}
+    assert {size: change(batch_size=size).streams for size in sizes} == sizes
+    config = change(batch_size=96)
+    assert config.to_dict()["data"]["streams"] == 0  # so that a copied config fits another batch
+    check_streams(config, 8)
+    with pytest.raises(InputError, match=r"9 hosts share data.streams=8 of batch_size=96: set "
+                                         r"--config.data.streams=12 in a new workdir"):  # fmt: skip
+        check_streams(config, 9)
+    with pytest.raises(InputError, match=r"streams=2 of batch_size=12: set .*streams=3 in"):
+        check_streams(change(batch_size=12, data={"streams": 2}), 3)
+    with pytest.raises(InputError, match="raise batch_size to 97"):
+        check_streams(config, 97)
+
+
+def test_worker_processes_make_the_same_batches_and_resume(change):
+    """None, two workers for three streams, and none, each from the state of the one before."""
+    config = change(batch_size=6, data={"streams": 3, "packing_bins": 4, "max_seq_len": 64})
+    want, _ = take(config, 9)
+    got, state = [], None
+    for workers in (0, 2, 0):
+        batches = Batches(config, TOKENIZER, workers=workers)
+        with contextlib.closing(batches.iterator):
+            if state is not None:
+                batches.iterator.set_state(state)
+            got += [next(batches.iterator) for _ in range(3)]
+            state = json.loads(json.dumps(batches.iterator.get_state()))
+            assert batches.dropped > 0
+    assert same(got, want)
 
 
 def test_documents_that_are_too_long_are_dropped_and_counted(change):
@@ -222,7 +264,6 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
 
 def test_more_images_than_max_images_are_refused(change):
     """Images smaller than data.image_size can exceed max_images in a row."""
-    from monoformer_jax.data import sources
 
     def tiny(c):
         return sources.Source(range(9), lambda i, rng: [Image(np.zeros((2, 2, 1)), True)] * 8)

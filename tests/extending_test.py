@@ -167,7 +167,8 @@ def test_a_new_field_is_one_line(monkeypatch):
         return made
 
     documents = grain.MapDataset.source([document(n) for n in (2, 3, 4)]).to_iter_dataset()
-    (row,) = pack(documents, length=48, bins=1, pad_id=0, max_images=4)
+    (rows,) = pack(documents, layout, rows=1, length=48, bins=1, pad_id=0, max_images=4)
+    row = {name: values[0] for name, values in rows.items()}
     assert row["segment_ids"].max() == 3
     for number, text in ((1, 2), (2, 3), (3, 4)):
         here = np.flatnonzero(row["segment_ids"] == number)
@@ -177,6 +178,4 @@ def test_a_new_field_is_one_line(monkeypatch):
     assert (row["token_types"] == PATCH).sum() == 12 and not row["prefix_stop"][
         row["segment_ids"] == 0
     ].any()
-    contract.check(
-        {k: v[None] for k, v in row.items()}, contract.spec(layout, 1, 48), 4, layout.vocab_size
-    )
+    contract.check(rows, contract.spec(layout, 1, 48), 4, layout.vocab_size)

@@ -53,7 +53,7 @@ def test_babysit_makes_exactly_these_calls(cloud):
         f"compute tpus tpu-vm scp … probe:monoformer.tar.gz --worker=all {WHERE} --quiet",
         f"{ssh}rm -rf monoformer/code && mkdir -p monoformer/code && tar -xzf monoformer.tar.gz "
         f"-C monoformer/code && bash {worker} setup {WHERE} --quiet",
-        f"{ssh}bash {worker} start 0 gs://bucket/run … --config=configs/digits.py "
+        f"{ssh}bash {worker} start 0 gs://bucket/run … train --config=configs/digits.py "
         f"--config.mesh.fsdp=16 {WHERE} --quiet",
         "storage ls gs://bucket/run/done.json",
         DELETE,
@@ -116,7 +116,29 @@ def test_slices_are_set_up_together(cloud):
     assert cloud.trained == [1, 2, 3, 4, 5] and cloud.alive() == []
 
 
+ENCODE = (*SLICE, "--command=encode_latents", "--workdir=gs://bucket/records")
+
+
+def test_a_slice_encodes_a_dataset(cloud):
+    """The four workers get the flags, --to is the workdir, and info.json there ends the run. The first
+    slice is preempted."""
+    cloud.fault("preempt", "14 SUSPENDED")
+    flags = ("--from=gs://bucket/train.jsonl", "--vae=gs://bucket/vae")
+    done = cloud.tpu("babysit", "--poll-seconds=0", "--delete-when-done", *ENCODE, "--", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "gs://bucket/records/info.json exists: the run is complete" in done.stderr
+    folder = cloud.folder / "gs" / "bucket" / "records"
+    assert sorted((folder / "encoded").read_text().split()) == ["0", "1", "2", "3"]
+    logs = list((folder / "logs").iterdir())
+    said = f"encode_latents --to=gs://bucket/records {' '.join(flags)}"
+    assert len(logs) == 4 and all(said in log.read_text() for log in logs)
+    assert len(cloud.made()) == 2 and cloud.alive() == []
+    assert "the run is complete" in cloud.tpu("run", *ENCODE, "--", *flags).stderr
+
+
 BAD_INPUT = [
+    (["run", *ENCODE, "--command=paint"], "--command=paint must be train or encode_latents"),
+    (["run", *ENCODE, "--config=configs/digits.py"], "is for training; the flags of encode_latents"),
     (["fly", *RUN], "unknown verb 'fly'"),
     ([*SLICE], "a verb is needed: babysit run"),
     (["run", "create", *RUN], "only one verb is allowed"),
@@ -205,7 +227,7 @@ def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
             subprocess.run(["bash", "-c", line], env=cloud.env, capture_output=True)
     assert "--accelerator-type=v5litepod-16" in cloud.made()[0]
     assert cloud.calls[-1].endswith(
-        "start 0 gs://bucket/run … --config=configs/digits.py '--config.name='\\''a b'\\''' "
+        "start 0 gs://bucket/run … train --config=configs/digits.py '--config.name='\\''a b'\\''' "
         "--project=your-project --zone=us-central1-a --quiet"
     )
 

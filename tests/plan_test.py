@@ -22,7 +22,8 @@ from monoformer_jax.planning.hardware import CHIPS, all_chips
 
 TINY = f"--config={ROOT / 'configs' / 'digits.py:tiny'}"
 KEYS = {"fits", "hbm_gib", "peak_gib", "arguments_gib", "temporaries_gib", "parameters",
-        "flops_per_step", "compile_seconds", "step_seconds_floor"}  # fmt: skip
+        "flops_per_step", "compile_seconds", "step_seconds_floor", "hosts", "streams",
+        "host_images_per_s", "real_token_share"}  # fmt: skip
 
 
 def run(*arguments):
@@ -48,6 +49,11 @@ def test_a_run_that_fits(tmp_path, capsys, config):
     assert 0 < found["temporaries_gib"] < found["peak_gib"] < 1
     assert found["step_seconds_floor"] > 16 * count / 4 * 2 / 819e9
     assert "mesh data=1, fsdp=4, tensor=1" in said and "all-gather" in said
+    assert (found["hosts"], found["streams"]) == (1, 1) and "hosts: 1, streams: 1" in said
+    assert 0.9 < found["real_token_share"] <= 1
+    # 4 rows in a step at half of the peak of 4 chips; most documents of the digits hold an image.
+    rows = 4 * 4 * CHIPS["v5e"].tflops * 1e12 / 2 / found["flops_per_step"]
+    assert 3 < found["host_images_per_s"] / rows < config.max_images
 
 
 @pytest.mark.slow
@@ -91,6 +97,10 @@ def test_suggests_a_change_for_a_run_that_does_not_fit(tmp_path, capsys, monkeyp
         (["--topology=v5e:2x2", "--mesh=colour=3"], "unknown config key mesh.colour"),
         (["--topology=v5e:2x2", "--mesh=tensor=4"], "kv_heads of 2 is not divisible"),
         (["--topology=v5e:2x4"], "batch_size=4 is not a multiple"),
+        (
+            ["--topology=v5e:4x4", "--config.batch_size=16", "--config.data.streams=2"],
+            "4 hosts share data.streams=2 of batch_size=16: set --config.data.streams=4",
+        ),
         (["--topology=v5e:2x2", "--json=nowhere/x.json"], "there is no folder nowhere"),
     ],
 )

@@ -25,7 +25,7 @@ from monoformer_jax.data.documents import (
     build_document,
     draw_prompts,
 )
-from monoformer_jax.data.image_io import crop
+from monoformer_jax.data.image_io import open_image, to_pixels
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.raw import RawImage, open_raw
 from monoformer_jax.data.records import Records, pack, unpack
@@ -114,7 +114,7 @@ def test_every_form_becomes_a_record(raw, records):
     assert found["hi"] == chat_parts(turns)[:-1]
     # The latent is that of the autoencoder, normalized; float16 has three digits.
     config, params = sd_vae.load(VAE)
-    pixels = crop(PIL.Image.open(raw / "a.png"), 32)
+    pixels = to_pixels(open_image(raw / "a.png"), 32)
     want = autoencoder.bind(config, params).encode(pixels[None])
     for part in (image, look):
         np.testing.assert_allclose(part.pixels, want.mean[0] * config.scale, atol=2e-3)
@@ -251,7 +251,7 @@ def test_crop_takes_the_central_square():
     """Three stripes at twice the size: the middle one remains."""
     pixels = np.zeros((64, 192, 3), np.uint8)
     pixels[:, 64:128, 0], pixels[:, :64, 1], pixels[:, 128:, 2] = 255, 255, 255
-    got = crop(PIL.Image.fromarray(pixels), 32)
+    got = to_pixels(PIL.Image.fromarray(pixels), 32)
     assert got.shape == (32, 32, 3)
     np.testing.assert_array_equal(got[..., 0], 1)
     assert (got[:, 2:-2, 1:] == -1).all()
@@ -287,7 +287,7 @@ def test_a_dataset_of_tensorflow_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", package)
     (example,) = open_raw("tfds:pets/test", ["cat", "dog"])
     assert asked == [("pets", "test", ["image"])] and example().parts[0].texts[1] == "dog"
-    assert (crop(example().parts[1].open(), 16) == 1).all()
+    assert (to_pixels(example().parts[1].open(), 16) == 1).all()
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(InputError, match=r"pip install 'monoformer_jax\[tfds\]'"):
         open_raw("tfds:pets/test", ["cat", "dog"])

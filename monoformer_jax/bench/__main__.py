@@ -10,6 +10,7 @@ from monoformer_jax.errors import InputError
 BENCHES = {
     "attention": "interval attention kernels against other libraries, or --static TPU counts",
     "training": "the training step: time, model FLOP/s, memory, share of time waiting for data",
+    "input_pipeline": "reading, packing and decoding by stage, without a model",
     "sampling": "image and text generation, with and without the KV cache of the prompt",
 }
 

@@ -77,11 +77,11 @@ def random_rows(config: Config) -> Iterator[Batch]:
 
     documents = grain.MapDataset.range(1 << 20).map(make)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    rows = pack(
-        documents.to_iter_dataset(options), length=config.data.max_seq_len, seed=config.seed,
-        bins=config.data.packing_bins, pad_id=tokenizer.pad_id, max_images=config.max_images,
-    )  # fmt: skip
-    return iter(rows.batch(config.batch_size))
+    return iter(pack(
+        documents.to_iter_dataset(options), config.layout, rows=config.batch_size,
+        length=config.data.max_seq_len, seed=config.seed, bins=config.data.packing_bins,
+        pad_id=tokenizer.pad_id, max_images=config.max_images,
+    ))  # fmt: skip
 
 
 def model_flops(batch: Batch, config: Config) -> float:

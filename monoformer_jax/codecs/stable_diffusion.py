@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from monoformer_jax.errors import require
 from monoformer_jax.nn import autoencoder
@@ -33,7 +34,11 @@ class StableDiffusion:
     def check(self) -> None:
         """Does nothing: latents can always be decoded."""
 
-    def encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, pixels: np.ndarray | jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """`pixels` may be sharded over devices by images; the weights are then copied to each, once."""
+        if isinstance(pixels, jax.Array) and isinstance(pixels.sharding, NamedSharding):
+            everywhere = NamedSharding(pixels.sharding.mesh, PartitionSpec())
+            self.params = jax.device_put(self.params, everywhere)
         return tuple(map(np.asarray, _encode(self.params, pixels, self.config)))
 
     def decode(self, generated: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monoformer_jax.batch import PATCH, TEXT, TIME, Document, concatenate, empty, patchify, select
+from monoformer_jax.batch import PATCH, TEXT, TIME, Document, assemble, patchify, select
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.tokenizer import Tokenizer, encode_after
 from monoformer_jax.errors import require
@@ -74,7 +74,10 @@ def draw_prompts(
         if not isinstance(part, Prompt):
             drawn.append(part)
         elif rng.random() >= dropout:
-            drawn += [str(rng.choice(part.texts)), *([EndOfTurn()] if end_of_prompt else [])]
+            drawn += [
+                part.texts[rng.integers(len(part.texts))],
+                *([EndOfTurn()] if end_of_prompt else []),
+            ]
     return drawn
 
 
@@ -115,7 +118,7 @@ def build_document(
                 pieces.append(_text([tokenizer.im_start_id]))
             images += 1
             piece = _image if isinstance(part, Image) else _features
-            pieces.append(piece(part, tokenizer, layout) | {"image_ids": images})
+            pieces += [x | {"image_ids": images} for x in piece(part, tokenizer, layout)]
             pieces.append(_text([tokenizer.im_end_id]))
         elif isinstance(part, EndOfTurn):
             pieces.append(_text([tokenizer.eos_id]))
@@ -125,7 +128,7 @@ def build_document(
             pieces.append(_text(ids) | {"target_weights": float(not read)})
         begun, before = False, ()
     pieces.append(_text([tokenizer.eos_id] if closing is None else closing))
-    document = concatenate([empty(layout, len(piece["tokens"]), **piece) for piece in pieces])
+    document = assemble(layout, pieces)
     first = 0 if after is None else int(after["positions"][-1]) + 1
     document["positions"] = np.arange(first, first + len(document["tokens"]), dtype=np.int32)
     # Whether each token is to be predicted; then, shifted by one, whether each position has a target.
@@ -196,7 +199,7 @@ def _text(ids: Sequence[int]) -> dict:
     return {"tokens": tokens, "token_types": TEXT, "segment_ids": 1, "target_weights": 1.0}
 
 
-def _image(image: Image, tokenizer: Tokenizer, layout: TokenLayout) -> dict:
+def _image(image: Image, tokenizer: Tokenizer, layout: TokenLayout) -> list[dict]:
     fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == layout.channels
     require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {layout.channels}]")
     require(
@@ -204,28 +207,23 @@ def _image(image: Image, tokenizer: Tokenizer, layout: TokenLayout) -> dict:
         "this model encodes conditioning images with a vision encoder: give Features",
     )
     patches, positions = patchify(image.pixels, layout.patch_size)
-    tokens, padding = _image_tokens(len(patches), tokenizer, layout)
-    tokens |= {
-        "denoise": image.denoise,
-        "patches": np.pad(patches, padding),
-        "patch_positions": np.pad(positions, padding),
-    }
+    values = {"patches": patches, "patch_positions": positions}
     if image.logvar is not None and layout.latent_variance:
-        tokens["patch_logvar"] = np.pad(patchify(image.logvar, layout.patch_size)[0], padding)
-    return tokens
+        values["patch_logvar"] = patchify(image.logvar, layout.patch_size)[0]
+    time, patch = _image_tokens(len(patches), tokenizer, layout)
+    return [time | {"denoise": image.denoise}, patch | values | {"denoise": image.denoise}]
 
 
-def _features(image: Features, tokenizer: Tokenizer, layout: TokenLayout) -> dict:
+def _features(image: Features, tokenizer: Tokenizer, layout: TokenLayout) -> list[dict]:
     fits = image.values.ndim == 2 and image.values.shape[1] == layout.feature_dim
     require(fits, f"features {image.values.shape} are not [n, {layout.feature_dim}]")
-    tokens, padding = _image_tokens(len(image.values), tokenizer, layout)
-    return tokens | {"features": np.pad(image.values, padding)}
+    time, patch = _image_tokens(len(image.values), tokenizer, layout)
+    return [time, patch | {"features": image.values}]
 
 
-def _image_tokens(patches: int, tokenizer: Tokenizer, layout: TokenLayout):
-    """TIME and PATCH tokens of an image, and the padding of its [n, …] arrays to their length."""
-    first = layout.time_tokens
-    tokens = np.full(first + patches, tokenizer.image_id, np.int32)
-    token_types = np.array([TIME] * first + [PATCH] * patches, np.int32)
-    fields = {"tokens": tokens, "token_types": token_types, "segment_ids": 1}
-    return fields, ((first, 0), (0, 0))
+def _image_tokens(patches: int, tokenizer: Tokenizer, layout: TokenLayout) -> tuple[dict, dict]:
+    """The TIME and the PATCH tokens of an image."""
+    return tuple(
+        {"tokens": np.full(n, tokenizer.image_id, np.int32), "token_types": kind, "segment_ids": 1}
+        for n, kind in ((layout.time_tokens, TIME), (patches, PATCH))
+    )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 from einops import rearrange, repeat
+from etils import epath
 
 from monoformer_jax.errors import InputError, require
 
@@ -40,14 +42,18 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         return _from_array(source, name)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
-    if isinstance(source, str | Path):
-        require(Path(source).is_file(), f"{name}: there is no file {source}")
+    if isinstance(source, str | os.PathLike):
+        path = epath.Path(source)
+        require(path.is_file(), f"{name}: there is no file {source}")
         name = f"{name} ({source})"
+        source = io.BytesIO(path.read_bytes()) if "://" in str(source) else str(source)
     try:
         image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
         _check_size(image.width, image.height, name)
         image.load()
-        return _to_rgb(PIL.ImageOps.exif_transpose(image))
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+        return _to_rgb(image)
     except PIL.Image.DecompressionBombError as error:  # so large that PIL refuses its header
         size = re.search(r"\d+", str(error))
         raise InputError(
@@ -78,7 +84,7 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.has_transparency_data:
         over = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(over, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
@@ -94,23 +100,31 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
 
 
 def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` and center-crops (as in ADM): float32 [size, size, 3] in
-    [-1, 1]. `image` has mode RGB."""
+    """Resizes the shorter side to `size` and center-crops (as in ADM): uint8 [size, size, 3]."""
     # Halve with a box filter first, to avoid aliasing.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
     scale = size / min(image.size)
     sides = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(sides, PIL.Image.BICUBIC)
+    if image.size != sides:
+        image = image.resize(sides, PIL.Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image, np.float32)[top : top + size, left : left + size]
-    return pixels / 127.5 - 1
+    return np.asarray(image)[top : top + size, left : left + size]
 
 
-def to_pixels(picture: PIL.Image.Image, size: int, channels: int) -> np.ndarray:
-    """The center crop as used in training, float32 [size, size, 1 or 3] in [-1, 1]."""
+def to_pixels(picture: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
+    """The center crop as used in training, float32 [size, size, 1 or 3] in [-1, 1].
+
+    Args:
+      picture: from `open_image`.
+    """
     picture = picture.convert("L").convert("RGB") if channels == 1 else picture
-    return crop(picture, size)[..., :channels]
+    return from_uint8(crop(picture, size)[..., :channels])
+
+
+def from_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Maps uint8 0 … 255 to float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

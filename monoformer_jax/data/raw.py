@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from etils import epath
 
 from monoformer_jax.data.documents import EndOfTurn, Part, Prompt, UntrainedText
 from monoformer_jax.data.image_io import open_image
@@ -78,7 +79,7 @@ def open_raw(source: str, labels: Sequence[str] | None) -> Sequence[Callable[[],
     """
     if source.startswith("tfds:"):
         return _tfds(source.removeprefix("tfds:"), _require_labels(labels, source))
-    path = Path(source)
+    path = epath.Path(source)
     if path.is_dir():
         return _class_folders(path, _require_labels(labels, source))
     require(path.is_file(), f"{source} is not a folder, a file or tfds:NAME/SPLIT")

@@ -76,9 +76,33 @@ def write_file(path: epath.Path, examples: Iterable[Example]) -> None:
     # One record per group, so that reading one does not decompress its neighbours.
     with atomic_write(path) as staging:
         writer = ArrayRecordWriter(str(staging), "group_size:1")
-        for example in examples:
-            writer.write(pack(example))
-        writer.close()
+        try:
+            for example in examples:
+                writer.write(pack(example))
+        finally:
+            writer.close()  # after an error too: it would write its file again after the removal
+
+
+def write_records(folder: epath.PathLike, examples: Iterable[Example], shape) -> None:
+    """Writes a folder of one file, for small datasets that are computed.
+
+    Args:
+      shape: [h, w, C] of the latents, or None without images.
+    """
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "records-00000-of-00001.array_record"
+    write_file(file, examples)
+    write_info(folder, [file], shape)
+
+
+def write_info(folder: epath.Path, files: Sequence[epath.Path], shape) -> int:
+    """Marks a folder of these files as complete; returns the number of examples."""
+    written = count_records(files)
+    info = {"examples": written, "files": len(files), "shape": shape}
+    with atomic_write(folder / "info.json") as file:
+        file.write_text(json.dumps(info) + "\n", encoding="utf-8")
+    return written
 
 
 def count_records(files: Sequence[epath.Path]) -> int:

@@ -7,13 +7,17 @@ import dataclasses
 import math
 import re
 import time
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 
 from monoformer_jax import batch as contract
 from monoformer_jax.config import Config, MeshConfig
+from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.tokenizer import open_tokenizer
 from monoformer_jax.diffusion.solvers import EVALUATIONS, make_time_grid
+from monoformer_jax.errors import InputError
 from monoformer_jax.models import get_model
 from monoformer_jax.parallel import (
     BATCH,
@@ -36,8 +40,30 @@ from monoformer_jax.sampling.text import row_keys
 from monoformer_jax.training.state import abstract_train_state, check_layout, make_train_step
 
 GIB = 2**30
+FED = 0.5  # model FLOPs utilization at which the hosts must feed the chips
 TRAINING = 3  # forward plus backward in forward passes; remat is not model FLOPs
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """What the hosts of a slice must feed to its chips.
+
+    Attributes:
+      hosts: number of hosts of the slice.
+      rows: rows of a batch that each host makes.
+      images_per_row: mean of packed rows; without the data, the most that fit.
+      real_token_share: share of tokens that are not padding; None without the data.
+    """
+
+    hosts: int
+    rows: float
+    images_per_row: float
+    real_token_share: float | None
+
+    def images_per_s(self, step_seconds: float) -> float:
+        """Images that a host must make per second, for steps of this time."""
+        return self.rows * self.images_per_row / step_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +73,7 @@ class Estimate:
     Args:
       temporaries, peak: as reported by the compiler, also for a program that does not fit.
       sent: collectives; empty for a program that does not fit.
+      feed: what the hosts must feed; None for sampling.
     """
 
     config: Config
@@ -62,6 +89,7 @@ class Estimate:
     repeated_flops: int
     sent: tuple[Collective, ...]
     compile_seconds: float
+    feed: Feed | None = None
 
     def floors(self) -> dict[str, float]:
         """Lower bounds of the step time in seconds, by resource.
@@ -87,7 +115,15 @@ class Estimate:
         return self.flops / (self.mesh.size * self.chip.tflops * 1e12 * utilization)
 
     def to_json(self) -> dict:
-        return {
+        feed = {}
+        if self.feed is not None:
+            feed = {
+                "hosts": self.feed.hosts,
+                "streams": self.config.streams,
+                "host_images_per_s": self.feed.images_per_s(self.seconds_at(FED)),
+                "real_token_share": self.feed.real_token_share,
+            }
+        return feed | {
             "fits": self.fits,
             "hbm_gib": self.chip.hbm_gib,
             "peak_gib": self.peak / GIB,
@@ -112,6 +148,27 @@ def slice_mesh(config: Config, topology: str, mode: str = "train") -> Mesh:
     mesh = make_mesh(config.mesh, devices)
     abstract_weights(config.model, "float32", mesh)
     return mesh
+
+
+def count_hosts(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def measure_feed(config: Config, mesh: Mesh) -> Feed:
+    """Packs some rows of the first stream, if the records and the tokenizer are within reach."""
+    hosts = count_hosts(mesh)
+    rows = config.batch_size / hosts
+    try:
+        tokenizer = open_tokenizer(config.data, Path(), config.layout.vocab_size)
+        group = config.batch_size // config.streams
+        iterator = Batches(config, tokenizer, range(group)).iterator
+        made = [next(iterator) for _ in range(max(1, config.data.packing_bins // group))]
+    except (InputError, ImportError):
+        return Feed(hosts, rows, config.max_images, None)
+    real = sum(int((batch["token_types"] != contract.PAD).sum()) for batch in made)
+    images = sum(int(batch["image_ids"].max(-1).sum()) for batch in made)
+    count = group * len(made)
+    return Feed(hosts, rows, images / count, real / (count * config.data.max_seq_len))
 
 
 def default_mesh(config: Config, topology: str, dtype: str) -> MeshConfig:
@@ -179,7 +236,7 @@ def estimate(
     return Estimate(
         config, mesh, chip, fits, given, temporaries, peak, aliased,
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)), model, repeated, sent,
-        seconds,
+        seconds, measure_feed(config, mesh) if mode == "train" else None,
     )  # fmt: skip
 
 

@@ -54,6 +54,20 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
     jax.distributed.initialize(coordinator, count, index)
 
 
+def start_share(coordinator: str | None, count: int | None, index: int | None) -> tuple[int, int]:
+    """Index and number of this process among those that divide files or images among them.
+
+    With `count` and `index` but no coordinator, the processes are independent of each other; else see
+    `start_processes`.
+    """
+    if coordinator is not None or index is None:
+        start_processes(coordinator, count, index)
+        return jax.process_index(), jax.process_count()
+    require(count is not None, "--process needs --processes")
+    require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
+    return index, count
+
+
 def allgather_json(value: Any) -> list:
     """Gathers a JSON value from every process, in process order; all must call it together."""
     if jax.process_count() == 1:

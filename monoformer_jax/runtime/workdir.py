@@ -21,7 +21,7 @@ from monoformer_jax.models import make_config
 
 # Config keys that may change when a run is resumed; `claim_workdir` rejects any other change.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
-               "watchdog_seconds", "mesh", "sampling")  # fmt: skip
+               "watchdog_seconds", "data_workers", "mesh", "sampling")  # fmt: skip
 
 
 def claim_workdir(workdir: epath.PathLike, config: Config) -> None:

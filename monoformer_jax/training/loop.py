@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from monoformer_jax import batch as contract
 from monoformer_jax.config import Config
 from monoformer_jax.data.documents import describe
-from monoformer_jax.data.pipeline import Batches
+from monoformer_jax.data.pipeline import Batches, default_workers
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.errors import require
 from monoformer_jax.files import atomic_write
@@ -63,10 +64,11 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
     mesh = check_layout(config)
     target = abstract_train_state(config, mesh)
     rows = local_rows(config.batch_size, mesh)
-    batches = Batches(config, tokenizer, rows)
+    batches = Batches(config, tokenizer, rows, default_workers(config))
     _check_first_batch(config, tokenizer, rows)
     run_on_first(lambda: _claim(workdir, config, tokenizer))
     with (
+        contextlib.closing(batches.iterator),
         Checkpoints(workdir, config.max_to_keep, config.keep_period) as checkpoints,
         CrashLoopGuard(workdir, checkpoints.latest),
         Preemption() as preemption,
@@ -76,11 +78,6 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
         with _Report(config, workdir, int(state.step), seconds, batches) as report:
             overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             report.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
-            if jax.process_count() > config.data.streams:
-                report.log(
-                    f"{jax.process_count()} processes share data.streams={config.data.streams}: "
-                    "each packs rows that it discards; increase data.streams in a new run"
-                )
             try:
                 step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
                             preemption, watchdog)  # fmt: skip

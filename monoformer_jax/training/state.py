@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
+from monoformer_jax.data.pipeline import check_streams
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import trainable
 from monoformer_jax.nn.layers import full_precision
@@ -88,13 +89,14 @@ def check_layout(config: Config, devices: list | None = None) -> Mesh:
         axes = trainable.logical_axes(config.model, config.lora)
         shapes = jax.eval_shape(functools.partial(_init, config)).params
         found = fitting_layout(
-            axes, shapes, config.mesh, devices, config.batch_size, micro, config.data.streams
+            axes, shapes, config.mesh, devices, config.batch_size, micro, config.data.streams or 1
         )
         if found is None:
             raise InputError(f"{error}; no mesh of {len(devices)} devices fits") from None
         mesh, rows = found
         sizes = "".join(f" --config.mesh.{k}={v}" for k, v in dataclasses.asdict(mesh).items())
         raise InputError(f"{error}; these fit:{sizes} --config.batch_size={rows}") from None
+    check_streams(config, len({device.process_index for device in devices}))
     return mesh
 
 
