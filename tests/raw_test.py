@@ -34,7 +34,9 @@ def encode(source, to, *more):
     """Runs encode_latents in this process."""
     parser = argparse.ArgumentParser()
     encode_latents.add_arguments(parser)
-    encode_latents.main(parser.parse_args([f"--from={source}", f"--to={to}", *more]))
+    encode_latents.main(
+        parser.parse_args([f"--from={source}", f"--to={to}", "--processes=1", *more])
+    )
 
 
 @pytest.mark.parametrize("speaker", ["role", "from", "speaker"])

@@ -40,7 +40,8 @@ def workdir(config, tmp_path_factory):
     parser = argparse.ArgumentParser()
     encode_latents.add_arguments(parser)
     to = folder / "records"
-    encode_latents.main(parser.parse_args([f"--from={folder / 'chat.jsonl'}", f"--to={to}"]))
+    arguments = [f"--from={folder / 'chat.jsonl'}", f"--to={to}", "--processes=1"]
+    encode_latents.main(parser.parse_args(arguments))
     run = folder / "run"
     run.mkdir()
     vocab = write_llama_tokenizer(run / "tokenizer.json")
