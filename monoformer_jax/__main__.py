@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a model, or resume a run",
     "sample": "generate text or images from prompts",
     "demo": "serve a web page to chat with a model in text and images",
+    "check": "verify the checkpoints and files of a run",
     "evaluate": "compute the metrics of a trained model",
     "encode_latents": "precompute a dataset as latents in records for training",
     "plan": "estimate whether a run fits a TPU slice, and its speed",

@@ -7,7 +7,8 @@ BAD_INPUT = 2
 NON_FINITE = 3  # the loss, the gradient or the parameters are not finite
 CRASH_LOOP = 4  # several consecutive starts made no checkpoint
 HUNG = 5  # a step took longer than watchdog_seconds
-PREEMPTED = 75  # stopped by SIGTERM; the state is saved, and the same command resumes
+PREEMPTED = 75  # stopped by SIGTERM or Ctrl-C; the state is saved, and the same command resumes
+INTERRUPTED = 130  # stopped by Ctrl-C at once, as shells report it
 
 
 class InputError(ValueError):

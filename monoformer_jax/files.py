@@ -25,6 +25,9 @@ def atomic_write(path: epath.PathLike) -> Iterator[epath.Path]:
     staging = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield staging
+        if "://" not in str(path):  # otherwise a loss of power could leave an empty file
+            with open(staging, "rb") as file:
+                os.fsync(file.fileno())
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)

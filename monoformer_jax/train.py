@@ -16,12 +16,13 @@ Kubernetes jax detects the processes; elsewhere pass them, here for two on one m
 
 Exit codes:
   0   done
-  1   unexpected error; once training has started, WORKDIR/errors/ records it
-  2   bad input
+  1   unexpected error, recorded in WORKDIR/errors/
+  2   bad input; or a workdir that is in use, full, read-only or gone
   3   the loss, the gradient or the parameters are not finite; earlier checkpoints are valid
   4   three consecutive starts made no checkpoint; the message says how to retry
   5   a step took longer than watchdog_seconds; WORKDIR/errors/ has the stack of every thread
-  75  preempted (SIGTERM): saved after the current step, the same command resumes
+  75  preempted (SIGTERM) or Ctrl-C: saved after the current step, the same command resumes
+  130 Ctrl-C a second time, or before the first step: the same command resumes the last checkpoint
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import sys
 from etils import epath
 
 from monoformer_jax.cli import load_config, run_command
-from monoformer_jax.errors import CRASH_LOOP, HUNG, NON_FINITE, PREEMPTED
+from monoformer_jax.errors import CRASH_LOOP, HUNG, INTERRUPTED, NON_FINITE, PREEMPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +49,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
-    from monoformer_jax.runtime.faults import CrashLoop, NonFiniteLoss, Preempted
-    from monoformer_jax.runtime.processes import exit_without_barrier, start_processes
+    from monoformer_jax.runtime.faults import exit_soon
+    from monoformer_jax.runtime.processes import start_processes
+
+    start_processes(args.coordinator, args.processes, args.process)
+    code = _train(config, args.workdir)
+    exit_soon(code)
+    return code
+
+
+def _train(config, workdir: epath.Path) -> int:
+    from monoformer_jax.runtime.faults import CrashLoop, NonFiniteLoss, Preempted, storage_error
+    from monoformer_jax.runtime.processes import exit_without_barrier
     from monoformer_jax.training.loop import train
 
     codes = {NonFiniteLoss: NON_FINITE, CrashLoop: CRASH_LOOP, Preempted: PREEMPTED}
-    start_processes(args.coordinator, args.processes, args.process)
     try:
-        train(config, args.workdir, hang_exit_code=HUNG)
+        train(config, workdir, hang_exit_code=HUNG)
     except tuple(codes) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return codes[type(error)]
-    except BaseException as error:
+    except KeyboardInterrupt as error:
         exit_without_barrier(error)
-        raise
+        print("stopped by Ctrl-C; the same command resumes the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except BaseException as error:
+        explained = storage_error(error, workdir) or error
+        exit_without_barrier(explained)
+        raise explained from error
     return 0
 
 

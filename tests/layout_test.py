@@ -14,7 +14,7 @@ ORDER = [
     "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
     "api", "cli", "bench",
 ]  # fmt: skip
-COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate"}
+COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "check"}
 ENTRY = {"__init__", "__main__"}
 MESH_AXES = {"fsdp", "tensor"}
 

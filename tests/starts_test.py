@@ -180,6 +180,7 @@ def test_a_finished_cosine_is_extended_only_by_a_restart(change, tmp_path):
     run = tmp_path / "run"
     short = change(steps=1400, optimizer={"learning_rate": 1e-3, "warmup_steps": 100})
     claim_workdir(run, short)
+    (run / "checkpoints" / "1400").mkdir(parents=True)
     mark_done(run, short, 1400, 1.0)
     longer = dataclasses.replace(short, steps=2800)
     for _ in range(2):

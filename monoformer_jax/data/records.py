@@ -16,6 +16,7 @@ Images are mean and log-variance of a normalized latent, in float16.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -123,7 +124,7 @@ class Records(Sequence):
         require(info.exists(), f"{folder} has no complete records: there is no info.json; "
                                "`encode_latents` writes such folders")  # fmt: skip
         self.info = json.loads(info.read_text(encoding="utf-8"))
-        files = sorted(str(file) for file in path.glob("*.array_record"))
+        files = sorted(str(file) for file in path.iterdir() if file.suffix == ".array_record")
         require(
             len(files) == self.info["files"],
             f"{folder} has {len(files)} record files, but {self.info['files']} were written",
@@ -139,6 +140,17 @@ class Records(Sequence):
 
     def __repr__(self) -> str:
         return f"Records({len(self)} examples)"
+
+
+def fingerprint(folder: str) -> str:
+    """Hash of info.json and of the names and sizes of the files, to compare folders of two machines."""
+    path, digest = epath.Path(folder), hashlib.sha256()
+    if not (path / "info.json").exists():
+        return "no complete records"
+    digest.update((path / "info.json").read_bytes())
+    for file in sorted(path.iterdir()):
+        digest.update(f"{file.name} {file.stat().length}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def check_shape(name: str, records: Records, side: int, channels: int) -> None:

@@ -24,7 +24,7 @@ from monoformer_jax.pretrained.model import FORMATS, OURS, key_table, open_pretr
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.weights import load_trained
-from monoformer_jax.runtime.workdir import read_config
+from monoformer_jax.runtime.workdir import absolute_paths, read_config
 
 Progress = Callable[[Sequence], Any]
 _TOKENIZER = "tokenizer.json"
@@ -117,6 +117,7 @@ def _open_workdir(source: Source) -> Weights:
     shapes = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
     with Checkpoints(source.folder) as checkpoints:
         names, untrained = ["ema", "params"][: 1 + checkpoints.has_params], checkpoints.untrained()
+        checkpoints.verify_newest([*names, "meta"])
 
     def tensor(part, path, leaf):
         def load():
@@ -149,7 +150,8 @@ def write_workdir(to: Path, weights: Weights, progress: Progress = same) -> None
 def check_workdir(to: Path, weights: Weights) -> None:
     """Raises InputError if `to` differs from `weights`; reads one parameter at a time."""
     written = _open_workdir(Source(to, ours=True))
-    require(written.config == weights.config, f"{to} does not have the config of the source")
+    same_config = written.config == absolute_paths(to, weights.config)
+    require(same_config, f"{to} does not have the config of the source")
     for name, tree in weights.parts.items():
         _require_equal(to / name, by_path(written.parts[name]), by_path(tree))
 

@@ -5,31 +5,38 @@ WORKDIR/checkpoints/STEP/params/    float32 weights
                         /optimizer/
                         /data/      {"streams": state of each stream of rows}
                         /meta/      {"step", "train_seconds"}; of converted weights also "untrained"
-WORKDIR/damaged/STEP/               checkpoints that could not be read, moved here
+                        /checksums.json   see `runtime.checksums`; read before anything else
+WORKDIR/damaged/STEP/               checkpoints that are damaged, moved here
 
 A checkpoint can be restored on any mesh, with any number of devices and processes.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from monoformer_jax.data.pipeline import RowIterator
-from monoformer_jax.errors import InputError
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.runtime.checksums import (
+    Damaged,
+    commit_class,
+    explain,
+    find_problem,
+    is_damage,
+    verify_files,
+    write_checksums,
+)
 from monoformer_jax.runtime.processes import allgather_json
 
 # A `training.state.TrainState`: params, ema, opt_state and step are saved.
 State = Any
-# Status codes of storage and device errors, which do not mean that the checkpoint is damaged.
-_NOT_DAMAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
-               "RESOURCE_EXHAUSTED")  # fmt: skip
 
 
 class Checkpoints:
@@ -40,26 +47,36 @@ class Checkpoints:
         workdir: folder of the run.
         kept: number of newest checkpoints to keep; None opens the folder read-only.
         keep_every: also keeps the checkpoints at multiples of this step; 0 disables it.
+
+        Raises:
+          InputError: orbax cannot write to a folder of this name.
         """
         workdir = epath.Path(workdir).expanduser().absolute()
         self.folder, self.damaged_folder = workdir / "checkpoints", workdir / "damaged"
-        # Orbax warns through absl about inferred shardings; shardings are always given here.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        reads = kept is None
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=kept, keep_period=keep_every or None, create=not reads, read_only=reads
-            ),
-        )
+        self._manager, self._unconfirmed = None, None
+        if kept is not None:
+            require_plain(workdir)
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=kept, keep_period=keep_every or None, cleanup_tmp_directories=True,
+                    temporary_path_class=commit_class(self.folder),
+                ),
+            )  # fmt: skip
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; an interrupted save does not count."""
+        return list_steps(self.folder)
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint; an interrupted save does not count."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint."""
+        return max(self.steps, default=None)
 
     def save(self, state: State, data: RowIterator, seconds: float) -> None:
         """Starts an asynchronous save; every process must call it after the same step."""
+        self.wait()
         step = int(state.step)
         streams = {
             number: s for states in allgather_json(data.get_state()) for number, s in states.items()
@@ -74,10 +91,27 @@ class Checkpoints:
                 meta=ocp.args.JsonSave({"step": step, "train_seconds": seconds}),
             ),
         )
+        path, leaf = min(jax.tree.leaves_with_path(state.params), key=lambda item: item[1].size)
+        self._unconfirmed = step, path, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     def wait(self) -> None:
-        """Waits until all saves are complete; raises the error of a failed asynchronous save."""
+        """Waits until all saves are complete, and reads a little of the last one back.
+
+        Raises:
+          RuntimeError: what was saved cannot be read; errors of a failed save are raised too.
+        """
         self._manager.wait_until_finished()
+        if self._unconfirmed is None:
+            return
+        (step, path, leaf), self._unconfirmed = self._unconfirmed, None
+        folder = self.folder / str(step)
+        try:
+            _read_meta(folder)
+            _read_one(folder / "params", [key.key for key in path], leaf)
+        except Exception as error:
+            raise RuntimeError(
+                f"checkpoint {folder} was saved, but cannot be read ({explain(error)})"
+            ) from error
 
     def restore(self, target: State, data: RowIterator) -> tuple[State, float, dict[int, str]]:
         """Restores the newest checkpoint that every process can read, and the position of `data`.
@@ -92,13 +126,15 @@ class Checkpoints:
         Raises:
           InputError: no checkpoint can be read; none is moved.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
         damaged: dict[int, str] = {}
-        for step in steps:
-            restored, problem = self._try(step, target, data)
-            problems = [
-                p for p in allgather_json(problem) if p
-            ]  # the read may fail on one process only
+        for step in reversed(self.steps):
+            # The read may fail on one process only; each one reads its share of the files.
+            share = jax.process_index(), jax.process_count()
+            restored, problem = None, find_problem(verify_files, self.folder / str(step), (), share)
+            problems = [p for p in allgather_json(problem) if p]
+            if not problems:
+                restored, problem = self._try(step, target, data)
+                problems = [p for p in allgather_json(problem) if p]
             if restored and not problems:
                 self._move_away(list(damaged))
                 return *restored, damaged
@@ -111,24 +147,24 @@ class Checkpoints:
     def _try(self, step: int, target: State, data: RowIterator):
         """Returns ((state, seconds), ""), or (None, reason) if this process cannot read the step."""
         # CheckpointManager.restore has a barrier, at which it would wait for a failed process.
-        folder, read = self.folder / str(step), _read_arrays
-        try:
-            meta = _read_json(folder / "meta")
+        folder, read, restored = self.folder / str(step), _read_arrays, []
+
+        def restore():
+            meta = _read_meta(folder)
             data.set_state(_read_json(folder / "data")["streams"])
-            step = jax.make_array_from_callback(
-                (), target.step.sharding, lambda _: np.int32(meta["step"])
-            )
             state = target.replace(
-                step=step,
+                step=jax.make_array_from_callback(
+                    (), target.step.sharding, lambda _: np.int32(step)
+                ),
                 params=read(folder / "params", target.params),
                 ema=read(folder / "ema", target.ema),
                 opt_state=read(folder / "optimizer", target.opt_state),
             )
-            return (jax.block_until_ready(state), meta["train_seconds"]), ""
-        except Exception as error:  # damaged files raise errors of many types
-            if not _is_damage(error):
-                raise
-            return None, f"{type(error).__name__}: {_first_line(error)}"
+            _require_finite(params=state.params, ema=state.ema, optimizer=state.opt_state)
+            restored.append((jax.block_until_ready(state), meta["train_seconds"]))
+
+        problem = find_problem(restore)
+        return (None, problem) if problem else (restored[0], "")
 
     def _move_away(self, steps: list[int]) -> None:
         if not steps:
@@ -152,26 +188,54 @@ class Checkpoints:
         Raises:
           InputError: there is no checkpoint, or the newest cannot be read.
         """
-        weights, meta = self._newest(
-            lambda folder: (_read_arrays(folder / "ema", target), _read_json(folder / "meta"))
-        )
+
+        def read(folder):
+            verify_files(folder, ("ema", "meta"))
+            meta, ema = _read_meta(folder), _read_arrays(folder / "ema", target)
+            _require_finite(ema=ema)
+            return ema, meta
+
+        weights, meta = self._newest(read)
         return weights, {name: meta[name] for name in ("step", "train_seconds")}
 
     def untrained(self) -> list[str]:
         """Modules that `convert` initialised, as the source has none; see `restore_ema`."""
-        return self._newest(lambda folder: _read_json(folder / "meta")).get("untrained", [])
+
+        def read(folder):
+            verify_files(folder, ("meta",))
+            return _read_meta(folder)
+
+        return self._newest(read).get("untrained", [])
+
+    def verify(self, step: int) -> str:
+        """What is wrong with a checkpoint, all of its files and weights; "" if nothing is."""
+        folder = self.folder / str(step)
+
+        def read():
+            verify_files(folder)
+            _read_meta(folder)
+            for part in ("params", "ema"):
+                if not (folder / part).is_dir():  # a converted checkpoint
+                    continue
+                leaves = ocp.PyTreeCheckpointHandler().metadata(folder / part).tree
+                for path, leaf in jax.tree.leaves_with_path(leaves):
+                    value = _read_one(folder / part, [key.key for key in path], leaf)
+                    if not np.isfinite(value).all():
+                        raise Damaged(f"{part}{jax.tree_util.keystr(path)} is not finite")
+
+        return find_problem(read)
 
     def restore_one(self, part: str, path: Sequence[str], target: jax.ShapeDtypeStruct):
         """One parameter of "ema" or "params" as numpy, for models larger than the memory."""
-        item, args = target, ocp.RestoreArgs(restore_type=np.ndarray)
-        for name in reversed(path):
-            item, args = {name: item}, {name: args}
-        args = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        return self._newest(lambda folder: _read_one(folder / part, path, target))
 
-        def read(folder):
-            return ocp.PyTreeCheckpointHandler().restore(folder / part, args=args)
+    def verify_newest(self, parts: Sequence[str] = ()) -> None:
+        """Raises InputError if the newest checkpoint is damaged, or there is none.
 
-        return jax.tree.leaves(self._newest(read))[0]
+        Args:
+          parts: parts to check; none: all.
+        """
+        self._newest(lambda folder: verify_files(folder, parts))
 
     @property
     def has_params(self) -> bool:
@@ -199,6 +263,7 @@ class Checkpoints:
             )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(self.folder / "0" / name, args=args)
+        write_checksums(self.folder / "0")  # anew, as orbax committed the step before its parts
 
     def _newest(self, read: Callable[[epath.Path], Any]) -> Any:
         step = self.latest
@@ -208,13 +273,13 @@ class Checkpoints:
         try:
             return read(folder)
         except Exception as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
-            older = [s for s in self._manager.all_steps() if s < step]
+            older = [s for s in self.steps if s < step]
             then = f"; if you remove it, step {max(older)} is the newest" if older else ""
             raise InputError(
                 f"checkpoint {folder} cannot be read, it is damaged or incomplete{then} "
-                f"({type(error).__name__}: {_first_line(error)})"
+                f"({explain(error)})"
             ) from error
 
     def __enter__(self) -> Checkpoints:
@@ -222,16 +287,61 @@ class Checkpoints:
 
     def __exit__(self, kind, *_) -> None:
         # close() has a barrier, which the other processes may never reach after an error.
-        if kind is None or jax.process_count() == 1:
+        if self._manager is not None and (kind is None or jax.process_count() == 1):
             self._manager.close()
 
 
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether a workdir, which may not exist, holds a complete checkpoint."""
-    if not (epath.Path(workdir) / "checkpoints").exists():
-        return False
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.latest is not None
+def list_steps(folder: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder `checkpoints`, ascending."""
+    if not folder.exists():
+        return []
+    # A local save is renamed when it is complete; an object storage has no renames, only a mark.
+    marked = "://" in str(folder)
+    return sorted(
+        int(path.name) for path in folder.iterdir()
+        if path.name.isdigit() and (not marked or (path / "commit_success.txt").exists())
+    )  # fmt: skip
+
+
+def require_plain(workdir: epath.Path) -> None:
+    """Raises InputError if orbax, which takes a path for a pattern, cannot write to this folder."""
+    found = [c for c in "[]*?" if c in str(workdir)]
+    require(
+        not found,
+        f"{workdir} has {' '.join(found)} in its name: orbax takes such names for patterns and cannot "
+        "write checkpoints there; choose another folder",
+    )
+
+
+def _read_meta(folder: epath.Path) -> dict:
+    meta = _read_json(folder / "meta")
+    if meta["step"] != int(folder.name):
+        raise Damaged(f"the folder holds step {meta['step']}")
+    return meta
+
+
+def _require_finite(**parts: dict) -> None:
+    finite = {name: bool(ok) for name, ok in jax.jit(_finite)(parts).items()}
+    if not all(finite.values()):
+        bad = [name for name, ok in finite.items() if not ok]
+        raise Damaged(f"{' and '.join(bad)} not finite")
+
+
+def _finite(parts: dict) -> dict:
+    return {
+        name: jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+        for name, tree in parts.items()
+    }
+
+
+def _read_one(folder: epath.Path, path: Sequence[str], leaf: Any) -> np.ndarray:
+    """One parameter of a part, as numpy, with the shape and dtype of `leaf`."""
+    item = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    args = ocp.RestoreArgs(restore_type=np.ndarray)
+    for name in reversed(path):
+        item, args = {name: item}, {name: args}
+    args = ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+    return jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder, args=args))[0]
 
 
 def _read_arrays(folder: epath.Path, target: dict) -> dict:
@@ -240,13 +350,3 @@ def _read_arrays(folder: epath.Path, target: dict) -> dict:
 
 def _read_json(folder: epath.Path) -> dict:
     return ocp.JsonCheckpointHandler().restore(folder)
-
-
-def _is_damage(error: Exception) -> bool:
-    """Whether the checkpoint itself caused a read error, rather than the machine or the network."""
-    external = MemoryError | PermissionError | ConnectionError | TimeoutError
-    return not isinstance(error, external) and not any(w in str(error) for w in _NOT_DAMAGE)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

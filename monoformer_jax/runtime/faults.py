@@ -1,4 +1,4 @@
-"""What can end a run before its last step: a preemption, a crash loop or a hang.
+"""What can end a run before its last step: a preemption, Ctrl-C, a crash loop or a hang.
 
 WORKDIR/starts.json         number of consecutive starts that made no new checkpoint
 WORKDIR/errors/             the last error of each process, or its stacks at a hang
@@ -6,6 +6,8 @@ WORKDIR/errors/             the last error of each process, or its stacks at a h
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -20,11 +22,16 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from monoformer_jax.errors import InputError
+from monoformer_jax.files import atomic_write
 from monoformer_jax.runtime.processes import run_on_first
 
 _MAX_STARTS = 3
 _COMPILE_SECONDS = 3600.0  # added to the time limit of the first step
 _WRITE_SECONDS = 30.0  # time limit for writing the stacks of a hang to storage
+_EXIT_SECONDS = 60.0  # time limit of a process that has finished its work
+# Errors of storage without a path, which orbax passes on as texts.
+_NO_SPACE = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -32,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Preempted(RuntimeError):
-    """The process received SIGTERM and has saved the state of this step."""
+    """The process received SIGTERM or SIGINT (Ctrl-C) and has saved the state of this step."""
 
 
 class CrashLoop(RuntimeError):
@@ -40,26 +47,35 @@ class CrashLoop(RuntimeError):
 
 
 class Preemption:
-    """Handles SIGTERM, which schedulers and clouds send before they preempt a machine.
+    """Handles SIGTERM, which schedulers and clouds send before they preempt a machine, and Ctrl-C.
 
     With several processes, jax forwards the signal of one to all, and all stop after the same step. A
-    second SIGTERM ends the process at once (with several processes, only after that step). A single
-    process that trains outside the main thread does not handle SIGTERM: Python forbids it.
+    second signal ends the process at once (a second SIGTERM of several processes, only after that
+    step). A process that trains outside the main thread handles neither: Python forbids it.
     """
 
     def __init__(self):
         self._several = jax.process_count() > 1
         self._in_main_thread = threading.current_thread() is threading.main_thread()
+        # With several processes, jax has its own handler of SIGTERM.
+        self._signals = [signal.SIGINT] + ([] if self._several else [signal.SIGTERM])
         self._received = False
 
     def __enter__(self) -> Preemption:
-        if self._in_main_thread and not self._several:
-            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if self._in_main_thread:
+            self._before = {s: signal.signal(s, self._on_signal) for s in self._signals}
         return self
 
-    def _on_sigterm(self, *_) -> None:
-        self._received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def _on_signal(self, number: int, _) -> None:
+        if number == signal.SIGINT:
+            print("Ctrl-C: saving after this step; a second one ends at once", file=sys.stderr)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        else:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # which jax forwards
+        else:
+            self._received = True
 
     def reached(self, step: int) -> bool:
         """Whether to save and exit after this step; must be called once after every step."""
@@ -72,14 +88,15 @@ class Preemption:
         return self._received
 
     def __exit__(self, *_) -> None:
-        if self._in_main_thread and not self._several:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        if self._in_main_thread:
+            for number, before in self._before.items():
+                signal.signal(number, before or signal.SIG_DFL)
 
 
 class CrashLoopGuard:
     """Counts consecutive starts that made no checkpoint, and records the error of the last one.
 
-    Starts that end normally, by preemption (SIGTERM) or by KeyboardInterrupt do not count.
+    Starts that end normally, by preemption, by KeyboardInterrupt or by bad input do not count.
     """
 
     def __init__(self, workdir: epath.Path, checkpoint: int | None):
@@ -103,31 +120,32 @@ class CrashLoopGuard:
             )
 
     def _read(self) -> int:
-        if not self._file.exists():
-            return 0
         try:
-            values = json.loads(self._file.read_text(encoding="utf-8"))
-            return values["starts"] if values["checkpoint"] == self._checkpoint else 0
-        except (json.JSONDecodeError, KeyError):  # the process was killed while writing it
+            values = json.loads(self._file.read_bytes())
+            return int(values["starts"]) if values["checkpoint"] == self._checkpoint else 0
+        except (FileNotFoundError, ValueError, TypeError, LookupError):  # or it is damaged
             return 0
 
     def _write(self, starts: int) -> None:
         if jax.process_index() == 0:
             text = json.dumps({"starts": starts, "checkpoint": self._checkpoint})
-            self._file.write_text(text + "\n", encoding="utf-8")
+            with atomic_write(self._file) as file:
+                file.write_text(text + "\n", encoding="utf-8")
 
     def __enter__(self) -> CrashLoopGuard:
         self._write(self._before + 1)
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        if error is None:
-            if jax.process_index() == 0:
-                self._file.unlink(missing_ok=True)
-        elif isinstance(error, Preempted | KeyboardInterrupt):
-            self._write(self._before)
-        else:
-            write_error(self._errors, "error", "".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):  # the disk may be full: then `error` says so
+            bad_input = isinstance(error, InputError)
+            if isinstance(error, Preempted | KeyboardInterrupt) or (bad_input and self._before):
+                self._write(self._before)
+            elif error is None or bad_input:
+                if jax.process_index() == 0:
+                    self._file.unlink(missing_ok=True)
+            else:
+                write_error(self._errors, "error", "".join(traceback.format_exception(error)))
 
 
 def write_error(folder: epath.Path, kind: str, text: str) -> epath.Path:
@@ -138,7 +156,7 @@ def write_error(folder: epath.Path, kind: str, text: str) -> epath.Path:
 
 
 class Watchdog:
-    """Ends the process when a step takes too long, after dumping the stack of every thread.
+    """Ends the process when a step, or the end of a run, takes too long, and dumps all stacks.
 
     The check runs in a thread, which cannot act while a C extension holds the GIL: then `faulthandler`,
     which needs no lock, prints the stacks a minute later and ends the process with exit code 1.
@@ -192,10 +210,35 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def stop(self) -> None:
-        """Disables the watchdog."""
+    def __exit__(self, *_) -> None:
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
 
-    def __exit__(self, *_) -> None:
-        self.stop()
+
+def storage_error(error: BaseException | None, workdir: epath.PathLike) -> InputError | None:
+    """The sentence for a workdir that is full, read-only or gone, if that is what caused `error`."""
+    while error is not None:
+        text = str(error)
+        reason = next((reason for reason in _NO_SPACE if reason in text), "")
+        if not reason and isinstance(error, OSError) and str(workdir) in text:
+            reason = error.strerror or type(error).__name__
+        if reason:
+            return InputError(
+                f"{workdir} cannot be written or read: {reason}; the checkpoints in it stay valid, and "
+                "the same command resumes once this is repaired"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def exit_soon(code: int) -> None:
+    """Ends the process with this code if it does not end by itself once its main thread has."""
+
+    def end():
+        threading.main_thread().join()
+        time.sleep(_EXIT_SECONDS)
+        print(f"stopped: the process did not exit by itself in {_EXIT_SECONDS:g} s",
+              file=sys.__stderr__, flush=True)  # fmt: skip
+        os._exit(code)
+
+    threading.Thread(target=end, name="exit", daemon=True).start()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +36,7 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
       index: index of this process, from 0.
 
     Raises:
-      InputError: the three arguments are inconsistent.
+      InputError: the three arguments are inconsistent, or this process was started twice.
     """
     given = [value is not None for value in (coordinator, count, index)]
     if count == 1 and given == [False, True, False]:
@@ -51,7 +55,22 @@ def start_processes(coordinator: str | None, count: int | None, index: int | Non
     host, _, port = coordinator.rpartition(":")
     require(host != "" and port.isdigit(), f"--coordinator={coordinator} is not HOST:PORT")
     require(0 <= index < count, f"--process={index} is not between 0 and --processes={count} - 1")
+    _require_single(coordinator, index)
     jax.distributed.initialize(coordinator, count, index)
+
+
+def _require_single(coordinator: str, index: int) -> None:
+    """Raises InputError if this process runs already here; it would end the run of the first."""
+    global _name  # held, and released by the system at the end of the process
+    _name = socket.socket(socket.AF_UNIX)
+    try:
+        _name.bind(f"\0monoformer_jax process {index} of {coordinator}")  # no file: only a name
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        require(not taken, f"--process={index} of --coordinator={coordinator} was started twice")
+
+
+_name: socket.socket | None = None
 
 
 def start_share(coordinator: str | None, count: int | None, index: int | None) -> tuple[int, int]:
@@ -78,6 +97,34 @@ def allgather_json(value: Any) -> list:
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     rows = multihost_utils.process_allgather(buffer)
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes)]
+
+
+def require_agreement(values: Mapping[str, Any]) -> None:
+    """Compares what every process is about to do; all must call it together.
+
+    Args:
+      values: JSON values by name, such as the keys of the config; the code is added.
+
+    Raises:
+      InputError: on all processes, if one has another value than process 0.
+    """
+    every = allgather_json({**values, "the code of monoformer_jax": _code()})
+    first = every[0]
+    for index, other in enumerate(every):
+        for key in sorted(first.keys() | other.keys()):
+            require(
+                first.get(key) == other.get(key),
+                f"process {index} has {key}={other.get(key)!r}, but process 0 has "
+                f"{first.get(key)!r}: start the same command, code and data on all; nothing was done",
+            )
+
+
+def _code() -> str:
+    """Hash of the source files of this library, and the version of jax."""
+    digest, package = hashlib.sha256(), Path(__file__).parent.parent
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return f"{digest.hexdigest()[:16]} with jax {jax.__version__}"
 
 
 def run_on_first(action: Callable[[], Any]) -> Any:

@@ -18,11 +18,11 @@ from monoformer_jax import batch as contract
 from monoformer_jax.config import Config
 from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches, default_workers
+from monoformer_jax.data.records import fingerprint
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.errors import require
-from monoformer_jax.files import atomic_write
 from monoformer_jax.parallel import local_rows, put_batch
-from monoformer_jax.runtime.checkpoint import Checkpoints, has_checkpoint
+from monoformer_jax.runtime.checkpoint import Checkpoints, list_steps
 from monoformer_jax.runtime.faults import (
     CrashLoopGuard,
     NonFiniteLoss,
@@ -30,9 +30,16 @@ from monoformer_jax.runtime.faults import (
     Preemption,
     Watchdog,
 )
-from monoformer_jax.runtime.processes import run_on_first
+from monoformer_jax.runtime.lock import WorkdirLock
+from monoformer_jax.runtime.processes import allgather_json, require_agreement, run_on_first
 from monoformer_jax.runtime.weights import check_init_from, load_weights
-from monoformer_jax.runtime.workdir import claim_workdir, mark_done, read_config
+from monoformer_jax.runtime.workdir import (
+    claim_workdir,
+    flatten,
+    mark_done,
+    portable_paths,
+    read_config,
+)
 from monoformer_jax.training.metrics import TrainMetrics, Writer
 from monoformer_jax.training.state import (
     abstract_train_state,
@@ -54,46 +61,66 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
       hang_exit_code: exit code if a step takes longer than `config.watchdog_seconds`.
 
     Raises:
-      InputError: invalid config or data.
+      InputError: invalid config or data, a workdir that cannot be used, or processes that disagree.
       NonFiniteLoss: names the step, the documents of its batch and the last good checkpoint.
-      Preempted: SIGTERM was received; the state is saved.
+      Preempted: SIGTERM or Ctrl-C was received; the state is saved.
       CrashLoop: several consecutive starts made no checkpoint.
     """
-    workdir = epath.Path(workdir).expanduser()
-    tokenizer = _check_start(config, workdir)
-    mesh = check_layout(config)
-    target = abstract_train_state(config, mesh)
-    rows = local_rows(config.batch_size, mesh)
-    batches = Batches(config, tokenizer, rows, default_workers(config))
-    _check_first_batch(config, tokenizer, rows)
-    run_on_first(lambda: _claim(workdir, config, tokenizer))
+    workdir = epath.Path(workdir).expanduser().absolute()
+    _require_same_run(config, workdir)
     with (
-        contextlib.closing(batches.iterator),
-        Checkpoints(workdir, config.max_to_keep, config.keep_period) as checkpoints,
-        CrashLoopGuard(workdir, checkpoints.latest),
-        Preemption() as preemption,
+        WorkdirLock(workdir) as lock,
+        CrashLoopGuard(workdir, max(list_steps(workdir / "checkpoints"), default=None)),
         Watchdog(config.watchdog_seconds, workdir, hang_exit_code) as watchdog,
     ):
-        state, seconds = _start(config, mesh, target, batches, checkpoints)
-        with _Report(config, workdir, int(state.step), seconds, batches) as report:
-            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-            report.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
-            try:
-                step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
-                            preemption, watchdog)  # fmt: skip
-            except (NonFiniteLoss, Preempted):  # raised by every process after the same step
-                watchdog.stop()  # writing the last checkpoint may be slow
+        tokenizer = _check_start(config, workdir)
+        mesh = check_layout(config)
+        target = abstract_train_state(config, mesh)
+        rows = local_rows(config.batch_size, mesh)
+        batches = Batches(config, tokenizer, rows, default_workers(config))
+        _check_first_batch(config, tokenizer, rows)
+        file = None if config.data.tokenizer == "bytes" else tokenizer.path
+        run_on_first(lambda: claim_workdir(workdir, config, file))
+        with (
+            contextlib.closing(batches.iterator),
+            Checkpoints(workdir, config.max_to_keep, config.keep_period) as checkpoints,
+            Preemption() as preemption,
+        ):
+            state, seconds = _start(config, mesh, target, batches, checkpoints)
+            with _Report(config, workdir, int(state.step), seconds, batches) as report:
+                _announce(config, workdir, mesh, state, report)
+                try:
+                    step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
+                                preemption, watchdog, lock)  # fmt: skip
+                except (NonFiniteLoss, Preempted):  # raised by every process after the same step
+                    watchdog.beat()
+                    checkpoints.wait()
+                    raise
+                watchdog.beat()
                 checkpoints.wait()
-                raise
-            watchdog.stop()
-            checkpoints.wait()
-            mark_done(workdir, config, step, report.seconds)
+                mark_done(workdir, config, step, report.seconds)
+                allgather_json(None)  # no process ends before done.json is written
+
+
+def _require_same_run(config: Config, workdir: epath.Path) -> None:
+    """Raises InputError on all processes if one was started with something else."""
+    values = {
+        f"config.{k}": v for k, v in flatten(portable_paths(workdir, config).to_dict()).items()
+    }
+    for name, folder in config.data.records.items():
+        values[f"the records {name} with hash"] = fingerprint(folder)
+    require_agreement(values | {"workdir": str(workdir)})
+
+
+def _announce(config: Config, workdir: epath.Path, mesh, state, report: _Report) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    report.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
 
 
 def _check_start(config: Config, workdir: epath.Path) -> Tokenizer:
     """Checks what the run starts from; returns its tokenizer, by default that of `init_from`."""
     base = epath.Path(config.init_from) if config.init_from else None
-    if base is not None and (config.lora.rank or not has_checkpoint(workdir)):
+    if base is not None and (config.lora.rank or not list_steps(workdir / "checkpoints")):
         check_init_from(base, config.model)
         theirs = read_config(base).data.tokenizer
         require(
@@ -102,15 +129,6 @@ def _check_start(config: Config, workdir: epath.Path) -> Tokenizer:
             f"--config.data.tokenizer={theirs}",
         )
     return open_tokenizer(config.data, workdir, config.layout.vocab_size, base)
-
-
-def _claim(workdir: epath.Path, config: Config, tokenizer: Tokenizer) -> None:
-    """Claims the workdir, and copies the tokenizer of `init_from` or the current folder into it."""
-    claim_workdir(workdir, config)
-    name = config.data.tokenizer
-    if name != "bytes" and "/" not in name and not (workdir / name).is_file():
-        with atomic_write(workdir / name) as file:
-            file.write_bytes(tokenizer.path.read_bytes())
 
 
 def _start(config, mesh, target, batches, checkpoints):
@@ -137,7 +155,9 @@ def _start(config, mesh, target, batches, checkpoints):
     return state, seconds
 
 
-def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog) -> int:
+def _run(
+    config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog, lock
+) -> int:
     """Runs the remaining steps; returns the last step."""
     train_step = make_train_step(config, mesh)
     nan_guard = _NanGuard(tokenizer, checkpoints)
@@ -154,6 +174,7 @@ def _run(config, mesh, state, batches, checkpoints, report, tokenizer, preemptio
             nan_guard.finish()  # before this step is saved or reported
         report.add(step, metrics, last=preempted)
         if saves:
+            lock.check()
             report.flush()
             checkpoints.save(state, batches.iterator, report.seconds)
         if preempted:

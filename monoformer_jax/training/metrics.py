@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
+from collections.abc import Iterator
 
 from clu import metrics
 from etils import epath
@@ -41,16 +44,21 @@ class Writer:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._lines: list[str] = []
         if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            self._lines = [line for line in text.splitlines() if _step(line) <= step]
+            lines = self._path.read_bytes().splitlines(keepends=True)
+            steps = [step_of(line) for line in lines]
+            self._keep_damaged([line for line, at in zip(lines[:-1], steps) if at is None])
+            self._lines = [
+                line.decode().strip()
+                for line, at in zip(lines, steps)
+                if at is not None and at <= step
+            ]
             self._write()
         self._written = time.monotonic()
         self._file = None if _is_remote(self._path) else self._path.open("a", encoding="utf-8")
-        try:
+        self._board = None
+        with self._optional(), contextlib.suppress(ImportError):
             from tensorboard.summary import Writer as TensorBoard
-        except ImportError:
-            self._board = None
-        else:
+
             self._board = TensorBoard(str(self._path.parent / "tensorboard"))
 
     def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
@@ -63,8 +71,9 @@ class Writer:
             if time.monotonic() - self._written > _REWRITE:
                 self.flush()
         if self._board:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+            with self._optional():
+                for name, value in scalars.items():
+                    self._board.add_scalar(name, value, step)
 
     def flush(self) -> None:
         """Stores all scalars written so far; call it before saving a checkpoint."""
@@ -81,15 +90,38 @@ class Writer:
         if self._file:
             self._file.close()
         if self._board:
-            self._board.close()
+            with self._optional():
+                self._board.close()
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """A run goes on without TensorBoard's files: metrics.jsonl has the same values."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            print(f"WARNING: TensorBoard's files are no longer written ({error})", file=sys.stderr)
+
+    def _keep_damaged(self, lines: list[bytes]) -> None:
+        """Sets unreadable lines aside, other than a last one, which is cut off by a killed process."""
+        if not lines:
+            return
+        damaged = self._path.parent / "damaged" / f"metrics.{time.time_ns()}.jsonl"
+        damaged.parent.mkdir(exist_ok=True)
+        damaged.write_bytes(b"".join(lines))
+        print(
+            f"WARNING: {len(lines)} lines of {self._path} are damaged and were moved to {damaged}",
+            file=sys.stderr,
+        )
 
 
 def _is_remote(path: epath.Path) -> bool:
     return "://" in str(path)
 
 
-def _step(line: str) -> float:
+def step_of(line: bytes) -> int | None:
+    """Step of a line of metrics.jsonl; None if the line is damaged."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the process was killed while it wrote this line
-        return float("inf")
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, TypeError, LookupError):
+        return None
