@@ -2,6 +2,7 @@
 # Trains a model on this machine and samples from it. Needs only python3 >= 3.11 with pip.
 #
 #   bash launch/demo.sh                                      digits: train, sample, evaluate
+#   bash launch/demo.sh --config=configs/digits_diffussm.py  digits that are only drawn: the same
 #   bash launch/demo.sh --config=configs/NAME.py[:ARG]       another config: train, sample
 #
 # Safe to run again: it resumes an interrupted training and skips a completed one.
@@ -41,8 +42,13 @@ source launch/venv.sh digits
 
 python -m monoformer_jax.train --config="$config" --workdir="$workdir"
 if [[ $config != configs/digits.py ]]; then
-  python -m monoformer_jax.sample --workdir="$workdir" --prompt="a" --out="$workdir/sample.png" ||
+  prompt="a"
+  [[ $file == configs/digits_* ]] && prompt="draw a seven"
+  python -m monoformer_jax.sample --workdir="$workdir" --prompt="$prompt" --paint \
+    --out="$workdir/sample.png" ||
     echo "No sample (a model of latents needs --vae=DIR): python -m monoformer_jax.sample --help"
+  [[ $file == configs/digits_* ]] &&
+    python -m monoformer_jax.evaluate --workdir="$workdir" --json="$workdir/scores.json"
   exit 0
 fi
 python -m monoformer_jax.sample --workdir="$workdir" --out="$workdir/seven.png" \

@@ -53,6 +53,8 @@ class TokenLayout:
         0  # F, feature size of the vision encoder for conditioning images; 0: no encoder
     )
     latent_variance: bool = False  # batches also hold the log-variance of latents
+    max_patches: int = 0  # patches of the largest image that the model takes; 0: any number
+    has_text: bool = True  # False: it generates images only, and a document has one to generate
 
     @property
     def patch_dim(self) -> int:
@@ -330,6 +332,12 @@ class Config:
         require(
             self.data.image_size % patch_size == 0,
             f"data.image_size={self.data.image_size} is not divisible by model.patch_size={patch_size}",
+        )
+        most = self.layout.max_patches
+        require(
+            not most or most * patch_size**2 == self.data.image_size**2,
+            f"model.max_patches={most}, but data.image_size={self.data.image_size} is "
+            f"{(self.data.image_size // patch_size) ** 2} patches",
         )
         require(
             self.image_tokens + 4 <= self.data.max_seq_len,

@@ -4,7 +4,8 @@
 
 Metrics: SVM accuracy on 500 generated digits, Fréchet distance of 500 unguided ones, accuracy in
 reading the 360 test digits and completing the training sentences, and the share of prompts to draw that
-are answered with exactly one image. Writes samples.png and loss.png into the workdir.
+are answered with exactly one image; of a model without a text head, the generated digits alone.
+Writes samples.png and loss.png into the workdir.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     for name, key, meaning, form in _TABLE:
-        print(f"{name:<10} {form.format(scores[key]):>8}   {meaning}")
+        value, why = (
+            ("-", ": not measured, no text head")
+            if key not in scores
+            else (form.format(scores[key]), "")
+        )
+        print(f"{name:<10} {value:>8}   {meaning}{why}")
     print(f"figures: {samples}  {losses}")
 
 

@@ -176,7 +176,7 @@ def changes(config: Config, mode: str) -> list[dict[str, str]]:
         if mode == "train" and config.batch_size % (c.grad_accum_steps * times * rows) == 0:
             found.append({"optimizer.grad_accum_steps": c.grad_accum_steps * times})
     together = [functools.reduce(operator.or_, found[: n + 1]) for n in range(1, len(found))]
-    if rows % 2 == 0 and model.num_kv_heads % (2 * mesh.tensor) == 0:
+    if rows % 2 == 0:
         axis = FSDP_AXIS if mesh.fsdp % 2 == 0 else DATA_AXIS
         found.append({f"mesh.{axis}": getattr(mesh, axis) // 2, "mesh.tensor": 2 * mesh.tensor})
     return found + together

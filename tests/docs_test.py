@@ -22,7 +22,7 @@ from conftest import ROOT
 from monoformer_jax.__main__ import COMMANDS
 from monoformer_jax.bench.__main__ import BENCHES
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import base_config
+from monoformer_jax.models import MODELS, base_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.is_file()]
@@ -178,8 +178,12 @@ def test_paths(page):
 
 
 def is_key(key: str) -> bool:
+    """Whether the config of a model has this key."""
+    return any(is_key_of(key, base_config(kind).to_dict()) for kind in MODELS)
+
+
+def is_key_of(key: str, value: dict) -> bool:
     """Whether a config has this key; those of data.mixture and data.records are free."""
-    value = base_config().to_dict()
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             return False

@@ -12,6 +12,7 @@ BENCHES = {
     "training": "the training step: time, model FLOP/s, memory, share of time waiting for data",
     "input_pipeline": "reading, packing and decoding by stage, without a model",
     "sampling": "image and text generation, with and without the KV cache of the prompt",
+    "ssm": "both forms of the state-space convolution: time here, or compiled for a TPU",
 }
 
 

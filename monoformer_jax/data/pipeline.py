@@ -19,11 +19,11 @@ from absl import flags
 
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
-from monoformer_jax.data.documents import build_document, draw_prompts, truncate
+from monoformer_jax.data.documents import build_document, describe, draw_prompts, truncate
 from monoformer_jax.data.packing import LengthFilter, pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.errors import require
+from monoformer_jax.errors import InputError, require
 
 
 class Batches:
@@ -288,4 +288,11 @@ class _ToDocument:
         document = build_document(
             parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images
         )
+        if not self.layout.has_text and not document["denoise"].any():
+            tokens, token_types = document["tokens"], document["token_types"]
+            raise InputError(
+                "the model learns images only, but the document "
+                f"{describe(tokens, token_types, self.tokenizer)!r} has none to generate: give the "
+                "sources of such documents weight 0 in data.mixture"
+            )
         return truncate(document, c.max_seq_len) if c.truncate_text else document

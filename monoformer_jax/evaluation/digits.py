@@ -62,6 +62,7 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
     read_accuracy: share of the 360 test digits that are named correctly.
     say_accuracy: share of the training sentences that are completed exactly.
     opens_image: share of prompts to draw that are answered with exactly one image and no text.
+    The last three are absent for a model that generates images only.
     """
     from sklearn.svm import SVC
 
@@ -74,6 +75,14 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
     named = SVC(C=10).fit(_flat(train_x), train_y).predict(_flat(drawn))
     log("generating 500 digits without guidance")
     unguided = draw(model, labels, 1.0, seed=1)
+    scores = {
+        "draw_accuracy": float((named == labels).mean()),
+        "frechet": frechet_distance(_flat(unguided), _flat(test_x)),
+        "frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x)),
+    }
+    if not model.config.layout.has_text:
+        log("the model generates images only: reading, sentences and its choice are not measured")
+        return scores, drawn
     log("reading 360 test digits")
     shown = [[READ_PROMPT, Image(image, denoise=False)] for image in test_x]
     read = exact(model, shown, [NAMES[digit] for digit in test_y])
@@ -81,10 +90,7 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
     opened = opens_image(model)
     said = sentences()
     log(f"completing {len(said)} sentences")
-    scores = {
-        "draw_accuracy": float((named == labels).mean()),
-        "frechet": frechet_distance(_flat(unguided), _flat(test_x)),
-        "frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x)),
+    scores |= {
         "read_accuracy": read,
         "opens_image": opened,
         "say_accuracy": exact(model, [[start] for start, _ in said], [end for _, end in said]),

@@ -35,9 +35,9 @@ import ml_collections
 from monoformer_jax.config import Config, build
 from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.errors import require
-from monoformer_jax.models import monoformer
+from monoformer_jax.models import diffussm, monoformer
 
-MODELS: dict[str, ModuleType] = {"monoformer": monoformer}
+MODELS: dict[str, ModuleType] = {"monoformer": monoformer, "diffussm": diffussm}
 
 
 def get_model(c: Any) -> ModuleType:

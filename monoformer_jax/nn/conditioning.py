@@ -63,6 +63,13 @@ class Projector(nnx.Module):
         return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
 
 
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without affine parameters, computed in float32, returned in the input's dtype."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
 def modulate(x: jax.Array, modulation: Linear, embedding: jax.Array, image_of: jax.Array):
     """Scales and shifts x [B, L, D] by the time embedding [B, I, D] of each token's image (adaLN)."""
     both = broadcast_to_tokens(modulation(jax.nn.silu(embedding)), image_of)
@@ -79,10 +86,8 @@ class ImageHead(nnx.Module):
 
     def __call__(self, x: jax.Array, embedding: jax.Array, image_of: jax.Array) -> jax.Array:
         """[B, L, D], time embeddings [B, I, D], image one-hot [B, L, I] -> float32 [B, L, P]."""
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
-        return self.out.float32(modulate(y, self.modulation, embedding, image_of))
+        y = modulate(layer_norm(x), self.modulation, embedding, image_of)
+        return self.out.float32(y)
 
 
 def image_one_hot(image_ids: jax.Array, images: int, dtype) -> jax.Array:

@@ -50,6 +50,7 @@ from monoformer_jax.sampling.text import (
     GREEDY,
     Completion,
     SamplingParams,
+    check_text,
     continue_text,
     make_sampling_arrays,
     row_keys,
@@ -94,7 +95,8 @@ class Session:
         self._reencode = reencode or (lambda pixels: Image(pixels, denoise=False))
         self._rows, size = rows, padded_rows(rows, sampler.mesh)  # padded with empty sequences
         self._keys, self._stop = row_keys(seed, rows, first), text.stop
-        self._arrays = make_sampling_arrays(sampler, text, text_keys(self._keys), True)
+        if config.layout.has_text:
+            self._arrays = make_sampling_arrays(sampler, text, text_keys(self._keys), True)
         self._sequences = init_sequences(config.model, sampler.params, size)
         self._documents = [empty(config.layout, 0) for _ in range(size)]
         self._open: list[list[int]] = [[] for _ in range(size)]  # see `open_text`
@@ -142,6 +144,7 @@ class Session:
 
         A sequence that has ended can be continued only after `append`.
         """
+        check_text(self.sampler)
         most = np.pad(np.asarray(most), (0, len(self._documents) - len(self)))
         for b in np.flatnonzero((most > 0) & ~self._pending):
             require(False, f"row {b} has nothing to continue: append a turn first")

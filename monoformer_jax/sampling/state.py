@@ -25,7 +25,8 @@ class Sequences:
     """Decoding state of B sequences."""
 
     state: Any  # the model's state, see `models.MODELS`
-    seen: jax.Array  # bool [B, V], tokens that occur in the sequence, for the repetition penalty
+    # bool [B, V], tokens that occur in the sequence, for the repetition penalty; V is 0 without text.
+    seen: jax.Array
 
 
 def init_sequences(c: Any, params: dict, rows: int) -> Sequences:
@@ -34,8 +35,9 @@ def init_sequences(c: Any, params: dict, rows: int) -> Sequences:
     Args:
       c: config of the model.
     """
-    vocab = get_model(c).text_head(c, params).shape[1]
-    return Sequences(get_model(c).init_state(c, rows), jnp.zeros((rows, vocab), bool))
+    head = get_model(c).text_head(c, params)
+    seen = jnp.zeros((rows, 0 if head is None else head.shape[1]), bool)
+    return Sequences(get_model(c).init_state(c, rows), seen)
 
 
 @functools.partial(jax.jit, static_argnames=("c", "slots"))

@@ -99,6 +99,7 @@ def generate_text(
       InputError: an empty prompt, or one that leaves no space in the context.
     """
     require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
+    check_text(sampler)
     documents = [
         encode_prompt(sampler, parts, reserve=1, name=f"prompt {number}")
         for number, parts in enumerate(prompts, 1)
@@ -117,6 +118,15 @@ def generate_text(
         before += before[-1:] * (len(most) - count)
         found = continue_text(sampler, sequences, lengths, most, arrays, sampling.stop, before)[2]
     return found[:count]
+
+
+def check_text(sampler: Sampler) -> None:
+    """Raises InputError for a model without a text head."""
+    require(
+        sampler.config.layout.has_text,
+        f"model.kind={sampler.config.model.kind!r} generates images only: for text, use another model; "
+        "for an image of every prompt, sample with --paint, or call generate_images",
+    )
 
 
 def continue_text(

@@ -1,0 +1,40 @@
+"""DiffuSSM-XL at 512 pixels: `diffussm_imagenet256.py` on 64×64×4 latents, sequences of 4096.
+
+    python -m monoformer_jax.train --config=configs/diffussm_imagenet512.py --workdir=gs://…
+
+302 million images, 1.18 million steps of 256, as in the paper. It has not been run at this size.
+
+`python -m monoformer_jax.plan --config=configs/diffussm_imagenet512.py --topology=v5e:4x4` (compiled
+beside other programs on 2 cores; nothing was timed):
+
+    diffussm_imagenet512 on v5e:4x4: 668.8 M parameters, 16 devices, mesh data=1, fsdp=16,
+    tensor=1, train
+    compiled in 1116 s
+    memory of a device, GiB
+      arguments       0.764
+      temporaries     8.456
+      peak            9.190
+      HBM            15.750   42% free
+    collectives of a step: kind, mesh axes, runs, MB that a device sends
+      all-gather          fsdp            360      1612.3
+      collective-permute  fsdp           1890       769.7
+      all-reduce          fsdp            120       370.6
+      all-to-all          fsdp              5         0.2
+    a step takes at least the largest of three, ms
+      compute      748.4   products of the blocks at 197 TFLOP/s in bfloat16
+      HBM          1.998   state read and written once at 819 GB/s
+      ICI          13.76   collectives over all links, 200 GB/s out
+    model FLOPs of a step: 1.830e+15
+      at 40% of peak: 1452 ms a step, 727,964 tokens/s, up to 176 images/s, 1,179,688 steps in 475.7 h
+      at 50% of peak: 1161 ms a step, 909,955 tokens/s, up to 220 images/s, 1,179,688 steps in 380.6 h
+
+Compute counts the dense products and their recomputation; the convolutions, in the form "chunked" on
+TPU, add 6 % to the dense products (docs/backbones.md).
+"""
+
+from diffussm_imagenet256 import get_config as at_256
+
+
+def get_config(target: str = "v5e-16"):
+    """`target` is "v5e-16" or "tiny", a test."""
+    return at_256(target, side=64, images=302e6)
