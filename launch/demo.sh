@@ -38,6 +38,7 @@ echo "What:    $what
 Disk:    about 1 GB in .venv on Linux, and the checkpoints
 Results: $PWD/$workdir"
 
+# shellcheck source-path=SCRIPTDIR source=venv.sh
 source launch/venv.sh digits
 
 python -m monoformer_jax.train --config="$config" --workdir="$workdir"

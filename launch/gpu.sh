@@ -52,7 +52,7 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
   NODES=${NODES:-$SLURM_JOB_NUM_NODES} GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-}}
 fi
 if [[ -n $NODES ]]; then
-  [[ $NODES =~ ^[1-9][0-9]*$ && $GPUS =~ ^[1-9][0-9]*$ ]] ||
+  [[ $NODES =~ ^[1-9][0-9]{0,4}$ && $GPUS =~ ^[1-9][0-9]{0,2}$ ]] ||
     bad "--nodes=$NODES --gpus=$GPUS: both must be positive numbers, of nodes and of GPUs per node"
   # jax.distributed reads the addresses from Slurm's variables and uses one GPU per process.
   command=(srun --nodes="$NODES" --ntasks-per-node="$GPUS" --gpus-per-node="$GPUS" --kill-on-bad-exit=1

@@ -38,9 +38,9 @@ if ((BASH_VERSINFO[0] < 5)); then
   exit 2
 fi
 ROOT=$(cd "${BASH_SOURCE[0]%/*}/.." && pwd)
-# shellcheck source-path=SCRIPTDIR
+# shellcheck source-path=SCRIPTDIR source=tpu_checks.sh
 source "$ROOT/launch/tpu_checks.sh"
-# shellcheck source-path=SCRIPTDIR
+# shellcheck source-path=SCRIPTDIR source=tpu_slice.sh
 source "$ROOT/launch/tpu_slice.sh"
 
 # --- the command line ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 # Sizes and zones as listed at cloud.google.com/tpu/docs/regions-zones and the pages of each TPU;
 # runtimes at cloud.google.com/tpu/docs/runtimes. --unlisted skips the check of sizes and zones.
 FAMILIES=(v4 v5litepod v5p v6e)
+MOST_SLICES=256
 sizes() {
   case $1 in
     v4) echo 8 16 32 64 128 256 512 1024 2048 4096 ;;
@@ -96,12 +97,15 @@ check_options() {
     bad "--workdir=$WORKDIR must be gs://BUCKET/FOLDER, because every worker writes to it"
   [[ $VERB == babysit || -z $DELETE_WHEN_DONE$MAX_HOURS ]] ||
     bad "--delete-when-done and --max-hours are only supported by babysit"
-  [[ -z $SLICES || $SLICES =~ ^[1-9][0-9]*$ ]] || bad "--slices=$SLICES must be a number from 1"
-  [[ $MAX_RESTARTS =~ ^[0-9]+$ ]] || bad "--max-restarts=$MAX_RESTARTS must be a number"
-  [[ $POLL =~ ^[0-9]+$ ]] || bad "--poll-seconds=$POLL must be a number"
-  [[ $LINES_SHOWN =~ ^[0-9]+$ ]] || bad "--lines=$LINES_SHOWN must be a number"
-  [[ $WORKER =~ ^([0-9]+:)?[0-9]+$ ]] || bad "--worker=$WORKER must be a number, or SLICE:WORKER"
-  local number='^[0-9]*\.?[0-9]+$'
+  # Bash reads a leading zero as octal, and numbers of 20 digits as others.
+  local whole='(0|[1-9][0-9]{0,8})'
+  [[ ${SLICES:-1} =~ ^[1-9][0-9]{0,2}$ && ${SLICES:-1} -le $MOST_SLICES ]] ||
+    bad "--slices=$SLICES must be a number from 1 to $MOST_SLICES"
+  [[ $MAX_RESTARTS =~ ^$whole$ ]] || bad "--max-restarts=$MAX_RESTARTS must be a number"
+  [[ $POLL =~ ^$whole$ ]] || bad "--poll-seconds=$POLL must be a number"
+  [[ $LINES_SHOWN =~ ^$whole$ ]] || bad "--lines=$LINES_SHOWN must be a number"
+  [[ $WORKER =~ ^($whole:)?$whole$ ]] || bad "--worker=$WORKER must be a number, or SLICE:WORKER"
+  local number="^$whole?(\.[0-9]{1,9})?$"
   [[ -z $PRICE || $PRICE =~ $number ]] || bad "--price-per-chip-hour=$PRICE must be a number, such as 1.5"
   [[ -z $MAX_HOURS || $MAX_HOURS =~ $number ]] || bad "--max-hours=$MAX_HOURS must be a number, such as 1.5"
   [[ -z $TYPE ]] || check_type
@@ -112,7 +116,7 @@ check_type() {
   [[ $family != v5e ]] || bad "--type=$TYPE: Google names it v5litepod-$size"
   [[ " ${FAMILIES[*]} " == *" $family "* && $TYPE == *-* ]] ||
     bad "--type=$TYPE: unknown TPU type; nearest: $(nearest "$TYPE" "${FAMILIES[@]/%/-8}") (of: ${FAMILIES[*]/%/-N})"
-  [[ $size =~ ^[1-9][0-9]*$ ]] || bad "--type=$TYPE: a number must follow $family-"
+  [[ $size =~ ^[1-9][0-9]{0,5}$ ]] || bad "--type=$TYPE: a number must follow $family-"
   slice_facts
   SLICES=${SLICES:-1}
   [[ -z $UNLISTED ]] || return 0

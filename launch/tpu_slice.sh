@@ -182,11 +182,12 @@ each_slice() {
   return "$failed"
 }
 ship_to() { cloud compute tpus tpu-vm scp "$ARCHIVE" "$2:monoformer.tar.gz" --worker=all; }
+# Only the first @SLICE@, which stands before every value of the user, is the slice number.
 ssh_to() {
-  cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3//@SLICE@/$1}" </dev/null
+  cloud compute tpus tpu-vm ssh "$2" --worker=all --command="${3/@SLICE@/$1}" </dev/null
 }
 ship() { each_slice ship_to; }
-on_workers() { each_slice ssh_to "$1"; } # @SLICE@ is replaced by the slice number
+on_workers() { each_slice ssh_to "$1"; }
 
 REMOTE=monoformer/code/launch/tpu_worker.sh
 worker_command() { quoted bash "$REMOTE" "$@"; }
@@ -209,8 +210,8 @@ start_workers() {
 # Sets REPORT to one line per worker (see tpu_worker.sh status); fails unless all workers respond.
 worker_report() {
   local line lines='' count=0
-  REPORT=$(on_workers "if [ -f $REMOTE ]; then $(worker_command status @SLICE@); else \
-echo worker @SLICE@:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
+  REPORT=$(on_workers "slice=@SLICE@; if [ -f $REMOTE ]; then $(worker_command status) \$slice; else \
+echo worker \$slice:\${HOSTNAME##*-w-} new; fi" 2>"$ERRORS") || true
   [[ -z $DRY ]] || return 0
   while IFS= read -r line; do
     [[ $line != worker\ * ]] || lines+=$line$'\n' count=$((count + 1))

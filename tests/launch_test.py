@@ -39,8 +39,8 @@ def test_babysit_makes_exactly_these_calls(cloud):
     worker = "monoformer/code/launch/tpu_worker.sh"
     ssh = "compute tpus tpu-vm ssh probe --worker=all --command="
     status = (
-        f"{ssh}if [ -f {worker} ]; then bash {worker} status 0; else "
-        f"echo worker 0:${{HOSTNAME##*-w-}} new; fi {WHERE} --quiet"
+        f"{ssh}slice=0; if [ -f {worker} ]; then bash {worker} status $slice; else "
+        f"echo worker $slice:${{HOSTNAME##*-w-}} new; fi {WHERE} --quiet"
     )
     polls = [call for call in cloud.calls if call in (DESCRIBE, NODE_STATE, status)]
     rest = [call for call in cloud.calls if call not in polls]
@@ -144,6 +144,13 @@ BAD_INPUT = [
     (["run", "create", *RUN], "only one verb is allowed"),
     (["run", *RUN, "--workdirr=x"], "unknown option --workdirr"),
     (["run", *RUN, "--slices"], "--slices needs a value"),
+    (["run", *RUN, "--slices=08"], "--slices=08 must be a number from 1 to 256"),
+    (["run", *RUN, "--slices=99999999999999999999"], "must be a number from 1 to 256"),
+    (["babysit", *RUN, "--poll-seconds=08"], "--poll-seconds=08 must be a number"),
+    (["babysit", *RUN, "--max-restarts=007"], "--max-restarts=007 must be a number"),
+    (["babysit", *RUN, "--max-hours=01"], "--max-hours=01 must be a number"),
+    (["logs", *RUN, "--worker=0:09"], "--worker=0:09 must be a number, or SLICE:WORKER"),
+    (["run", *RUN, "--type=v5p-99999999999999999999"], "a number must follow v5p-"),
     (["run", *SLICE], "run needs --config="),
     (["run", *RUN, "--name=Probe"], "--name=Probe must be at most 40 lower-case"),
     (["run", *RUN, "--workdir=runs/a"], "must be gs://BUCKET/FOLDER"),
@@ -219,7 +226,8 @@ def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
     (cloud.folder / "bin" / "git").unlink()  # not even git
     for verb in ("babysit", "create", "setup", "status", "logs", "stop", "delete"):
         assert cloud.tpu("--dry-run", verb, *RUN).returncode == 0
-    dry = cloud.tpu("--dry-run", "run", *RUN, "--", "--config.name='a b'")
+    name = "'a @SLICE@ b'"  # tpu.sh replaces that word, but not in a value of the user
+    dry = cloud.tpu("--dry-run", "run", *RUN, "--", f"--config.name={name}")
     assert dry.returncode == 0 and cloud.calls == []
     assert all(line.startswith("# ") for line in dry.stderr.splitlines())
     for line in dry.stdout.splitlines():
@@ -227,7 +235,8 @@ def test_a_dry_run_calls_nothing_and_can_be_pasted(tmp_path, checkout):
             subprocess.run(["bash", "-c", line], env=cloud.env, capture_output=True)
     assert "--accelerator-type=v5litepod-16" in cloud.made()[0]
     assert cloud.calls[-1].endswith(
-        "start 0 gs://bucket/run … train --config=configs/digits.py '--config.name='\\''a b'\\''' "
+        "start 0 gs://bucket/run … train --config=configs/digits.py "
+        "'--config.name='\\''a @SLICE@ b'\\''' "
         "--project=your-project --zone=us-central1-a --quiet"
     )
 
