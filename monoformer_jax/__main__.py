@@ -1,9 +1,14 @@
 """`python -m monoformer_jax COMMAND …`, also installed as `monoformer COMMAND …`."""
 
+from __future__ import annotations
+
 import importlib
 import sys
+from collections.abc import Sequence
 
-from monoformer_jax.cli import run_command
+from monoformer_jax import __version__
+from monoformer_jax.cli import call_command, nearest, report
+from monoformer_jax.errors import BAD_INPUT
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -14,21 +19,45 @@ COMMANDS = {
     "encode_latents": "precompute a dataset as latents in records for training",
     "plan": "estimate whether a run fits a TPU slice, and its speed",
     "convert": "convert weights between Hugging Face folders and workdirs",
+    "config": "list the configs of this package, or the keys of one",
+    "bench": "measure this machine: attention, training, sampling",
 }
+_MODULES = {"config": "config_keys", "bench": "bench.__main__"}  # of the others: the command's name
 
 
-def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def command_module(name: str):
+    """The module of a command, which has `add_arguments` and `main`."""
+    return importlib.import_module(f"monoformer_jax.{_MODULES.get(name, name)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line, by default that of this process; returns the exit code."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name == "bench":
+        return command_module(name).main(rest)
     if name in COMMANDS:
-        command = importlib.import_module(f"monoformer_jax.{name}")
-        del sys.argv[1]
-        run_command(name, command.__doc__, command.add_arguments, command.main)
-    lines = [f"  {command:<15} {what}" for command, what in COMMANDS.items()]
-    asked = name in ("-h", "--help")
-    print("usage: monoformer COMMAND …; COMMAND --help lists its options\n", *lines, sep="\n",
-          file=sys.stdout if asked else sys.stderr)  # fmt: skip
-    sys.exit(0 if asked else 2)
+        command = command_module(name)
+        return call_command(name, command.__doc__, command.add_arguments, command.main, rest)
+    if name == "--version":
+        print(_versions())
+        return 0
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<15} {what}" for command, what in COMMANDS.items()]
+        print("usage: monoformer COMMAND …; COMMAND --help lists its options\n", *lines, sep="\n")
+        return 0
+    what = "unknown option" if name.startswith("-") else "unknown command"
+    report(f"{what} {name}{nearest(name, [*COMMANDS, '--help', '--version'])} "
+           f"(the commands are {', '.join(COMMANDS)})")  # fmt: skip
+    return BAD_INPUT
+
+
+def _versions() -> str:
+    """What a bug report needs: this package, and what it stands on."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax"))
+    return f"monoformer_jax {__version__} ({packages}, Python {sys.version.split()[0]})"
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import PIL.Image
-from etils import epath
 from jax.sharding import Mesh
 
 from monoformer_jax.codecs.image_processor import ImageProcessor
@@ -20,6 +20,7 @@ from monoformer_jax.data.image_io import to_pil
 from monoformer_jax.data.templates import ROLES, chat_parts, complete_prompt
 from monoformer_jax.data.tokenizer import open_tokenizer
 from monoformer_jax.errors import require
+from monoformer_jax.files import expand
 from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.runtime.workdir import read_config
 from monoformer_jax.sampling.image import generate_images
@@ -29,13 +30,14 @@ from monoformer_jax.sampling.text import SamplingParams, generate_text
 
 # A text, an image (see `image_io.open_image`), or a list of both.
 Content = Any
+Output = Literal["pil", "numpy"]
 
 
 def load(
-    workdir: epath.PathLike,
+    workdir: str | os.PathLike[str],
     *,
-    vae: str | Path | None = None,
-    vision: str | Path | None = None,
+    vae: str | os.PathLike[str] | None = None,
+    vision: str | os.PathLike[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> Model:
@@ -53,11 +55,13 @@ def load(
       InputError: `workdir` has no trained model, or the autoencoder or vision tower does not fit it.
     """
     require(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} is not float32 or bfloat16")
-    workdir = epath.Path(workdir)
-    mesh = mesh or sampling_mesh(read_config(workdir), jax.local_devices(), dtype)
-    config, params, meta = load_trained(workdir, dtype, mesh)
-    tokenizer = open_tokenizer(config.data, workdir, config.layout.vocab_size)
+    folder = expand(workdir)
+    vae, vision = (None if path is None else Path(expand(path)) for path in (vae, vision))
+    config = read_config(folder)  # the small things first: their errors come before the weights
+    tokenizer = open_tokenizer(config.data, folder, config.layout.vocab_size)
     processor = ImageProcessor(config.layout, config.data.image_size, vae, vision)
+    mesh = mesh or sampling_mesh(config, jax.local_devices(), dtype)
+    config, params, meta = load_trained(folder, dtype, mesh)
     mesh = None if mesh.size == 1 else mesh  # a single device needs no mesh
     return Model(config, params, tokenizer, mesh, image_processor=processor, **meta)
 
@@ -79,6 +83,7 @@ class Model(Sampler):
         self,
         prompts: Content | Sequence[Content],
         *,
+        continue_prompt: bool = False,
         max_tokens: int = 64,
         temperature: float | Sequence[float] = 0.0,
         top_k: int | Sequence[int] = 0,
@@ -90,6 +95,8 @@ class Model(Sampler):
         """Generates one text per prompt; images are disabled.
 
         Args:
+          continue_prompt: continue the words of the prompts. By default a prompt is complete, and is
+            answered: in training, `data.end_of_prompt` marked its end with </s>.
           max_tokens: maximum tokens per text.
           temperature, top_k, top_p, repetition_penalty: see `SamplingParams`; one value, or a list.
           stop: stop strings; a text ends before the first one.
@@ -98,8 +105,8 @@ class Model(Sampler):
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, stop)
         completions = generate_text(
-            self, self._prompts(prompts), max_tokens=max_tokens, sampling=sampling, seed=seed,
-            allow_images=False,
+            self, self._prompts(prompts, continue_prompt), max_tokens=max_tokens, sampling=sampling,
+            seed=seed, allow_images=False,
         )  # fmt: skip
         return [completion.text for completion in completions]
 
@@ -110,11 +117,11 @@ class Model(Sampler):
         count: int = 1,
         size: tuple[int, int] | None = None,
         seed: int | Sequence[int] = 0,
-        output: str = "pil",
+        output: Output = "pil",
         preview: Callable[[int, list], None] | None = None,
         every: int = 0,
-        **sampling,
-    ) -> list:
+        **sampling: Any,
+    ) -> list[Any]:
         """Generates `count` images per prompt; the images of a prompt are adjacent.
 
         Args:
@@ -122,7 +129,8 @@ class Model(Sampler):
           seed: one for all images, or a list of one per image.
           output: "pil" or "numpy".
           preview, every: `preview(steps done, images)` is called every `every` steps.
-          sampling: steps, guidance, solver or any other key of the config's `sampling`.
+          sampling: steps, guidance, negative_prompt, solver or any other key of the config's
+            `sampling`.
         """
         require(count > 0, f"count={count} must be above 0")
         self.image_processor.codec.check()
@@ -151,7 +159,7 @@ class Model(Sampler):
         *,
         image_guidance: float = 1.5,
         seed: int = 0,
-        output: str = "pil",
+        output: Output = "pil",
         **sampling,
     ):
         """Edits an image according to an instruction; returns one image.
@@ -176,14 +184,14 @@ class Model(Sampler):
         max_tokens: int = 64,
         template: bool | None = None,
         seed: int = 0,
-        output: str = "pil",
+        output: Output = "pil",
         preview: Callable[[int, list], None] | None = None,
         every: int = 0,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        **sampling,
-    ) -> list:
+        **sampling: Any,
+    ) -> list[Any]:
         """Answers the last message with texts and images; the model chooses the modality.
 
         Args:
@@ -238,11 +246,13 @@ class Model(Sampler):
         given = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(self.config.sampling, **given)
 
-    def _prompts(self, prompts) -> list[list[Part]]:
+    def _prompts(self, prompts, continued: bool = False) -> list[list[Part]]:
+        """The parts of each prompt, with its end marked as in training unless it is continued."""
         prompts = prompts if isinstance(prompts, list | tuple) else [prompts]
         require(len(prompts) > 0, "there is no prompt: give at least one")
+        ends = self.config.data.end_of_prompt and not continued
         return [
-            complete_prompt(self._parts(p, f"prompt {number}"), self.config.data.end_of_prompt)
+            complete_prompt(self._parts(p, f"prompt {number}"), ends)
             for number, p in enumerate(prompts, 1)
         ]
 

@@ -236,6 +236,8 @@ class SamplingConfig:
     solver: str = "heun"  # or "euler"; with objective.kind="ddpm": "ddpm" (ancestral) or "ddim"
     steps: int = 20  # 1 to 1000
     guidance: float = 2.0  # guidance scale of the prompt; 1 is no guidance
+    # Text that guidance leads away from, in place of no text; "": off. Trained as prompts are.
+    negative_prompt: str = ""
     # Guidance scale of conditioning images, as in editing; with 1, `guidance` guides against the
     # images alone. Other values need a third evaluation.
     image_guidance: float = 1.0
@@ -261,6 +263,10 @@ class SamplingConfig:
         positive(self, "sampling", "steps", "guidance", "image_guidance")
         at_least(self, "sampling", 0, "shift", "fid_guidance")
         require(self.steps <= 1000, f"sampling.steps={self.steps} must be 1000 or less")
+        require(
+            not self.negative_prompt or self.guidance != 1,
+            "sampling.negative_prompt needs a sampling.guidance other than 1",
+        )
         require(
             0 <= self.guidance_rescale <= 1,
             f"sampling.guidance_rescale={self.guidance_rescale} must be between 0 and 1",

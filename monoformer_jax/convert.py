@@ -16,16 +16,15 @@ writing a workdir takes memory for one copy of the model.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import SEED, local_path, run_command
 
 _DTYPES = {"float32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, help="folder, or hub model name")
-    parser.add_argument("--to", type=Path, required=True, help="folder to create")
+    parser.add_argument("--to", type=local_path, required=True, help="folder to create")
     parser.add_argument(
         "--format", choices=("orbax", "safetensors"),
         help="orbax: a workdir; safetensors: the original format; default: the one --from is not",
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="read the result back and compare every value"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of newly initialised parameters")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of newly initialised parameters")
 
 
 def main(args: argparse.Namespace) -> None:

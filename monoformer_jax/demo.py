@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import integer, local_path, run_command, storage_path
 from monoformer_jax.data.image_io import open_image
 from monoformer_jax.errors import InputError, require, require_unicode
 
@@ -286,12 +286,14 @@ def serve(page, port: int, share: bool = False, wait: bool = True) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the trained run")
-    parser.add_argument("--vae", type=Path, help="folder of the VAE, for a latent model")
     parser.add_argument(
-        "--vision", type=Path, help="folder of the CLIP vision tower, if the model needs one"
+        "--workdir", type=storage_path, required=True, help="folder of the trained run"
     )
-    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument("--vae", type=local_path, help="folder of the VAE, for a latent model")
+    parser.add_argument(
+        "--vision", type=local_path, help="folder of the CLIP vision tower, if the model needs one"
+    )
+    parser.add_argument("--port", type=integer(0, 65535), default=7860, help="default 7860")
     parser.add_argument(
         "--share", choices=("true", "false"), default="false", help="create a public URL"
     )

@@ -27,26 +27,24 @@ from __future__ import annotations
 import argparse
 import sys
 
-from etils import epath
-
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import SEED, integer, run_command, storage_path
 from monoformer_jax.errors import PREEMPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--from", dest="source", required=True, help="dataset to convert")
-    add("--to", type=epath.Path, required=True, help="output folder of the records")
-    add("--vae", type=epath.Path, help="folder of the autoencoder, for images")
-    add("--labels", type=epath.Path, help="JSON file of class names")
-    add("--image_size", type=int, default=256, help="image side in pixels (default 256)")
-    add("--batch_size", type=int, default=32, help="examples encoded per batch (default 32)")
-    add("--per_file", type=int, default=4096, help="examples per file (default 4096)")
-    add("--seed", type=int, default=0, help="seed of the shuffle")
-    add("--workers", type=int, help="processes that decode (default one per core)")
+    add("--to", type=storage_path, required=True, help="output folder of the records")
+    add("--vae", type=storage_path, help="folder of the autoencoder, for images")
+    add("--labels", type=storage_path, help="JSON file of class names")
+    add("--image_size", type=integer(1), default=256, help="image side in pixels (default 256)")
+    add("--batch_size", type=integer(1), default=32, help="examples encoded per batch (default 32)")
+    add("--per_file", type=integer(1), default=4096, help="examples per file (default 4096)")
+    add("--seed", type=SEED, default=0, help="seed of the shuffle")
+    add("--workers", type=integer(0), help="processes that decode (default one per core)")
     add("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
-    add("--processes", type=int, help="number of processes; 1 disables automatic detection")
-    add("--process", type=int, help="index of this process, from 0")
+    add("--processes", type=integer(1), help="number of processes; 1 disables automatic detection")
+    add("--process", type=integer(0), help="index of this process, from 0")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,9 +58,6 @@ def main(args: argparse.Namespace) -> int:
     from monoformer_jax.errors import require
     from monoformer_jax.runtime.processes import exit_without_barrier, start_share
 
-    for name in ("image_size", "batch_size", "per_file"):
-        require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
-    require(args.workers is None or args.workers >= 0, f"--workers={args.workers} is below 0")
     labels = None if args.labels is None else read_labels(args.labels)
     examples = open_raw(args.source, labels)
     require(len(examples) > 0, f"--from={args.source} holds no examples")

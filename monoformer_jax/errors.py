@@ -33,3 +33,11 @@ def require_unicode(text: str, name: str) -> None:
             f"{name} is not Unicode text: character {error.start + 1} of {text[:40]!a} is half "
             "of a surrogate pair"
         ) from error
+
+
+def shorten(text: str, most: int) -> str:
+    """Cuts the middle out of a text of more than `most` characters: its end often has the reason."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail - 3]} … {text[-tail:]}"

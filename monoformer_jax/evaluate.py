@@ -11,10 +11,8 @@ Writes samples.png and loss.png into the workdir.
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import local_path, run_command, storage_path
 
 _TABLE = (
     ("draw", "draw_accuracy", "generated digits that an SVM classifies as requested", "{:.1%}"),
@@ -29,15 +27,25 @@ _TABLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of the trained run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file")
+    parser.add_argument(
+        "--workdir", type=local_path, required=True, help="folder of the trained run"
+    )
+    parser.add_argument(
+        "--json", type=storage_path, metavar="FILE", help="write the scores to this file"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     import monoformer_jax
     from monoformer_jax.data.digits import NAMES
     from monoformer_jax.evaluation import digits, plots
+    from monoformer_jax.files import check_output, check_writable, json_with, write_json
+    from monoformer_jax.runtime.workdir import read_config
 
+    if args.json:
+        check_output(args.json, "--json", json_with("steps", "train_seconds"))
+    read_config(args.workdir)
+    check_writable(args.workdir, "--workdir")
     model = monoformer_jax.load(args.workdir)
     scores, drawn = digits.evaluate(model, print)
     scores |= {"steps": model.step, "train_seconds": model.train_seconds}
@@ -45,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     plots.save_digit_grid(samples, drawn[:80], 10, NAMES[:10])
     plots.save_loss_curves(losses, args.workdir / "metrics.jsonl")
     if args.json:
-        args.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, scores)
     for name, key, meaning, form in _TABLE:
         value, why = (
             ("-", ": not measured, no text head")

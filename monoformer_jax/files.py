@@ -1,17 +1,47 @@
-"""Atomic writes of files and folders."""
+"""Outputs: checked before the work, written atomically, and never over a file of someone else."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
 from monoformer_jax.errors import InputError, require
+
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # kinds of storage, and what reads and writes them
+
+
+def expand(path: epath.PathLike) -> epath.Path:
+    """A path on this machine, with ~ expanded, or on storage such as gs://bucket/run.
+
+    Raises:
+      InputError: not a path, an unknown kind of storage, or a missing package for it.
+    """
+    require(isinstance(path, str | os.PathLike), f"{path!r} is not a path")
+    text = os.path.expanduser(os.fspath(path))
+    require(bool(text) and "\0" not in text, f"{text!r} is not a path")
+    if scheme := re.match(r"(\w+):/", text):
+        known = ", ".join(f"{name}://" for name in _PACKAGES)
+        require(
+            scheme[1] in _PACKAGES and "://" in text,
+            f"{text} is a path neither on this machine nor on {known}",
+        )
+        try:
+            import fsspec
+
+            fsspec.get_filesystem_class(scheme[1])
+        except ImportError as error:
+            package = _PACKAGES[scheme[1]]
+            raise InputError(f"{text} needs a package: pip install {package}") from error
+    return epath.Path(text)
 
 
 @contextmanager
@@ -55,3 +85,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(path: epath.PathLike, option: str, ours: Callable[[epath.Path], bool]) -> None:
+    """Raises InputError unless a file can be written at `path`; leaves nothing behind.
+
+    Args:
+      option: the flag that gave the path, for the message.
+      ours: whether an existing file was written by the same command, and may be replaced.
+    """
+    path = epath.Path(path)
+    require(not path.is_dir(), f"{option}={path} is a folder: give the name of a file")
+    require(
+        not path.exists() or (path.is_file() and ours(path)),
+        f"{option}={path} exists, and this command did not write it: give another name",
+    )
+    check_writable(path.parent, option)
+
+
+def check_writable(folder: epath.PathLike, option: str) -> None:
+    """Raises InputError unless files can be written to an existing folder; leaves nothing behind."""
+    folder = epath.Path(folder)
+    if "://" not in os.fspath(folder):  # storage has no folders
+        require(folder.is_dir(), f"{option}: there is no folder {folder}")
+    probe = folder / f".monoformer.{os.getpid()}.new"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{option}: files cannot be written to {folder} ({error.strerror or error})"
+        ) from error
+
+
+def json_with(*keys: str) -> Callable[[epath.Path], bool]:
+    """A predicate of files, for `check_output`: a JSON object with these keys."""
+
+    def ours(path: epath.Path) -> bool:
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(values, dict) and values.keys() >= set(keys)
+
+    return ours
+
+
+def write_json(path: epath.PathLike, values: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes a JSON file atomically."""
+    with atomic_write(path) as file:
+        file.write_text(json.dumps(values, indent=2) + "\n")

@@ -16,17 +16,14 @@ import argparse
 import collections
 import dataclasses
 import functools
-import json
 import operator
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from monoformer_jax.cli import load_config, run_command
+from monoformer_jax.cli import load_config, run_command, storage_path
 from monoformer_jax.config import Config
-from monoformer_jax.errors import BAD_INPUT, InputError, require
-from monoformer_jax.models import make_config
-from monoformer_jax.parallel import DATA_AXIS, FSDP_AXIS, describe_mesh
+from monoformer_jax.errors import BAD_INPUT, InputError
+from monoformer_jax.files import check_output, json_with, write_json
 
 if TYPE_CHECKING:
     from monoformer_jax.planning.estimate import Estimate
@@ -49,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the weights that are sampled from, as in sample (default float32)",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the estimate to this file")
+    parser.add_argument(
+        "--json", type=storage_path, metavar="FILE", help="write the estimate to this file"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *(f"--config.mesh.{axis}" for axis in axes)]
     config = load_config(args.config, overrides)
     if args.json:
-        require(args.json.parent.is_dir(), f"--json: there is no folder {args.json.parent}")
+        check_output(args.json, "--json", json_with("fits", "hbm_gib"))
     from monoformer_jax.planning.estimate import argument_bytes, default_mesh, estimate
 
     if args.mode == "sample" and not args.mesh:
@@ -69,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     found = estimate(config, args.topology, args.mode, args.dtype)
     print("\n".join(describe(found, args.topology, args.mode)), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, found.to_json())
     if found.fits:
         return 0
     print("\nThe run does not fit. Trying config changes:", flush=True)
@@ -88,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
 
 def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     """Yields the lines of the report."""
+    from monoformer_jax.parallel import describe_mesh
     from monoformer_jax.sampling.sampler import IMAGES
 
     config, chip, mesh = found.config, found.chip, found.mesh
@@ -163,6 +163,8 @@ def _feed(found: Estimate) -> Iterator[str]:
 
 def changes(config: Config, mode: str) -> list[dict[str, str]]:
     """Config overrides that may save memory: each alone, cheapest first, then cumulatively."""
+    from monoformer_jax.parallel import DATA_AXIS, FSDP_AXIS
+
     c, mesh, model = config.optimizer, config.mesh, config.model
     rows = mesh.data * mesh.fsdp
     found = []
@@ -233,6 +235,8 @@ def _least(found: Estimate, changed: Config, arguments: int) -> float:
 
 
 def _changed(config: Config, change: dict[str, str | int]) -> Config:
+    from monoformer_jax.models import make_config
+
     values = config.to_dict()
     for key, value in change.items():
         group, name = key.split(".")

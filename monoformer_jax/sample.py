@@ -3,16 +3,20 @@
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="two plus three is"
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="draw a seven" --count=8 --out=7.png
   python -m monoformer_jax.sample --workdir=runs/digits --prompt="read this: " --image=7.png
-  python -m monoformer_jax.sample --workdir=runs/digits --prompts=prompts.txt
+  python -m monoformer_jax.sample --workdir=runs/digits --prompts=prompts.txt --out=pictures/
 
   python -m monoformer_jax.sample --workdir=runs/imagenet --vae=sd-vae-ft-mse --paint \\
       --prompt="an image of golden retriever"
   python -m monoformer_jax.sample --workdir=runs/imagenet --vae=sd-vae-ft-mse --labels=labels.json \\
       --total=50000 --out=fid
 
-Text is printed, with [picture N] in place of image N. Images are saved to --out as one grid, with a
-JSON file beside it: seed, settings, config, checkpoint and every answer. The original's weights never
-emit <|im_start|>: --paint appends it to the prompts.
+Text is printed, with [picture N] in place of image N. Images are saved to --out: one grid, or with a
+name that ends in / a folder with one file per image. A JSON file beside them records seed, settings,
+config, checkpoint and every answer. Existing files are replaced only if `sample` wrote them. The
+original's weights never emit <|im_start|>: --paint appends it to the prompts.
+
+A prompt is complete: the model answers it, and does not continue its words. --continue_prompt asks for
+that. Models without data.end_of_prompt, such as the digits', decide by themselves.
 
 With --total the prompts, evenly repeated, are used to generate shards in the folder --out, which are
 merged to samples.npz, arr_0 uint8 [N, height, width, 3]. Their guidance is the config's for scores
@@ -36,105 +40,118 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from etils import epath
-
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import SEED, finite, integer, local_path, run_command, storage_path
+from monoformer_jax.errors import InputError, require, shorten
 
 FAILED_ROWS = 1  # exit code
+_SHOWN = 80  # characters of a prompt that are printed; the record has all
+_BARS = 10  # progress is shown so many times per image
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     defaults = "default: the config's sampling"
-    add(
-        "--workdir",
-        type=epath.Path,
-        required=True,
-        help="workdir of the trained run, a folder or gs://...",
-    )
+    add("--workdir", type=storage_path, required=True,
+        help="workdir of the trained run, a folder or gs://...")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="dtype of the weights; bfloat16 halves their memory")  # fmt: skip
     add("--prompt", action="append", default=[], help="text prompt; may be repeated")
-    add("--prompts", type=Path, metavar="FILE", help="file of prompts, one per line")
-    add("--image", type=Path, help="image appended to every prompt, center-cropped and resized")
-    add("--count", type=int, default=1, help="samples per prompt (default 1)")
-    add("--batch", type=int, default=64, help="batch size, and images per shard (default 64)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("samples.png"),
-        help="image grid to write; with --total, a folder",
-    )
-    add("--npz", type=Path, help="also save the images as arr_0 uint8 [N, height, width, 3]")
-    add("--total", type=int, help="number of images to generate in the folder --out")
+    add("--prompts", type=local_path, metavar="FILE", help="file of prompts, one per line")
+    add("--negative_prompt", help=f"what guidance leads images away from ({defaults})")
+    add("--continue_prompt", action="store_true", help="continue the words of the prompts")
+    add("--image", type=local_path,
+        help="image appended to every prompt, center-cropped and resized")  # fmt: skip
+    add("--count", type=integer(1), default=1, help="samples per prompt (default 1)")
+    add("--batch", type=integer(1), default=64, help="batch size, images per shard (default 64)")
+    add("--out", help="file of the image grid (.png, .jpg, .webp; default samples.png), or FOLDER/ for "
+        "a file per image; with --total, a folder; gs://... too")  # fmt: skip
+    add("--json", type=_record, metavar="FILE", help="file of the record, also of texts alone "
+        "(default: beside the images); - prints it instead of the lines")  # fmt: skip
+    add("--npz", type=storage_path, metavar="FILE",
+        help="also save the images as arr_0 uint8 [N, height, width, 3]")  # fmt: skip
+    add("--total", type=integer(1), help="number of images to generate in the folder --out")
     add("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
-    add("--processes", type=int, help="number of processes; 1 disables automatic detection")
-    add("--process", type=int, help="index of this process, from 0")
-    add("--labels", type=Path, help="JSON list of the 1000 ImageNet class names; prompts are "
+    add("--processes", type=integer(1), help="number of processes; 1 disables automatic detection")
+    add("--process", type=integer(0), help="index of this process, from 0")
+    add("--labels", type=local_path, help="JSON list of the 1000 ImageNet class names; prompts are "
         "class numbers, or with --total all classes if there are no prompts")  # fmt: skip
     add("--chat", action="store_true", help="apply the original's chat template to the prompts")
-    add(
-        "--paint",
-        action="store_true",
-        help="append <|im_start|>: generate an image for every prompt",
-    )
-    add("--vae", type=Path, help="folder of the autoencoder, for a latent model")
-    add("--vision", type=Path, help="folder of the CLIP vision tower, for a model with one")
-    add("--seed", type=int, default=0)
-    add("--max_tokens", type=int, default=64, help="maximum tokens of text (default 64)")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="text sampling temperature; 0 (default) is greedy",
-    )
-    add(
-        "--top_k", type=int, default=0, help="sample from the k most likely tokens (default 0: all)"
-    )
-    add("--top_p", type=float, default=1.0, help="nucleus sampling probability (default 1: all)")
-    add(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="above 1 reduces repetition (default 1)",
-    )
+    add("--paint", action="store_true",
+        help="append <|im_start|>: generate an image for every prompt")  # fmt: skip
+    add("--vae", type=local_path, help="folder of the autoencoder, for a latent model")
+    add("--vision", type=local_path,
+        help="folder of the CLIP vision tower, for a model with one")  # fmt: skip
+    add("--seed", type=SEED, default=0)
+    add("--max_tokens", type=integer(1), default=64, help="maximum tokens of text (default 64)")
+    add("--temperature", type=finite, default=0.0,
+        help="text sampling temperature; 0 (default) is greedy")  # fmt: skip
+    add("--top_k", type=integer(0), default=0,
+        help="sample from the k most likely tokens (default 0: all)")  # fmt: skip
+    add("--top_p", type=finite, default=1.0, help="nucleus sampling probability (default 1: all)")
+    add("--repetition_penalty", type=finite, default=1.0,
+        help="above 1 reduces repetition (default 1)")  # fmt: skip
     add("--stop", action="append", default=[], help="stop string; may be repeated")
-    add("--steps", type=int, help=f"solver steps, 1 to 1000 ({defaults})")
-    add("--guidance", type=float, help=f"guidance scale of the prompt, 1 is off ({defaults})")
-    add("--image_guidance", type=float, help=f"guidance scale of --image ({defaults})")
-    add(
-        "--solver",
-        choices=("euler", "heun", "ddpm", "ddim"),
-        help=f"ODE solver or sampler ({defaults})",
-    )
+    add("--steps", type=integer(1, 1000), help=f"solver steps, 1 to 1000 ({defaults})")
+    add("--guidance", type=finite, help=f"guidance scale of the prompt, 1 is off ({defaults})")
+    add("--image_guidance", type=finite, help=f"guidance scale of --image ({defaults})")
+    add("--solver", choices=("euler", "heun", "ddpm", "ddim"),
+        help=f"ODE solver or sampler ({defaults})")  # fmt: skip
+
+
+def _record(text: str):
+    return text if text == "-" else storage_path(text)
 
 
 def main(args: argparse.Namespace) -> int:
-    from monoformer_jax.errors import require
     from monoformer_jax.runtime.processes import exit_without_barrier, start_share
     from monoformer_jax.sampling.text import SamplingParams
 
-    for name in ("count", "max_tokens", "batch"):
-        require(getattr(args, name) > 0, f"--{name}={getattr(args, name)} must be above 0")
     text = SamplingParams(args.temperature, args.top_k, args.top_p, args.repetition_penalty,
                           tuple(args.stop))  # fmt: skip
+    require(not (args.chat and args.continue_prompt),
+            "--chat and --continue_prompt exclude each other: a chat's turns are complete")  # fmt: skip
     words = _words(args)
+    outputs = _outputs(args)
     require(
         args.total is not None or args.process is None or args.coordinator is not None,
         "--process without --coordinator needs --total",
     )
     share = start_share(args.coordinator, args.processes, args.process)
     try:
-        return _sample(words, text, share, args)
+        return _sample(words, text, outputs, share, args)
     except BaseException as error:
         exit_without_barrier(error)
         raise
 
 
-def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Namespace) -> int:
+def _outputs(args: argparse.Namespace) -> Any:
+    """The checked outputs of a call: `Outputs`, or the folder of --total."""
+    from monoformer_jax.files import expand
+    from monoformer_jax.sampling.outputs import SUFFIXES, Outputs
+
+    if args.total is None:
+        record = None if args.json == "-" else args.json
+        return Outputs.open(args.out or "samples.png", record, args.npz)
+    require(
+        args.out is not None and not args.out.lower().endswith(SUFFIXES),
+        "--total writes a folder of images: give it with --out=FOLDER",
+    )
+    require(
+        args.json is None and args.npz is None and args.count == 1,
+        "--total writes its own record and arrays, and repeats the prompts: leave out --json, --npz "
+        "and --count",
+    )
+    folder = expand(args.out)
+    require(not folder.is_file(), f"--out={folder} is a file, not a folder")
+    return folder
+
+
+def _sample(
+    words: list[str], text, outputs, share: tuple[int, int], args: argparse.Namespace
+) -> int:
     import monoformer_jax
     from monoformer_jax.data.templates import chat_parts, complete_prompt
     from monoformer_jax.parallel import describe_mesh
@@ -144,7 +161,7 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
     if model.mesh is not None:
         print(f"mesh of {model.mesh.size} devices: {describe_mesh(model.mesh)}", file=sys.stderr)
-    names = ("steps", "guidance", "image_guidance", "solver")
+    names = ("steps", "guidance", "image_guidance", "negative_prompt", "solver")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = model.config.sampling
     sampling = dataclasses.replace(fid_sampling(sampling) if args.total else sampling, **flags)
@@ -157,97 +174,116 @@ def _sample(words: list[str], text, share: tuple[int, int], args: argparse.Names
             (word, chat_parts([{"role": "user", "content": [word, *shown]}])) for word in words
         ]
     else:
-        ends = model.config.data.end_of_prompt
+        ends = model.config.data.end_of_prompt and not args.continue_prompt
         prompts = [(word, complete_prompt([word, *shown], ends)) for word in words]
     if args.total is not None:
-        return _many(model, prompts, share, args)
+        return _many(model, prompts, outputs, share, args)
     prompts = [prompt for prompt in prompts for _ in range(args.count)]
-    return run_on_first(lambda: _answers(model, prompts, text, args))
+    return run_on_first(lambda: _answers(model, prompts, text, outputs, args))
 
 
 def _words(args: argparse.Namespace) -> list[str]:
     """Returns the texts of the prompts."""
     from monoformer_jax.data.templates import class_prompts, read_labels
-    from monoformer_jax.errors import require
 
     words = list(args.prompt)
     if args.prompts is not None:
-        require(args.prompts.is_file(), f"--prompts={args.prompts}: no such file")
-        try:
-            words += args.prompts.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            require(False, f"--prompts={args.prompts} is not UTF-8 text")
+        words += _lines(args.prompts)
     if args.labels is not None:
         names = read_labels(args.labels)
         words = words or [str(i) for i in range(len(names) if args.total else 0)]
         for word in words:
             require(
-                word.isdecimal() and int(word) < len(names),
-                f"prompt {word!r}: with --labels it must be a class number, 0 to 999",
+                word.isdecimal() and len(word) < 10 and int(word) < len(names),
+                f"prompt {shorten(word, _SHOWN)!r}: with --labels it must be a class number, 0 to 999",
             )
         words = [class_prompts(names[int(word)])[0] for word in words]
     require(bool(words), "there is no prompt: give --prompt or --prompts")
     return words
 
 
-def _answers(model, prompts: list[tuple[str, list]], text, args: argparse.Namespace) -> int:
+def _lines(file: Path) -> list[str]:
+    """The lines of a text file, without a byte order mark."""
+    require(file.is_file(), f"--prompts={file}: no such file")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines splits at U+2028 too
+    except UnicodeDecodeError:
+        raise InputError(f"--prompts={file} is not UTF-8 text") from None
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _answers(
+    model, prompts: list[tuple[str, list]], text, outputs, args: argparse.Namespace
+) -> int:
     """Answers the prompts in batches; reports prompts that cannot be answered."""
-    from monoformer_jax.errors import InputError
+    from tqdm import tqdm
+
     from monoformer_jax.sampling.prompts import encode_prompt
-    from monoformer_jax.sampling.session import Session
 
     reserve = model.config.image_tokens + 1 if args.paint else 1
     closing = [model.tokenizer.im_start_id] if args.paint else []
-    good, answers = [], {}
+    good, rows, pictures = [], [], []
     for number, (word, parts) in enumerate(prompts):
         try:
             encode_prompt(model, parts, reserve=reserve, closing=closing)
             good.append(number)
         except InputError as error:
-            print(f"prompt {number + 1}, {word!r}: {error}", file=sys.stderr)
-    pictures = []
-    for start in range(0, len(good), args.batch):
-        numbers = good[start : start + args.batch]
-        session = Session(
-            model, len(numbers), seed=args.seed, first=start, text=text,
-            reencode=model.image_processor.reencode,
-        )  # fmt: skip
-        session.append([prompts[number][1] for number in numbers])
-        if args.paint:
-            session.begin_image(range(len(numbers)))
-            replies = [[image] for image in session.generate_images(range(len(numbers)))]
-        else:
-            replies = session.generate(args.max_tokens)
-        for number, reply in zip(numbers, replies):
-            answers[number] = []
-            for part in reply:
-                if not isinstance(part, str):
-                    pictures.append(model.image_processor.decode(part[None])[0])
-                    part = {"picture": len(pictures)}
-                answers[number].append(part)
-            words = [
-                p if isinstance(p, str) else f"[picture {p['picture']}]" for p in answers[number]
-            ]
-            print(f"{prompts[number][0]!r} -> {' '.join(words)!r}")
-    _write(model, prompts, answers, pictures, args)
+            print(f"prompt {number + 1}, {shorten(word, _SHOWN)!r}: {error}", file=sys.stderr)
+    with tqdm(total=len(good), desc="sampling", unit="prompt", disable=None) as bar:
+        for start in range(0, len(good), args.batch):
+            numbers = good[start : start + args.batch]
+            batch = [prompts[number][1] for number in numbers]
+            for number, reply in zip(numbers, _replies(model, batch, start, text, args, bar)):
+                answer: list = []
+                for part in reply:
+                    if not isinstance(part, str):
+                        pictures.append(model.image_processor.decode(part[None])[0])
+                        part = {"picture": len(pictures)}
+                    answer.append(part)
+                word = prompts[number][0]
+                rows.append({"prompt": word, "answer": answer})
+                if args.json != "-":
+                    bar.write(_line(word, answer))
+            bar.update(len(numbers))
+    facts = _facts(model, args) | {"rows": rows}
+    if pictures:
+        outputs.write(pictures, min(args.count, len(pictures)))
+    if args.json == "-":
+        print(json.dumps(facts, indent=2))
+    elif pictures or args.json is not None:
+        outputs.write_record(facts)
+    if pictures and args.json != "-":
+        print(f"{len(pictures)} picture(s) in {outputs.pictures}, how they were made in "
+              f"{outputs.record}")  # fmt: skip
     return 0 if len(good) == len(prompts) else FAILED_ROWS
 
 
-def _write(model, prompts, answers: dict, pictures: Sequence, args: argparse.Namespace) -> None:
-    import numpy as np
+def _replies(model, batch: list, first: int, text, args: argparse.Namespace, bar) -> list[list]:
+    """The texts and images that answer a batch of prompts; shows the steps of an image on `bar`."""
+    from monoformer_jax.sampling.session import Session
 
-    from monoformer_jax.data.image_io import image_grid
+    steps = model.config.sampling.steps
+    every = 0 if bar.disable else max(1, steps // _BARS)
 
-    if pictures:
-        image_grid(pictures, columns=min(args.count, len(pictures))).save(args.out)
-        rows = [{"prompt": prompts[number][0], "answer": answers[number]} for number in answers]
-        sidecar = args.out.with_suffix(".json")
-        facts = _facts(model, args) | {"rows": rows}
-        sidecar.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        print(f"{len(pictures)} picture(s) in {args.out}, how they were made in {sidecar}")
-    if args.npz is not None and pictures:
-        with args.npz.open("wb") as file:
-            np.savez(file, _rgb(np.stack(pictures)))
+    def show(step: int, _) -> None:
+        bar.set_postfix_str(f"step {step}/{steps}")
+
+    session = Session(
+        model, len(batch), seed=args.seed, first=first, text=text,
+        reencode=model.image_processor.reencode,
+    )  # fmt: skip
+    session.append(batch)
+    if not args.paint:
+        return session.generate(args.max_tokens, preview=show if every else None, every=every)
+    rows = range(len(batch))
+    session.begin_image(rows)
+    images = session.generate_images(rows, preview=show if every else None, every=every)
+    return [[image] for image in images]
+
+
+def _line(prompt: str, answer: list) -> str:
+    words = [part if isinstance(part, str) else f"[picture {part['picture']}]" for part in answer]
+    return f"{shorten(prompt, _SHOWN)!r} -> {' '.join(words)!r}"
 
 
 def _facts(model, args: argparse.Namespace) -> dict:
@@ -264,12 +300,13 @@ def _facts(model, args: argparse.Namespace) -> dict:
 
 
 def _many(
-    model, prompts: list[tuple[str, list]], share: tuple[int, int], args: argparse.Namespace
+    model, prompts: list[tuple[str, list]], folder, share: tuple[int, int], args: argparse.Namespace
 ) -> int:
     import jax
     import numpy as np
 
     from monoformer_jax.sampling.image import generate_images
+    from monoformer_jax.sampling.outputs import to_rgb
     from monoformer_jax.sampling.prompts import encode_prompt
     from monoformer_jax.sampling.shards import generate_shards
 
@@ -280,33 +317,25 @@ def _many(
     def generate(first: int, images: int) -> np.ndarray:
         parts = [prompts[i % len(prompts)][1] for i in range(first, first + images)]
         generated = generate_images(model, parts, seed=args.seed, first=first)
-        return _rgb(model.image_processor.decode(generated))
+        return to_rgb(model.image_processor.decode(generated))
 
     asked = "\n".join(word for word, _ in prompts)
     image = args.image.read_bytes() if args.image else b""
     facts = _facts(model, args) | {
         "prompts": len(prompts),
+        "continue_prompt": args.continue_prompt,
         "prompts_sha256": hashlib.sha256(asked.encode() + b"\0" + image).hexdigest(),
     }
     is_first = jax.process_index() == 0
     index, count = share
     samples = generate_shards(
-        args.out, args.total, args.batch, facts, generate, process=index, processes=count,
+        folder, args.total, args.batch, facts, generate, process=index, processes=count,
         log=print if is_first else lambda line: None,
     )  # fmt: skip
     if is_first:
         print(f"{args.total} images in {samples}" if samples else
-              f"this share is done; {args.out / 'samples.npz'} follows after the last one")  # fmt: skip
+              f"this share is done; {folder / 'samples.npz'} follows after the last one")  # fmt: skip
     return 0
-
-
-def _rgb(images):
-    import numpy as np
-
-    from monoformer_jax.data.image_io import to_uint8
-
-    pixels = to_uint8(images)
-    return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
 
 
 if __name__ == "__main__":

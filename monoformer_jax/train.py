@@ -32,19 +32,22 @@ import sys
 
 from etils import epath
 
-from monoformer_jax.cli import load_config, run_command
+from monoformer_jax.cli import integer, load_config, run_command, storage_path
 from monoformer_jax.errors import CRASH_LOOP, HUNG, INTERRUPTED, NON_FINITE, PREEMPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", required=True, metavar="FILE[:ARG]",
-        help="config file, such as those in configs/; ARG is passed to its get_config (digits.py:tiny)",
+        help="config: a file, or a name that the command config lists; ARG is for its get_config, "
+        "as in digits:tiny",
     )  # fmt: skip
-    parser.add_argument("--workdir", type=epath.Path, required=True, help="folder of the run")
+    parser.add_argument("--workdir", type=storage_path, required=True, help="folder of the run")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="process 0, with a free port")
-    parser.add_argument("--processes", type=int, help="their number; 1 alone skips jax's detection")
-    parser.add_argument("--process", type=int, help="index of this process, from 0")
+    parser.add_argument(
+        "--processes", type=integer(1), help="their number; 1 alone skips jax's detection"
+    )
+    parser.add_argument("--process", type=integer(0), help="index of this process, from 0")
 
 
 def main(args: argparse.Namespace) -> int:

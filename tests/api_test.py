@@ -15,11 +15,11 @@ from conftest import REFERENCE, ROOT
 from fixtures import Folder, channels_last, close
 
 import monoformer_jax
-from monoformer_jax import sample
+from monoformer_jax import api, sample
 from monoformer_jax.api import Model
 from monoformer_jax.codecs.image_processor import ImageProcessor
 from monoformer_jax.codecs.stable_diffusion import StableDiffusion
-from monoformer_jax.data.documents import Features
+from monoformer_jax.data.documents import EndOfTurn, Features
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
@@ -158,6 +158,37 @@ def test_invalid_input_raises_one_sentence(config, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             call()
+
+
+def test_a_prompt_is_complete_unless_its_words_are_to_be_continued(change, monkeypatch):
+    """What reaches the sampler: </s> after a prompt of a model that was trained so."""
+    seen = []
+    monkeypatch.setattr(
+        api, "generate_text", lambda model, prompts, **_: seen.append(prompts) or []
+    )
+    monkeypatch.setattr(api, "generate_images", lambda model, prompts, **_: seen.append(prompts))
+
+    class FakeSession:
+        def __init__(self, *_, **__):
+            pass
+
+        def append(self, turns):
+            seen.append(turns)
+
+        def generate(self, *_, **__):
+            return [[]]
+
+    monkeypatch.setattr(api, "Session", FakeSession)
+    for ends in (True, False):
+        model = random_model(change(data={"end_of_prompt": ends}))
+        monkeypatch.setattr(model.image_processor, "decode", lambda images: [])
+        complete = [["pizza", *([EndOfTurn()] if ends else [])]]
+        model.generate_text("pizza")
+        model.generate_images("pizza")
+        model.chat([{"role": "user", "content": "pizza"}])  # which is what the page calls
+        model.generate_text("pizza", continue_prompt=True)
+        assert seen == [complete] * 3 + [[["pizza"]]]
+        seen.clear()
 
 
 def test_a_missing_autoencoder_or_vision_encoder_is_reported(config):

@@ -1,6 +1,7 @@
 """The commands in subprocesses: --help, bad input, a complete tiny run, and a killed run."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -54,9 +55,17 @@ def test_bad_input_prints_one_line_exits_with_2_and_writes_nothing(tmp_path, arg
 
 
 @pytest.mark.slow
-def test_train_sample_and_evaluate_a_tiny_model(tmp_path):
-    run = f"--workdir={tmp_path / 'run'}"
-    done = command("train", TINY, run)
+def test_train_sample_and_evaluate_a_tiny_model(tmp_path, installed):
+    """With what the wheel installs, in an empty folder."""
+    run, env = "--workdir=run", os.environ | {"PYTHONPATH": str(installed)}
+
+    def command(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "monoformer_jax", *map(str, arguments)],
+            cwd=tmp_path, env=env, capture_output=True, text=True,
+        )  # fmt: skip
+
+    done = command("train", "--config=digits:tiny", run)
     assert done.returncode == 0, done.stderr
     assert "step 20/20" in done.stdout and "Total: 56,964" in done.stdout
 

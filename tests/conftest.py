@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -54,3 +56,12 @@ def change(config):
         return dataclasses.replace(config, **made)
 
     return changed
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """A folder with the files that a wheel of this checkout installs."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)],
+                   cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+    return folder

@@ -6,7 +6,6 @@ runs/digits. With the line `<!-- not run here: reason -->` above it, only syntax
 
 import argparse
 import dataclasses
-import importlib
 import importlib.util
 import json
 import re
@@ -19,8 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from monoformer_jax.__main__ import COMMANDS
-from monoformer_jax.bench.__main__ import BENCHES
+from monoformer_jax.__main__ import COMMANDS, command_module
+from monoformer_jax.bench.__main__ import BENCHES, bench_arguments
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import MODELS, base_config
 
@@ -47,6 +46,7 @@ PARSED_ONLY = {
 # Other commands of blocks without a mark, checked by `bash -n` alone.
 ALLOWED = {
     r"bash launch/(demo|test)\.sh( .*)?": "trains for minutes; runs every test",
+    r"monoformer --version": "console_test.py runs it",
     r"launch/(tpu|gpu)\.sh .*": "launch_test.py runs them with --dry-run",
     r"source \.venv/bin/activate": "the tests are in their environment already",
     r"python3? -m venv .*": "the same",
@@ -231,14 +231,10 @@ def of_ours(line: str) -> tuple[str, list[str]] | None:
 
 def parse(name: str, arguments: list[str]):
     """The command's module and its parsed arguments; AssertionError for an unknown flag."""
-    command = importlib.import_module(f"monoformer_jax.{name.replace(' ', '.')}")
-    if name.startswith("bench "):
-        flags = {x.partition("=")[0] for x in arguments if re.match(r"--(?!config\.)", x)}
-        unknown = [x for x in flags if f'"{x}"' not in Path(command.__file__).read_text()]
-        assert not unknown, f"{name}: {unknown}"
-        return command, None
+    bench = name.startswith("bench ")
+    command = None if bench else command_module(name)
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
+    (bench_arguments(name[6:]) if bench else command.add_arguments)(parser)
     try:
         args, args.overrides = parser.parse_known_args(arguments)
     except SystemExit:

@@ -14,7 +14,8 @@ ORDER = [
     "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
     "api", "cli", "bench",
 ]  # fmt: skip
-COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "check"}
+COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "check",
+            "config_keys"}  # fmt: skip
 ENTRY = {"__init__", "__main__"}
 MESH_AXES = {"fsdp", "tensor"}
 

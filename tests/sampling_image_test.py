@@ -11,14 +11,16 @@ from fixtures import logits_of, output_of
 from monoformer_jax.attention import interval_mask
 from monoformer_jax.batch import PATCH, patchify
 from monoformer_jax.config import SamplingConfig
-from monoformer_jax.data.documents import Image, build_document
+from monoformer_jax.data.documents import EndOfTurn, Image, build_document
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer, named_size
 from monoformer_jax.models.monoformer import MonoFormerConfig
 from monoformer_jax.sampling import image, text
 from monoformer_jax.sampling.image import generate_images
+from monoformer_jax.sampling.prompts import guidance_documents, negative_parts
 from monoformer_jax.sampling.sampler import Sampler
+from monoformer_jax.sampling.session import Session
 from monoformer_jax.sampling.text import SamplingArrays, SamplingParams, generate_text, sample_token
 
 TOKENIZER = ByteTokenizer()
@@ -186,10 +188,12 @@ def test_text_ends_before_a_stop_string_and_when_the_context_is_full(config, par
     assert len(got.tokens) == 4 and got.finish_reason == "full"
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
+@pytest.mark.parametrize("guidance, negative", [(1.0, ""), (3.0, ""), (3.0, "nine of them")])
+def test_cached_denoising_equals_full_passes(config, params, forward, guidance, negative):
     """Euler written out over uncached passes of <s> prompt <|im_start|> image."""
-    sampling = SamplingConfig("euler", steps=3, guidance=guidance, guidance_high=0.8)
+    sampling = SamplingConfig(
+        "euler", steps=3, guidance=guidance, guidance_high=0.8, negative_prompt=negative
+    )
     prompts = PROMPTS[:2]
     got = generate_images(Sampler(config, params, TOKENIZER), prompts, sampling=sampling, seed=5)
     for i, prompt in enumerate(prompts):
@@ -198,7 +202,7 @@ def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
         for step in range(3):
             t = 1 - step / 3
             v = []
-            for parts in (prompt, []):
+            for parts in (prompt, [negative] if negative else []):
                 document = build_with([*parts, Image(np.zeros((8, 8, 1)), True)], [])
                 patches = document["token_types"] == PATCH
                 document["patches"][patches] = x
@@ -206,6 +210,30 @@ def test_cached_denoising_equals_full_passes(config, params, forward, guidance):
             scale = guidance if t <= 0.8 else 1.0
             x = x - (v[1] + scale * (v[0] - v[1])) / 3
         np.testing.assert_allclose(patchify(got[i], 2)[0], x, atol=1e-5)
+    if negative:
+        session = Session(Sampler(config, params, TOKENIZER), 2, seed=5, sampling=sampling)
+        session.append(prompts)
+        session.begin_image([0, 1])
+        np.testing.assert_allclose(session.generate_images([0, 1]), got, atol=1e-5)
+        with pytest.raises(InputError, match="the negative prompt has 202 tokens and 17 must"):
+            long = dataclasses.replace(sampling, negative_prompt="a" * 200)
+            generate_images(Sampler(config, params, TOKENIZER), prompts, sampling=long)
+
+
+def test_a_negative_prompt_follows_the_images_of_the_prompt(config):
+    """The branch that guidance leads away from: images as they stand, the negative text, its end."""
+    layout, closing = config.layout, [TOKENIZER.im_start_id]
+    document = build_document([PICTURE, "red", EndOfTurn()], TOKENIZER, layout, closing=closing)
+    ends = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_prompt=True))
+    negative = negative_parts(Sampler(ends, {}, TOKENIZER), SamplingConfig(negative_prompt="blue"))
+    got = guidance_documents(document, TOKENIZER, layout, 3, negative)
+    want = [
+        build_document(parts, TOKENIZER, layout, closing=closing)
+        for parts in ([PICTURE, "red", EndOfTurn()], [PICTURE, "blue", EndOfTurn()], [])
+    ]
+    for branch, expected in zip(got, want, strict=True):
+        for field in ("tokens", "token_types", "positions", "image_ids", "patches"):
+            np.testing.assert_array_equal(branch[field], expected[field], field)
 
 
 def test_an_image_depends_on_its_seed_and_number_and_not_on_its_batch(config, params):

@@ -11,7 +11,8 @@ visible (query, key) pairs, so block skipping raises them and work on padding do
 from __future__ import annotations
 
 import argparse
-import json
+import re
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from monoformer_jax.bench import attention_flex
 from monoformer_jax.bench.attention_peers import PEERS, Missing, platform
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
 from monoformer_jax.bench.matmul import matmul_tflops, milliseconds, native_dtype
+from monoformer_jax.errors import require
 
 FLOPS = {"forward": 4, "backward": 10, "both": 14}  # per visible pair, query head, head dim element
 LARGEST_ERROR = 2e-2
@@ -146,46 +148,28 @@ def static(options: argparse.Namespace) -> dict:
     return {"rows": rows}
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parses the options; some defaults depend on the platform."""
-    parser = argparse.ArgumentParser(
-        "python -m monoformer_jax.bench attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), help="row mixes to time")
-    parser.add_argument(
-        "--heads", help="query heads x KV heads x head dim, e.g. 32x4x64; default by platform"
-    )
-    parser.add_argument("--tokens", type=int, help="tokens per call; default by platform")
-    parser.add_argument("--repeats", type=int, default=20, help="timed calls (default 20)")
-    parser.add_argument("--static", action="store_true", help="count TPU bundles without timing")
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"], help="for --static")
-    parser.add_argument(
-        "--head-dims", nargs="+", type=int, default=[64, 128], choices=(64, 128, 256),
-        help="for --static",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> dict:
+    """Runs the benchmark; some defaults depend on the platform.
+
+    Raises:
+      InputError: an unknown chip or mix, or heads in another form.
+    """
     if options.static:
         from monoformer_jax.bench.attention_static import CHIPS
 
-        if unknown := set(options.chips) - set(CHIPS):
-            parser.error(
-                f"--chips: unknown {', '.join(sorted(unknown))}, choose from {', '.join(CHIPS)}"
-            )
-        return options
+        _known("--chips", options.chips, CHIPS)
+        return static(options)
+    _known("--mixes", options.mixes or (), MIXES)
     options.mixes = options.mixes or (CPU_MIXES if platform() == "cpu" else list(MIXES))
     options.heads = options.heads or HEADS[platform()]
     options.tokens = options.tokens or TOKENS[platform()]
-    return options
+    require(
+        re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}x[1-9]\d{0,4}", options.heads) is not None,
+        f"--heads={options.heads} is not query heads x KV heads x head dim, such as 32x4x64",
+    )
+    return live(options)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark; returns the exit code."""
-    options = parse(arguments)
-    found = static(options) if options.static else live(options)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
-    return 0
+def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    require(not unknown, f"{option}: unknown {', '.join(unknown)}, choose from {', '.join(known)}")

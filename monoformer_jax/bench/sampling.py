@@ -27,11 +27,9 @@ Keys of the JSON output:
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -212,7 +210,7 @@ def print_found(found: dict) -> None:
     )
 
 
-def measure(options: argparse.Namespace) -> dict:
+def run(options: argparse.Namespace) -> dict:
     """Runs all measurements and prints them.
 
     Raises:
@@ -249,46 +247,3 @@ def measure(options: argparse.Namespace) -> dict:
         for row in found["rows"]:
             print_found(row)
     return found
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m monoformer_jax.bench sampling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--prompt_tokens", type=int, default=64,
-                        help="prompt length, <s> and <|im_start|> included (default 64)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=8, help="images per batch (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="solver steps (default 20)")
-    parser.add_argument(
-        "--solver", default="euler", help="default euler; heun runs the model twice per step"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="timed runs; the median is reported (default 3)"
-    )
-    parser.add_argument("--workdir", type=Path, help="folder of a trained run to measure")
-    parser.add_argument(
-        "--sweep", action="store_true", help="also time other batch sizes, steps and prompts"
-    )
-    parser.add_argument(
-        "--compare", type=Path, metavar="DIR", help="timings of other implementations, see above"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    options = parser.parse_args(arguments)
-    for name in ("images", "steps", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}={getattr(options, name)} must be above 0")
-    if options.prompt_tokens < 3:
-        parser.error(f"--prompt_tokens={options.prompt_tokens} must be 3 or more")
-    return options
-
-
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark; returns the exit code."""
-    options = parse(arguments)
-    found = measure(options)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
-    return 0

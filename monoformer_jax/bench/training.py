@@ -15,7 +15,6 @@ computation on padding take time but are not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -36,7 +35,7 @@ from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.data.packing import pack
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer, open_tokenizer
-from monoformer_jax.errors import InputError
+from monoformer_jax.errors import require
 from monoformer_jax.models import get_model, make_config
 from monoformer_jax.parallel import check_batch_size, make_mesh, put_batch
 from monoformer_jax.planning.estimate import TRAINING
@@ -148,41 +147,21 @@ def _numbers(taken: list[Batch], seconds: float, waited: float, config: Config) 
     return found
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m monoformer_jax.bench training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE[:ARG]", help="config and its data; default: the model above"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="timed steps (default 10)")
-    parser.add_argument(
-        "--compare", type=Path, metavar="DIR", help="timings of other implementations, see above"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [a for a in rest if a.startswith("--config.")]
-    if unknown := [a for a in rest if a not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.steps < 1:
-        parser.error(f"--steps={options.steps} must be above 0")
-    try:
-        others = read_others(options.compare) if options.compare else []
-        config = load_config(options.config, overrides) if options.config else SMALL
-        if options.config:
-            tokenizer = open_tokenizer(config.data, Path(), config.layout.vocab_size)
-            batches = Batches(config, tokenizer).iterator
-        else:
-            if overrides:
-                parser.error(f"{overrides[0]} needs --config=FILE")
-            batches = random_rows(config)
-        found = measure(config, batches, options.steps)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Runs the benchmark and prints its measurements.
+
+    Raises:
+      InputError: see `load_config` and `read_others`; or overrides without a config.
+    """
+    others = read_others(options.compare) if options.compare else []
+    if options.config:
+        config = load_config(options.config, options.overrides)
+        tokenizer = open_tokenizer(config.data, Path(), config.layout.vocab_size)
+        batches = Batches(config, tokenizer).iterator
+    else:
+        require(not options.overrides, f"{''.join(options.overrides[:1])} needs --config=FILE")
+        config, batches = SMALL, random_rows(SMALL)
+    found = measure(config, batches, options.steps)
     device = jax.devices()[0]
     print(f"{config.name} on {len(jax.devices())} × {device.device_kind}, jax {jax.__version__}")
     for name, value in found.items():
@@ -190,7 +169,4 @@ def main(arguments: list[str]) -> int:
     if others:
         work = {"batch_size": config.batch_size, "max_seq_len": config.data.max_seq_len}
         print_others("training", work | {"seconds": found["step_ms"] / 1e3}, others)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
-    return 0
+    return found

@@ -29,7 +29,14 @@ from monoformer_jax.diffusion.solvers import TimeGrid, make_time_grid, solve
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import full_precision
 from monoformer_jax.parallel import padded_rows, use_mesh
-from monoformer_jax.sampling.prompts import Parts, check_size, encode_prompt, guidance_documents
+from monoformer_jax.sampling.prompts import (
+    Parts,
+    check_length,
+    check_size,
+    encode_prompt,
+    guidance_documents,
+    negative_parts,
+)
 from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.state import prefill, shard_batch
 from monoformer_jax.sampling.text import row_keys
@@ -98,11 +105,15 @@ def generate_images(
     check_size(sampler, size, "the image to generate")
     shown = any(isinstance(part, Image | Features) for parts in prompts for part in parts)
     spec = make_image_spec(config.model, sampling, size, guidance_branches(sampling, shown))
+    negative = negative_parts(sampler, sampling)
     documents = []
     for number, parts in enumerate(prompts, 1):
         document = encode_prompt(sampler, parts, reserve=spec.tokens, name=f"prompt {number}",
                                  closing=[tokenizer.im_start_id])  # fmt: skip
-        documents.append(guidance_documents(document, tokenizer, config.layout, spec.branches))
+        branches = guidance_documents(document, tokenizer, config.layout, spec.branches, negative)
+        for branch in branches[1:]:
+            check_length(sampler, branch, spec.tokens, "the negative prompt")
+        documents.append(branches)
     keys = row_keys(seed, len(prompts), first)
     documents += documents[-1:] * (padded_rows(len(prompts), sampler.mesh) - len(prompts))
     keys = keys[np.minimum(np.arange(len(documents)), len(prompts) - 1)]

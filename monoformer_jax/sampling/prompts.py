@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monoformer_jax.batch import TEXT, Document, select
-from monoformer_jax.config import TokenLayout
+from monoformer_jax.batch import TEXT, Document, concatenate, select
+from monoformer_jax.config import SamplingConfig, TokenLayout
 from monoformer_jax.data.documents import Image, Part, UntrainedText, build_document
+from monoformer_jax.data.templates import complete_prompt
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import require, require_unicode
 from monoformer_jax.sampling.sampler import Sampler
@@ -44,13 +45,18 @@ def encode_prompt(
     check_parts(sampler, parts, name)
     config = sampler.config
     document = build_document(parts, sampler.tokenizer, config.layout, closing=closing)
-    length, context = len(document["tokens"]), config.data.max_seq_len
+    check_length(sampler, document, reserve, name)
+    return document
+
+
+def check_length(sampler: Sampler, document: Document, reserve: int, name: str) -> None:
+    """Raises InputError if a document and `reserve` more tokens exceed the context."""
+    length, context = len(document["tokens"]), sampler.config.data.max_seq_len
     require(
         length + reserve <= context,
         f"{name} has {length} tokens and {reserve} must follow, but the model's context is "
         f"{context} (data.max_seq_len): shorten it",
     )
-    return document
 
 
 def check_parts(sampler: Sampler, parts: Parts, name: str) -> None:
@@ -79,14 +85,34 @@ def check_size(sampler: Sampler, size: tuple[int, int], name: str) -> None:
     )
 
 
+def negative_parts(sampler: Sampler, sampling: SamplingConfig) -> list[Part]:
+    """The negative prompt of `guidance_documents`, ended as a prompt is."""
+    if not sampling.negative_prompt:
+        return []
+    return complete_prompt([sampling.negative_prompt], sampler.config.data.end_of_prompt)
+
+
 def guidance_documents(
-    document: Document, tokenizer: Tokenizer, layout: TokenLayout, branches: int
+    document: Document,
+    tokenizer: Tokenizer,
+    layout: TokenLayout,
+    branches: int,
+    negative: Parts = (),
 ) -> list[Document]:
-    """The prompt, its images alone, and the empty prompt, as in training with prompt dropout."""
+    """The prompt, its images alone, and the empty prompt, as in training with prompt dropout.
+
+    `negative` follows the images of the second, which guidance leads away from.
+    """
     if branches == 1:
         return [document]
-    nothing = build_document([], tokenizer, layout, closing=[tokenizer.im_start_id])
-    return [document, _without_text(document, tokenizer), nothing][:branches]
+    closing = [tokenizer.im_start_id]
+    nothing = build_document([], tokenizer, layout, closing=closing)
+    against = _without_text(document, tokenizer)
+    if negative:
+        images = select(against, slice(-1))  # without the <|im_start|> of the image to generate
+        text = build_document(negative, tokenizer, layout, closing=closing, after=images)
+        against = concatenate([images, text])
+    return [document, against, nothing][:branches]
 
 
 def _without_text(document: Document, tokenizer: Tokenizer) -> Document:

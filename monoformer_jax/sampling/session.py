@@ -26,6 +26,7 @@ from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.errors import require
 from monoformer_jax.parallel import padded_rows, use_mesh
 from monoformer_jax.sampling.image import (
+    ImageSpec,
     Preview,
     denoise_images,
     guidance_branches,
@@ -34,9 +35,11 @@ from monoformer_jax.sampling.image import (
 from monoformer_jax.sampling.prompts import (
     Parts,
     bucket,
+    check_length,
     check_parts,
     check_size,
     guidance_documents,
+    negative_parts,
 )
 from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.state import (
@@ -197,7 +200,7 @@ class Session:
         chosen = np.asarray([*rows, *[rows[-1]] * (batch - len(rows))])
         keys = jax.vmap(_image_key)(self._keys[chosen], self._generated[chosen].astype(np.uint32))
         with use_mesh(sampler.mesh):
-            prefix = self._branches(chosen, branches)
+            prefix = self._branches(chosen, spec)
             images = denoise_images(
                 sampler.params, prefix, shard_batch(keys, sampler.mesh), len(rows), spec,
                 self.sampling, preview=preview, every=every,
@@ -291,16 +294,22 @@ class Session:
             self._open[b] = [] if closing else open_text(turns[b], sampler.tokenizer, self._open[b])
             self._pending[b] = True
 
-    def _branches(self, chosen: np.ndarray, branches: int) -> Any:
+    def _branches(self, chosen: np.ndarray, spec: ImageSpec) -> Any:
         """The chosen sequences with all their guidance branches, [len(chosen) * branches]."""
         sampler, states = self.sampler, [self._sequences.state]
+        layout = sampler.config.layout
+        negative = negative_parts(sampler, self.sampling)
         documents = [
-            guidance_documents(self.document(b), sampler.tokenizer, sampler.config.layout, branches)
+            guidance_documents(self.document(b), sampler.tokenizer, layout, spec.branches, negative)
             for b in chosen
         ]
-        for branch in range(1, branches):
-            states.append(prefill(sampler, [branched[branch] for branched in documents]).state)
-        return stack_branches(states, chosen, bucket(self._lengths[chosen].max()))
+        for branch in range(1, spec.branches):
+            of_all = [branched[branch] for branched in documents]
+            for document in of_all:
+                check_length(sampler, document, spec.tokens, "the negative prompt")
+            states.append(prefill(sampler, of_all).state)
+        longest = max(len(document["tokens"]) for branched in documents for document in branched)
+        return stack_branches(states, chosen, bucket(longest))
 
 
 def _image_key(key: jax.Array, number: jax.Array) -> jax.Array:

@@ -14,20 +14,20 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from monoformer_jax.errors import InputError, require
-from monoformer_jax.files import atomic_write
+from monoformer_jax.files import atomic_write, check_writable
 from monoformer_jax.runtime.processes import allgather_json, run_on_first
 
 _FACTS, _SAMPLES = "sampling.json", "samples.npz"
 
 
 def generate_shards(
-    folder: Path,
+    folder: epath.Path,
     total: int,
     shard: int,
     facts: Mapping[str, Any],
@@ -36,7 +36,7 @@ def generate_shards(
     process: int = 0,
     processes: int = 1,
     log: Callable[[str], None] = print,
-) -> Path | None:
+) -> epath.Path | None:
     """Generates the missing shards of this process.
 
     Args:
@@ -81,7 +81,7 @@ def generate_shards(
     return folder / _SAMPLES if run_on_first(lambda: _finish(folder, starts, total)) else None
 
 
-def _finish(folder: Path, starts: range, total: int) -> bool:
+def _finish(folder: epath.Path, starts: range, total: int) -> bool:
     """Merges the shards if all exist."""
     if _missing(folder, starts):
         return False
@@ -92,17 +92,17 @@ def _finish(folder: Path, starts: range, total: int) -> bool:
     return True
 
 
-def _missing(folder: Path, starts: range) -> set[int]:
+def _missing(folder: epath.Path, starts: range) -> set[int]:
     # Listing the folder avoids the negative lookup cache of network file systems.
     existing = {path.name for path in folder.iterdir()}
     return {first for first in starts if _file(folder, first).name not in existing}
 
 
-def _file(folder: Path, first: int) -> Path:
+def _file(folder: epath.Path, first: int) -> epath.Path:
     return folder / f"{first:08d}.npz"
 
 
-def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
+def _claim(folder: epath.Path, facts: Mapping[str, Any]) -> None:
     """Writes the settings of the images to a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _FACTS
@@ -110,11 +110,12 @@ def _claim(folder: Path, facts: Mapping[str, Any]) -> None:
         strays = sorted(folder.glob("*.npz"))
         require(not strays, f"{folder} holds {strays[0].name if strays else ''} but no {_FACTS} "
                 "that describes it: give another --out")  # fmt: skip
+        check_writable(folder, "--out")
         with atomic_write(path) as file:
             file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def _check(folder: Path, facts: Mapping[str, Any]) -> None:
+def _check(folder: epath.Path, facts: Mapping[str, Any]) -> None:
     path = folder / _FACTS
     require(
         path.exists(),
@@ -134,14 +135,14 @@ def _check(folder: Path, facts: Mapping[str, Any]) -> None:
     )
 
 
-def _join(file, shards: list[Path], total: int) -> None:
+def _join(file, shards: list[epath.Path], total: int) -> None:
     """Writes all shards as one array, loading one shard at a time."""
     with (
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as out,
     ):
         for number, shard in enumerate(shards):
-            with np.load(shard) as arrays:
+            with shard.open("rb") as stored, np.load(stored) as arrays:
                 images = arrays["arr_0"]
             if number == 0:
                 shape = (total, *images.shape[1:])
