@@ -14,12 +14,13 @@ import PIL.Image
 from jax.sharding import Mesh
 
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.config import SamplingConfig
+from monoformer_jax.config import SamplingConfig, build
+from monoformer_jax.data.content import open_source, read_content
 from monoformer_jax.data.documents import Part
 from monoformer_jax.data.image_io import to_pil
 from monoformer_jax.data.templates import ROLES, chat_parts, complete_prompt
 from monoformer_jax.data.tokenizer import open_tokenizer
-from monoformer_jax.errors import require
+from monoformer_jax.errors import require, whole_number
 from monoformer_jax.files import expand
 from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.runtime.workdir import read_config
@@ -70,9 +71,10 @@ def load(
 class Model(Sampler):
     """A trained model. Invalid input raises `InputError` with a message of one sentence.
 
-    A prompt is a text, an image, or a list of both; an image is a path, bytes, a PIL image or an
-    array. Input images are center-cropped and resized to the trained size. Generated images are PIL
-    images, or with output="numpy" uint8 arrays [height, width, channels].
+    A prompt is a text, an image, or a list of both; an image is a path, bytes, a PIL image, an array, a
+    data: URL, or a part in the form of OpenAI's API, see `data.content`. A string that ends like the
+    name of an image file is its path. Input images are center-cropped and resized to the trained size.
+    Generated images are PIL images, or with output="numpy" uint8 arrays [height, width, channels].
     """
 
     image_processor: ImageProcessor = dataclasses.field(repr=False)
@@ -102,8 +104,8 @@ class Model(Sampler):
           stop: stop strings; a text ends before the first one.
           seed: one for all prompts, or a list of one per prompt, which makes each text batch-invariant.
         """
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty, stop)
+        sampling = SamplingParams(temperature, top_k, top_p, repetition_penalty,
+                                  (stop,) if isinstance(stop, str) else stop)  # fmt: skip
         completions = generate_text(
             self, self._prompts(prompts, continue_prompt), max_tokens=max_tokens, sampling=sampling,
             seed=seed, allow_images=False,
@@ -132,7 +134,8 @@ class Model(Sampler):
           sampling: steps, guidance, negative_prompt, solver or any other key of the config's
             `sampling`.
         """
-        require(count > 0, f"count={count} must be above 0")
+        count = whole_number(count, "count", 1)
+        every = _check_preview(preview, every)
         self.image_processor.codec.check()
         self._check_output(output)
 
@@ -142,10 +145,15 @@ class Model(Sampler):
         if size is not None:
             factor = self.image_processor.codec.factor
             require(
-                all(side % factor == 0 for side in size),
+                isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2,
+                f"size={size!r} is not (height, width)",
+            )
+            height, width = (whole_number(side, "size", 1) for side in size)
+            require(
+                height % factor == width % factor == 0,
                 f"size={size}: both must be multiples of {factor}",
             )
-            size = (size[0] // factor, size[1] // factor)
+            size = (height // factor, width // factor)
         parts = [parts for parts in self._prompts(prompts) for _ in range(count)]
         return show(generate_images(
             self, parts, sampling=self._sampling(sampling), size=size, seed=seed, every=every,
@@ -169,8 +177,9 @@ class Model(Sampler):
             of the instruction.
         """
         require(isinstance(instruction, str), "the instruction must be a text")
+        picture = open_source(image, "the image of the prompt")
         return self.generate_images(
-            [[image, instruction]],
+            [[picture, {"type": "text", "text": instruction}]],
             seed=seed,
             output=output,
             image_guidance=image_guidance,
@@ -196,13 +205,20 @@ class Model(Sampler):
 
         Args:
           messages: {"role": "user" or "assistant", "content": a text, an image or a list of both};
-            the return value can be the content of an assistant message. "system" is also a role.
+            the return value can be the content of an assistant message. "system" is also a role. A
+            string is always a text; the path of an image is a `Path`, or a part of `data.content`.
           template: apply the original's chat template; default: True if the model was trained on
             records, which use it.
           preview, every: `preview(steps done, answer so far)` is called every `every` denoising steps.
           sampling: image sampling settings, see `generate_images`.
         """
         self._check_output(output)
+        every = _check_preview(preview, every)
+        require(
+            isinstance(messages, list | tuple),
+            f"the messages are of type {type(messages).__name__}, not a list of "
+            "{'role': …, 'content': …}",
+        )
         template = bool(self.config.data.records) if template is None else template
         turns = []
         for number, message in enumerate(messages, 1):
@@ -211,7 +227,7 @@ class Model(Sampler):
                 good and "content" in message,
                 f"message {number} is not {{'role': {' or '.join(ROLES)}, 'content': …}}",
             )
-            content = self._parts(message["content"], f"message {number}")
+            content = self._content(message, f"message {number}")
             turns.append({"role": message["role"], "content": content})
         last = turns[-1]["role"] if turns else None
         require(last == "user", "the last message must have the role user")
@@ -244,7 +260,7 @@ class Model(Sampler):
             not unknown, f"unknown setting {', '.join(unknown)}: choose from {', '.join(names)}"
         )
         given = {name: value for name, value in changes.items() if value is not None}
-        return dataclasses.replace(self.config.sampling, **given)
+        return build(SamplingConfig, dataclasses.asdict(self.config.sampling) | given, "sampling.")
 
     def _prompts(self, prompts, continued: bool = False) -> list[list[Part]]:
         """The parts of each prompt, with its end marked as in training unless it is continued."""
@@ -256,17 +272,29 @@ class Model(Sampler):
             for number, p in enumerate(prompts, 1)
         ]
 
-    def _parts(self, content: Content, name: str) -> list[Part]:
-        content = content if isinstance(content, list | tuple) else [content]
+    def _parts(self, content: Content, name: str, *, paths: bool = True) -> list[Part]:
+        """The parts of a prompt or a message; see `data.content`, also for `paths`."""
         return [
             part
             if isinstance(part, str)
             else self.image_processor.encode(part, f"the image of {name}")
-            for part in content
+            for part in read_content(content, name, paths=paths)
         ]
+
+    def _content(self, message: Mapping[str, Content], name: str) -> list[Part]:
+        """The parts of a message; the model's own texts are never taken for paths."""
+        content = message["content"]
+        if message["role"] == "assistant" and isinstance(content, list | tuple):
+            content = [{"type": "text", "text": x} if isinstance(x, str) else x for x in content]
+        return self._parts(content, name, paths=False)
 
     def _check_output(self, output: str) -> None:
         require(output in ("pil", "numpy"), f"output={output!r} is not 'pil' or 'numpy'")
+
+
+def _check_preview(preview: Any, every: int) -> int:
+    require(preview is None or callable(preview), f"preview={preview!r} is not a function")
+    return whole_number(every, "every", 0)
 
 
 def _as(image: np.ndarray, output: str) -> PIL.Image.Image | np.ndarray:

@@ -12,8 +12,9 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from monoformer_jax.errors import InputError, require
 
@@ -152,9 +153,6 @@ class DataConfig:
         at_least(self, "data", 0, "shift_pixels", "streams")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
-            require(
-                isinstance(weight, float | int), f"data.mixture.{name}={weight!r} is not a number"
-            )
             require(weight >= 0, f"data.mixture.{name}={weight} must be 0 or more")
         require(sum(self.mixture.values()) > 0, "data.mixture has no source with a weight above 0")
 
@@ -309,6 +307,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
+        require(0 <= self.seed < 2**32, f"seed={self.seed} is not between 0 and 2**32 - 1")
         positive(self, "", "steps", "batch_size", "log_every", "checkpoint_every", "max_to_keep")
         at_least(self, "", 0, "keep_period", "watchdog_seconds")
         at_least(self, "", -1, "data_workers")
@@ -434,11 +433,30 @@ def build(cls, values: Mapping[str, Any], prefix: str = ""):
         if dataclasses.is_dataclass(kind):
             require(isinstance(value, Mapping), f"config key {prefix}{key} is a group of keys")
             value = build(kind, value, f"{prefix}{key}.")
-        elif isinstance(kind, type) and kind is not Any:  # the model's config is built already
-            is_number = kind is float and isinstance(value, int) and not isinstance(value, bool)
-            value = float(value) if is_number else value
-            # bool is a subclass of int, but True is not a valid integer setting.
-            fits = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
-            require(fits, f"config key {prefix}{key}={value!r} is not of type {kind.__name__}")
+        elif get_origin(kind) is Mapping:
+            require(
+                isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+                f"config key {prefix}{key}={value!r} is not a group of keys",
+            )
+            item = get_args(kind)[1]
+            value = {name: _fit(f"{prefix}{key}.{name}", item, x) for name, x in value.items()}
+        elif kind is not Any:  # the model's config is built already
+            value = _fit(f"{prefix}{key}", kind, value)
         made[key] = value
     return cls(**made)
+
+
+def _fit(key: str, kind: type, value: Any) -> Any:
+    """A value as this type: an integer is also a float, and a number of numpy is one of Python."""
+    number = not isinstance(value, bool)  # which Python takes for an integer
+    if number and kind is float and isinstance(value, numbers.Real):
+        value = float(value)
+        require(math.isfinite(value), f"config key {key}={value} is not a finite number")
+    elif number and kind is int and isinstance(value, numbers.Real) and math.isfinite(value):
+        whole = math.floor(value)
+        value = whole if whole == value else value  # 1e3 is 1000
+    large = number and kind is int and isinstance(value, int) and abs(value) >= 2**63
+    require(not large, f"config key {key}={str(value)[:20]}… has more than 63 bits")
+    fits = isinstance(value, kind) and (number or kind is bool)
+    require(fits, f"config key {key}={value!r} is not of type {kind.__name__}")
+    return value

@@ -27,6 +27,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from etils import epath
+
 from monoformer_jax.cli import SEED, integer, run_command, storage_path
 from monoformer_jax.errors import PREEMPTED
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 # Exit codes; 1 is any unexpected error. Only `train` uses 3 and above.
 BAD_INPUT = 2
 NON_FINITE = 3  # the loss, the gradient or the parameters are not finite
@@ -41,3 +44,16 @@ def shorten(text: str, most: int) -> str:
         return text
     tail = most // 3
     return f"{text[: most - tail - 3]} … {text[-tail:]}"
+
+
+def whole_number(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """The value as an int; raises InputError unless it is a whole number in this range."""
+    require(
+        isinstance(value, numbers.Integral) and not isinstance(value, bool),
+        f"{name}={shorten(repr(value), 60)} is not a whole number",
+    )
+    within = value >= least and (most is None or value <= most)
+    limits = "must be above 0" if least == 1 else f"must be {least} or more"
+    limits = limits if most is None else f"is not between {least} and {most}"
+    require(within, f"{name}={shorten(repr(value), 60)} {limits}")
+    return int(value)

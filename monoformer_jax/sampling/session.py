@@ -23,7 +23,7 @@ from monoformer_jax.batch import TEXT, Document, concatenate, empty, stack
 from monoformer_jax.config import SamplingConfig
 from monoformer_jax.data.documents import Image, Part, build_document, open_text
 from monoformer_jax.diffusion.objectives import check_solver
-from monoformer_jax.errors import require
+from monoformer_jax.errors import require, whole_number
 from monoformer_jax.parallel import padded_rows, use_mesh
 from monoformer_jax.sampling.image import (
     ImageSpec,
@@ -226,7 +226,7 @@ class Session:
         Raises:
           InputError: a sequence with new input has no space left in the context.
         """
-        require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
+        max_tokens = whole_number(max_tokens, "max_tokens", 1)
         self._check_space(self._pending.astype(int))
         replies: list[list[str | np.ndarray]] = [[] for _ in range(len(self))]
         left = np.where(self._pending, max_tokens, 0)[: len(self)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from monoformer_jax.data.documents import open_text
 from monoformer_jax.data.tokenizer import decode_after
-from monoformer_jax.errors import require, require_unicode
+from monoformer_jax.errors import require, require_unicode, shorten, whole_number
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import float32_matmul, full_precision
 from monoformer_jax.parallel import padded_rows, use_mesh
@@ -37,17 +37,28 @@ class SamplingParams:
     # (Keskar et al., arXiv 1909.05858); not those of </s> and <|im_start|>.
     repetition_penalty: float | Sequence[float] = 1.0
     # The text ends before the first of these strings; they may begin with a space and span tokens.
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self):
-        def every(name, fits, what):
+        def every(name, fits, what, kinds="iuf"):
             value = getattr(self, name)
-            require(bool(np.all(fits(np.asarray(value)))), f"{name}={value} must be {what}")
+            said = f"{name}={shorten(repr(value), 60)}"
+            try:
+                array = np.asarray(value)
+            except ValueError:  # lists of several lengths
+                array = np.asarray(None)
+            numbers = "whole numbers" if kinds == "iu" else "numbers"
+            require(
+                array.dtype.kind in kinds, f"{said}: it must be a number, or a list of {numbers}"
+            )
+            require(bool(np.all(fits(array))), f"{said} must be {what}")
 
         every("temperature", lambda x: (x >= 0) & np.isfinite(x), "0 (greedy) or more")
-        every("top_k", lambda x: x >= 0, "0 (off) or more")
+        every("top_k", lambda x: (x >= 0) & (x < 2**31), "0 (off) or more", "iu")
         every("top_p", lambda x: (x > 0) & (x <= 1), "above 0 and at most 1 (off)")
         every("repetition_penalty", lambda x: (x > 0) & np.isfinite(x), "above 0; 1 is off")
+        texts = isinstance(self.stop, list | tuple) and all(isinstance(s, str) for s in self.stop)
+        require(texts, f"stop={shorten(repr(self.stop), 60)} is neither a text nor a list of texts")
         require(all(self.stop), "stop: an empty string would end every answer at once")
         for text in self.stop:
             require_unicode(text, "stop")
@@ -98,8 +109,8 @@ def generate_text(
     Raises:
       InputError: an empty prompt, or one that leaves no space in the context.
     """
-    require(max_tokens > 0, f"max_tokens={max_tokens} must be above 0")
     check_text(sampler)
+    max_tokens = whole_number(max_tokens, "max_tokens", 1)
     documents = [
         encode_prompt(sampler, parts, reserve=1, name=f"prompt {number}")
         for number, parts in enumerate(prompts, 1)
@@ -223,11 +234,10 @@ class SamplingArrays:
 def row_keys(seed: int | Sequence[int], rows: int, first: int = 0) -> jax.Array:
     """One PRNG key per sequence: from (seed, first + i), or from seed[i] if a list is given."""
     seeds, numbers = [seed] * rows, range(first, first + rows)
-    if not isinstance(seed, int | np.integer):
+    if isinstance(seed, list | tuple | np.ndarray | range):
         seeds, numbers = list(seed), [0] * rows
         require(len(seeds) == rows, f"{len(seeds)} seeds for {rows} rows: give one seed per row")
-    for value in seeds:
-        require(0 <= value < 2**32, f"seed={value} is not between 0 and 2**32 - 1")
+    seeds = [whole_number(value, "seed", 0, 2**32 - 1) for value in seeds]
     seeds, numbers = np.array(seeds, np.uint32), np.array(numbers, np.uint32)
     return jax.vmap(lambda seed, i: jax.random.fold_in(jax.random.key(seed), i))(seeds, numbers)
 
