@@ -10,7 +10,6 @@ import inspect
 import io
 import math
 import os
-import re
 import runpy
 import sys
 import traceback
@@ -23,8 +22,7 @@ from monoformer_jax.config import Config
 from monoformer_jax.errors import BAD_INPUT, InputError, require, shorten
 from monoformer_jax.files import expand
 
-_LINES, _WIDTH = 6, 400  # an error message on stderr is cut to so many lines and characters
-_WORD = 200  # and every word in it
+_LINES = 6  # of an error message on stderr; `InputError` limits their length
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL)
 
 # Where the configs are that `--config=NAME` means: in an installed package, and in a checkout.
@@ -147,8 +145,7 @@ def finite(text: str) -> float:
 
 def report(error: object) -> None:
     """Prints an error on stderr, in at most 6 lines of at most 400 characters."""
-    text = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: shorten(word[0], _WORD), f"error: {error}")
-    lines = [shorten(line, _WIDTH) for line in text.splitlines()]
+    lines = f"error: {InputError(str(error))}".splitlines()
     if len(lines) > _LINES:
         lines = [*lines[: _LINES - 1], f"… and {len(lines) - _LINES + 1} more lines"]
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from typing import Any
 
 # Exit codes; 1 is any unexpected error. Only `train` uses 3 and above.
@@ -14,8 +15,18 @@ PREEMPTED = 75  # stopped by SIGTERM or Ctrl-C; the state is saved, and the same
 INTERRUPTED = 130  # stopped by Ctrl-C at once, as shells report it
 
 
+_WORD, _LINE = 200, 390  # characters
+
+
 class InputError(ValueError):
-    """Invalid user input; the message is one sentence that says what to fix."""
+    """Invalid user input; the message is one sentence that says what to fix.
+
+    Long values in it are shortened: they may be a whole prompt, or come from a hostile file.
+    """
+
+    def __init__(self, message: str):
+        words = re.sub(rf"\S{{{_WORD + 1},}}", lambda word: shorten(word[0], _WORD), message)
+        super().__init__("\n".join(shorten(line, _LINE) for line in words.splitlines()))
 
 
 def require(condition: bool, message: str) -> None:

@@ -16,6 +16,7 @@ from etils import epath
 
 from monoformer_jax.errors import InputError, require
 
+MOST_JSON = 1 << 26  # bytes; an index of 100,000 tensors has 10 MB
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # kinds of storage, and what reads and writes them
 
 
@@ -123,12 +124,30 @@ def json_with(*keys: str) -> Callable[[epath.Path], bool]:
 
     def ours(path: epath.Path) -> bool:
         try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError, RecursionError):
+            values = read_json(path)
+        except InputError:
             return False
         return isinstance(values, dict) and values.keys() >= set(keys)
 
     return ours
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file of up to `MOST_JSON` bytes.
+
+    Raises:
+      InputError: no such file, a larger one, or one that is not JSON in UTF-8.
+    """
+    path = epath.Path(path)
+    require(path.exists() and not path.is_dir(), f"there is no file {path}")
+    size = path.stat().length
+    require(size <= MOST_JSON, f"{path} has {size} bytes: a JSON file has at most {MOST_JSON}")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise InputError(f"{path} is not valid JSON (nested too deeply)") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from error
 
 
 def write_json(path: epath.PathLike, values: Mapping[str, Any] | Sequence[Any]) -> None:

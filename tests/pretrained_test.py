@@ -125,6 +125,10 @@ class _Pickler(pickle._Pickler):
             self.save(obj.function)
             self.save(obj.arguments)
             self.write(pickle.REDUCE)
+        elif isinstance(obj, Build):
+            self.save(obj.made)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
         else:
             super().save(obj, save_persistent_id)
 
@@ -135,6 +139,13 @@ class _Pickler(pickle._Pickler):
 class Call:
     def __init__(self, function, *arguments):
         self.function, self.arguments = function, arguments
+
+
+class Build:
+    """Pickled as an object whose state is set after it was made."""
+
+    def __init__(self, made, state):
+        self.made, self.state = made, state
 
 
 class Storage:

@@ -5,13 +5,13 @@ The released weights were trained on these exact strings, errors included.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from monoformer_jax.data.documents import EndOfTurn, Part, UntrainedText
-from monoformer_jax.errors import require
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.files import read_json
 
 _USER, _ASSISTANT = "### Human: ", "### Assistant: "
 ROLES = ("user", "assistant", "system")
@@ -67,8 +67,8 @@ def read_labels(path: Path) -> list[str]:
     """
     require(path.is_file(), f"the label file {path} does not exist")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+        values = read_json(path)
+    except InputError:
         values = None
     if isinstance(values, dict):
         values = [values.get(str(i)) for i in range(len(values))]

@@ -10,7 +10,7 @@ from einops import rearrange
 from monoformer_jax.errors import require
 from monoformer_jax.nn import clip
 from monoformer_jax.nn.clip import ClipConfig
-from monoformer_jax.pretrained.folder import load_folder
+from monoformer_jax.pretrained.folder import load_folder, size_field
 from monoformer_jax.pretrained.table import Entry, transpose
 
 # The text model and projections of a full CLIP, and a buffer of older transformers versions.
@@ -32,13 +32,13 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Cl
     require(act == "quick_gelu", f"{where}: hidden_act must be quick_gelu, not {act!r}")
     require(values.get("num_channels", 3) == 3, f"{where}: num_channels must be 3")
     return ClipConfig(
-        width=values["hidden_size"],
-        mlp_dim=values["intermediate_size"],
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        patch_size=values["patch_size"],
-        image_size=values["image_size"],
-        norm_eps=values.get("layer_norm_eps", 1e-5),
+        width=size_field(values, "hidden_size", where),
+        mlp_dim=size_field(values, "intermediate_size", where),
+        num_layers=size_field(values, "num_hidden_layers", where, 1000),
+        num_heads=size_field(values, "num_attention_heads", where),
+        patch_size=size_field(values, "patch_size", where, 4096),
+        image_size=size_field(values, "image_size", where, 4096),
+        norm_eps=float(values.get("layer_norm_eps", 1e-5)),
     )
 
 

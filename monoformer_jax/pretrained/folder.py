@@ -10,10 +10,11 @@ A folder has one set of weights: which of two is meant is not guessed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from monoformer_jax.errors import InputError, require
+from monoformer_jax import files
+from monoformer_jax.errors import InputError, require, whole_number
 from monoformer_jax.pretrained.table import Entry, Tensor, open_tree, read_tree, same
 from monoformer_jax.pretrained.torch_file import open_torch_file
 
@@ -38,12 +40,28 @@ _DTYPES = {
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises InputError if the file is missing or is not one."""
     require(path.is_file(), f"{path.parent} has no {path.name}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from error
+    values = files.read_json(path)
     require(isinstance(values, dict), f"{path} is not a JSON object")
     return values
+
+
+@contextlib.contextmanager
+def config_errors(where: Path) -> Iterator[None]:
+    """Turns what a config.json with missing keys or values of other types raises into an InputError."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{where} has no {error.args[0]}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where} has a value of another type than expected ({error})") from error
+
+
+def size_field(values: Mapping[str, Any], name: str, where: str | Path, most: int = 1 << 20) -> int:
+    """A size in a config.json, which is at least 1; absurd ones are refused before anything is made."""
+    require(name in values, f"{where} has no {name}")
+    return whole_number(values[name], f"{where}: {name}", 1, most)
 
 
 def open_weights(folder: Path) -> dict[str, Tensor]:
@@ -72,6 +90,9 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
 def _weight_map(index: Path) -> dict[str, str]:
     where = read_json(index).get("weight_map")
     require(isinstance(where, dict), f"{index} has no weight_map")
+    # Shards stand beside their index: a path would read other files of this machine.
+    outside = [x for x in where.values() if not isinstance(x, str) or not _is_name(x)]
+    require(not outside, f"{index} lists a shard that is not the name of a file: {outside[:1]}")
     return where
 
 
@@ -92,6 +113,10 @@ def _open_shards(index: Path, reader: Callable[[Path], dict[str, Tensor]]) -> di
     return {name: read[shard][name] for name, shard in where.items()}
 
 
+def _is_name(shard: str) -> bool:
+    return Path(shard).name == shard and shard not in ("", "..") and len(shard) < 256
+
+
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Name -> tensor of a safetensors file; raises InputError if it is truncated or damaged."""
     try:
@@ -104,7 +129,9 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             load = functools.partial(_load_safetensor, path, name)
             found[name] = Tensor(tuple(view.get_shape()), np.dtype(_DTYPES[dtype]), load)
         return found
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is truncated or damaged ({error})") from error
 
 
@@ -134,7 +161,9 @@ def load_folder(
       InputError: see `read_json`, `open_weights`, `read_config` and `table.open_tree`.
     """
     require(folder.is_dir(), f"{folder} is not a folder")
-    c = read_config(read_json(folder / "config.json"), folder / "config.json")
+    where = folder / "config.json"
+    with config_errors(where):
+        c = read_config(read_json(where), where)
     target = jax.eval_shape(lambda: init(c, jax.random.key(0)))
     tensors = open_weights(folder)
     return c, read_tree(open_tree(table(c), tensors, target, ignored=ignored, source=str(folder)))

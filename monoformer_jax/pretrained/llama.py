@@ -7,19 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import require
 from monoformer_jax.models import MODELS
+from monoformer_jax.pretrained.folder import size_field
 from monoformer_jax.pretrained.table import Entry, transpose
 
 MonoFormerConfig = MODELS["monoformer"].Config  # of the model that the weights become
 # Buffers that older transformers versions saved with the parameters.
 IGNORED = r".*rotary_emb\.inv_freq"
-
-
-def field(values: dict[str, Any], name: str, where: str | Path) -> Any:
-    """The value of a required key of config.json."""
-    require(name in values, f"{where} has no {name}")
-    return values[name]
 
 
 def read_config(values: dict[str, Any], where: str | Path = "config.json") -> MonoFormerConfig:
@@ -44,23 +39,24 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Mo
         rope_type == "default",
         f"{where}: rope_parameters of type {rope_type!r} are not supported, only 'default'",
     )
-    heads, width = (field(values, name, where) for name in ("num_attention_heads", "hidden_size"))
-    try:
-        return MonoFormerConfig(
-            vocab_size=field(values, "vocab_size", where),
-            num_layers=field(values, "num_hidden_layers", where),
-            embed_dim=width,
-            num_heads=heads,
-            num_kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or width // heads,
-            mlp_dim=field(values, "intermediate_size", where),
-            rope_theta=float(rope["rope_theta"]),
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            channels=4,
-            patch_size=2,
-        )
-    except TypeError as error:
-        raise InputError(f"{where}: a size is not a number ({error})") from error
+    heads, width = (
+        size_field(values, name, where) for name in ("num_attention_heads", "hidden_size")
+    )
+    optional = {name: values.get(name) or size for name, size in
+                (("num_key_value_heads", heads), ("head_dim", width // heads))}  # fmt: skip
+    return MonoFormerConfig(
+        vocab_size=size_field(values, "vocab_size", where, 1 << 24),
+        num_layers=size_field(values, "num_hidden_layers", where, 1000),
+        embed_dim=width,
+        num_heads=heads,
+        num_kv_heads=size_field(optional, "num_key_value_heads", where),
+        head_dim=size_field(optional, "head_dim", where),
+        mlp_dim=size_field(values, "intermediate_size", where),
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        channels=4,
+        patch_size=2,
+    )
 
 
 def write_config(c: MonoFormerConfig, max_length: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from monoformer_jax.errors import require
 from monoformer_jax.models import get_model, make_config
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
-from monoformer_jax.pretrained.folder import open_weights, read_json
+from monoformer_jax.pretrained.folder import config_errors, open_weights, read_json, size_field
 from monoformer_jax.pretrained.table import Entry, Tensor, by_path, open_tree
 
 SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|>, appended to the vocabulary of a LLaMA
@@ -112,18 +112,29 @@ def open_pretrained(folder: Path) -> Pretrained:
     require(folder.is_dir(), f"{folder} is not a folder")
     where = folder / "config.json"
     values, tensors = read_json(where), open_weights(folder)
+    with config_errors(where):
+        return _open_config(folder, where, values, tensors)
+
+
+def _open_config(
+    folder: Path, where: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> Pretrained:
     if OURS in values:
+        require(isinstance(values[OURS], dict), f"{where}: {OURS} is not a JSON object")
         config = make_config(values[OURS])
         table = key_table(config.model)
         return Pretrained(folder, config, table, tensors, original.IGNORED, trained_here=True)
     if original.is_monoformer(values):
         model = original.read_config(values, where, original.feature_dim(tensors))
-        length = llama.field(values, "tokenizer_max_length", where)
+        length = size_field(values, "tokenizer_max_length", where, 1 << 28)
         table, ignored = original.table(model), original.IGNORED
         config = run_config(model, length, original.latent_side(values, where))
     else:
         model = llama.read_config(values, where)
-        vocab, length = model.vocab_size, values.get("max_position_embeddings", 2048)
+        vocab = model.vocab_size
+        length = size_field(
+            {"max_position_embeddings": 2048} | values, "max_position_embeddings", where, 1 << 28
+        )
         model = dataclasses.replace(model, vocab_size=vocab + SPECIALS)
         table, ignored = llama.table(model, vocab), llama.IGNORED
         config = Config(model, name="converted", data=_data_config(model, length, side=32))

@@ -17,7 +17,8 @@ from einops import rearrange
 from monoformer_jax.errors import require
 from monoformer_jax.models import MODELS
 from monoformer_jax.pretrained import llama
-from monoformer_jax.pretrained.llama import MonoFormerConfig, field
+from monoformer_jax.pretrained.folder import size_field
+from monoformer_jax.pretrained.llama import MonoFormerConfig
 from monoformer_jax.pretrained.table import Entry, Tensor, transpose
 
 # Timestep conditioning. The other modes of the original raise a shape error in its own code.
@@ -41,7 +42,7 @@ def feature_dim(tensors: Mapping[str, Tensor]) -> int:
 
 def latent_side(values: dict[str, Any], where: str | Path) -> int:
     """Height and width of the latents; `image_size` is in pixels, eight times as large."""
-    return field(values, "image_size", where) // 8
+    return size_field(values, "image_size", where, 1 << 16) // 8
 
 
 def read_config(
@@ -56,9 +57,9 @@ def read_config(
       InputError: another model type, or an unsupported variant.
     """
     base = llama.read_config(values, where)
-    mode = field(values, "decoder_t_embed", where)
+    mode = values["decoder_t_embed"]  # see is_monoformer
     require(
-        mode in _TIME,
+        isinstance(mode, str) and mode in _TIME,
         f"{where}: decoder_t_embed={mode!r} fails in the original code too; supported are "
         f"{' and '.join(_TIME)}",
     )
@@ -67,8 +68,8 @@ def read_config(
         position = "every_layer" if values.get("add_pos_embed_each_layer") else "input"
     return dataclasses.replace(
         base,
-        channels=field(values, "in_channels", where),
-        patch_size=field(values, "patch_size", where),
+        channels=size_field(values, "in_channels", where, 1024),
+        patch_size=size_field(values, "patch_size", where, 256),
         predict_variance=values.get("learn_sigma", True),
         feature_dim=features,
         original=MODELS["monoformer"].OriginalConfig(

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from monoformer_jax.errors import require
+from monoformer_jax.errors import require, whole_number
 from monoformer_jax.nn import autoencoder
 from monoformer_jax.nn.autoencoder import AutoencoderConfig
-from monoformer_jax.pretrained.folder import load_folder
+from monoformer_jax.pretrained.folder import load_folder, size_field
 from monoformer_jax.pretrained.table import Entry, transpose
 
 
@@ -26,15 +26,20 @@ def read_config(values: dict[str, Any], where: str | Path = "config.json") -> Au
         values["in_channels"] == values["out_channels"],
         f"{where}: in_channels and out_channels differ",
     )
-    channels = values["latent_channels"]
+    channels = size_field(values, "latent_channels", where, 1024)
+    widths = values["block_out_channels"]
+    require(
+        isinstance(widths, list) and 0 < len(widths) <= 16,
+        f"{where}: block_out_channels is not a list of 1 to 16 sizes",
+    )
     mean = values.get("latents_mean") or [values.get("shift_factor") or 0.0] * channels
     return AutoencoderConfig(
-        image_channels=values["in_channels"],
+        image_channels=size_field(values, "in_channels", where, 1024),
         latent_channels=channels,
-        widths=tuple(values["block_out_channels"]),
-        blocks=values["layers_per_block"],
-        groups=values["norm_num_groups"],
-        scale=values.get("scaling_factor", 0.18215),
+        widths=tuple(whole_number(x, f"{where}: block_out_channels", 1, 1 << 16) for x in widths),
+        blocks=size_field(values, "layers_per_block", where, 16),
+        groups=size_field(values, "norm_num_groups", where),
+        scale=float(values.get("scaling_factor", 0.18215)),
         latent_mean=tuple(mean) if any(mean) else (),
         latent_std=tuple(values.get("latents_std") or ()),
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import re
 import zipfile
 from collections.abc import Sequence
@@ -21,8 +20,15 @@ import PIL.Image
 from etils import epath
 
 from monoformer_jax.data.image_io import image_grid, to_pil, to_uint8
-from monoformer_jax.errors import require
-from monoformer_jax.files import atomic_write, check_output, check_writable, expand, write_json
+from monoformer_jax.errors import InputError, require
+from monoformer_jax.files import (
+    atomic_write,
+    check_output,
+    check_writable,
+    expand,
+    read_json,
+    write_json,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _WRITER = "monoformer_jax sample"
@@ -139,8 +145,8 @@ def _is_our_picture(path: epath.Path) -> bool:
 
 def _is_our_record(path: epath.Path) -> bool:
     try:
-        return json.loads(path.read_text())["written_by"] == _WRITER
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return read_json(path)["written_by"] == _WRITER
+    except (InputError, KeyError, TypeError):
         return False
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from monoformer_jax.errors import InputError, require
-from monoformer_jax.files import atomic_write, check_writable
+from monoformer_jax.files import atomic_write, check_writable, read_json
 from monoformer_jax.runtime.processes import allgather_json, run_on_first
 
 _FACTS, _SAMPLES = "sampling.json", "samples.npz"
@@ -122,8 +122,8 @@ def _check(folder: epath.Path, facts: Mapping[str, Any]) -> None:
         f"{folder} of process 0 does not exist here: give an --out that all processes share",
     )
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        stored = dict(read_json(path))
+    except (InputError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: remove the folder, or give another --out") from error
     changed = [
         key for key in sorted(facts.keys() | stored.keys()) if facts.get(key) != stored.get(key)
