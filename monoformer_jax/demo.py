@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from monoformer_jax.cli import integer, local_path, run_command, storage_path
+from monoformer_jax.data.content import looks_like_image
 from monoformer_jax.data.image_io import open_image
 from monoformer_jax.errors import InputError, require, require_unicode
 
@@ -141,7 +142,8 @@ class Conversations:
         try:
             with self._model_lock:
                 every = max(1, arguments["steps"] // _PREVIEWS)
-                parts = self.model.chat(context, preview=preview, every=every, **arguments)
+                asked = [message | {"content": _texts(message["content"])} for message in context]
+                parts = self.model.chat(asked, preview=preview, every=every, **arguments)
             talk.messages = with_answer(parts)
         except InputError as error:
             talk.error = error
@@ -149,6 +151,14 @@ class Conversations:
             pass
         finally:
             talk.update(None)
+
+
+def _texts(content: list) -> list:
+    """Marks what a person wrote as a text where `Model.chat` would take it for the path of an image."""
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) and looks_like_image(part) else part
+        for part in content
+    ]
 
 
 def _view(messages: list[Message]) -> list[dict]:

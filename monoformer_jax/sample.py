@@ -134,7 +134,7 @@ def _outputs(args: argparse.Namespace) -> Any:
 
     if args.total is None:
         record = None if args.json == "-" else args.json
-        return Outputs.open(args.out or "samples.png", record, args.npz)
+        return Outputs.open("samples.png" if args.out is None else args.out, record, args.npz)
     require(
         args.out is not None and not args.out.lower().endswith(SUFFIXES),
         "--total writes a folder of images: give it with --out=FOLDER",

@@ -4,8 +4,8 @@
     "picture.png", a Path, bytes, a PIL image,     {"type": "image", "image": any of these}
     an array, "data:image/png;base64,…"            {"type": "image_url", "image_url": {"url": "data:…"}}
 
-Nothing is fetched from the network. A text that comes from others is never taken for the path of a
-file: `chat` reads plain strings as texts only.
+Nothing is fetched from the network. In a message of `chat`, which may come from others, no string opens
+a file: there a path is a `Path`, and `image_url` is a data: URL everywhere.
 """
 
 from __future__ import annotations
@@ -56,22 +56,28 @@ def _read(part: Any, name: str, paths: bool, in_list: bool) -> list[str | PIL.Im
             return [open_source(part, f"the image of {name}")]
         require(
             not in_list,
-            f"{name}: {shorten(part, 60)!r} looks like the path of an image: give it as "
-            "{'type': 'image', 'image': …}, or as {'type': 'text', 'text': …}",
+            f"{name}: {shorten(part, 60)!r} looks like the path of an image: give a pathlib.Path, or "
+            "{'type': 'text', 'text': …} for a text",
         )
         return [part]
     if isinstance(part, Mapping):
-        return [_read_mapping(part, name)]
+        return [_read_mapping(part, name, paths)]
     return [open_source(part, f"the image of {name}")]
 
 
-def _read_mapping(part: Mapping, name: str) -> str | PIL.Image.Image:
+def _read_mapping(part: Mapping, name: str, paths: bool) -> str | PIL.Image.Image:
     kind = part.get("type")
     if kind in _TEXTS and isinstance(part.get("text"), str):
         return part["text"]
     if kind in _IMAGES and any(key in part for key in ("image", "image_url")):
+        paths &= "image" in part
         source = part["image"] if "image" in part else part["image_url"]
         source = source.get("url") if isinstance(source, Mapping) else source
+        require(
+            paths or not isinstance(source, str) or source.startswith("data:"),
+            f"the image of {name}, {shorten(repr(source), 60)}, is not a data: URL: nothing is "
+            "fetched, and a file of this machine is given as a pathlib.Path",
+        )
         return open_source(source, f"the image of {name}")
     raise InputError(
         f"{name}: a part with type={kind!r} and the keys {', '.join(map(str, part))} is neither "

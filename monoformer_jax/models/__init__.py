@@ -60,6 +60,7 @@ def make_config(values: Mapping[str, Any]) -> Config:
     """
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
+    require(isinstance(values, Mapping), "the config is not a group of keys")
     model = values.get("model", {})
     require(isinstance(model, Mapping), "config key model is a group of keys")
     require("predict_variance" not in model,

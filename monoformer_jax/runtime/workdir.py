@@ -20,7 +20,7 @@ from etils import epath
 
 from monoformer_jax.config import Config
 from monoformer_jax.errors import InputError, require
-from monoformer_jax.files import atomic_write
+from monoformer_jax.files import atomic_write, read_json
 from monoformer_jax.models import make_config
 from monoformer_jax.runtime.checkpoint import list_steps
 
@@ -193,8 +193,8 @@ def read_config(workdir: epath.PathLike) -> Config:
     path = epath.Path(workdir).expanduser() / "config.json"
     require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
     try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
+        values = read_json(path)
+    except InputError as error:
         raise InputError(
             f"{path} is damaged ({error}): write it anew from a copy or from the config of the run"
         ) from error
