@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 
 from monoformer_jax.data.content import read_content
-from monoformer_jax.data.image_io import open_image
+from monoformer_jax.data.image_io import MOST_PIXELS, open_image
 from monoformer_jax.data.templates import read_labels
 from monoformer_jax.errors import InputError
 from monoformer_jax.files import read_json
@@ -37,6 +37,7 @@ from monoformer_jax.pretrained.torch_file import open_torch_file
 
 DATA = Path(__file__).parent / "data"
 MOST_GROWTH = 100 << 20  # bytes
+PICTURES = ("png", "jpeg", "webp", "gif", "tiff", "data URL")
 _EXTREMES = [
     0,
     1,
@@ -202,7 +203,9 @@ def failures(name: str, mutations: int, seed: int, folder: Path) -> Iterator[str
             if isinstance(error, KeyboardInterrupt):
                 raise
             yield f"{name}, mutation {number}: {type(error).__name__}: {str(error)[:200]}"
-        if (growth := _status("VmHWM") - before) > MOST_GROWTH:
+        # A picture may take what the pixels that its header may claim take, with transparency twice.
+        most = 8 * MOST_PIXELS if name in PICTURES else MOST_GROWTH
+        if (growth := _status("VmHWM") - before) > most:
             yield f"{name}, mutation {number}: {growth >> 20} MiB"
 
 

@@ -47,7 +47,8 @@ def get_model(c: Any) -> ModuleType:
 
 def find_model(kind: str) -> ModuleType:
     """Returns the module of that name; raises InputError if there is none."""
-    require(kind in MODELS, f"model.kind={kind!r} is not a model; choose from {', '.join(MODELS)}")
+    known = isinstance(kind, str) and kind in MODELS
+    require(known, f"model.kind={kind!r} is not a model; choose from {', '.join(MODELS)}")
     return MODELS[kind]
 
 
