@@ -153,4 +153,4 @@ def read_json(path: epath.PathLike) -> Any:
 def write_json(path: epath.PathLike, values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Writes a JSON file atomically."""
     with atomic_write(path) as file:
-        file.write_text(json.dumps(values, indent=2) + "\n")
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -357,7 +357,7 @@ API = [
     ("m.generate_images('a', step=3)", "unknown setting step: choose from solver"),
     ("m.generate_images('a', guidance=float('inf'))", "guidance=inf is not a finite number"),
     ("m.generate_images('a', guidance='2')", "guidance='2' is not of type float"),
-    ("m.generate_images('a', solver=None, shift=0)", "sampling.shift=0.0 must be above 0"),
+    ("m.generate_images('a', solver=None, shift=-1)", "sampling.shift=-1.0 must be 0 or more"),
     ("m.generate_images('a', solver='rk4')", "'rk4' does not sample"),
     ("m.generate_images('a', clip=1)", "clip=1 is not of type bool"),
     ("m.generate_images('a', negative_prompt=3)", "negative_prompt=3 is not of type str"),
