@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": "estimate whether a run fits a TPU slice, and its speed",
     "convert": "convert weights between Hugging Face folders and workdirs",
     "config": "list the configs of this package, or the keys of one",
-    "bench": "measure this machine: attention, training, sampling",
+    "bench": "measure this machine: attention, training, input, sampling",
 }
 _MODULES = {"config": "config_keys", "bench": "bench.__main__"}  # of the others: the command's name
 

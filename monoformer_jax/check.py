@@ -11,26 +11,28 @@ saved, and every weight must be finite. The exit code is 0 if everything is good
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from etils import epath
 
-from monoformer_jax.cli import run_command
+from monoformer_jax.cli import run_command, storage_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=epath.Path, required=True, help="folder of the run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--workdir", type=storage_path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--json", type=storage_path, metavar="FILE", help="also write the result as JSON"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    import json
-
     from monoformer_jax.errors import InputError, require
+    from monoformer_jax.files import check_output, json_with, write_json
     from monoformer_jax.runtime.checkpoint import Checkpoints
     from monoformer_jax.runtime.workdir import read_config
 
-    workdir = args.workdir.expanduser()
+    workdir = args.workdir
+    if args.json:
+        check_output(args.json, "--json", json_with("ok", "checkpoints"))
     require(workdir.is_dir(), f"--workdir={workdir} is not a folder")
     problems, checkpoints = [], []
     with Checkpoints(workdir) as saved:
@@ -54,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"{workdir}: {'good' if ok else 'NOT GOOD'}")
     if args.json:
         result = {"ok": ok, "checkpoints": checkpoints, "problems": problems}
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0 if ok else 1
 
 

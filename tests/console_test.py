@@ -57,7 +57,7 @@ def test_version_and_the_list_of_commands(capsys):
         (["smple"], "unknown command smple; did you mean sample? (the commands are train, sample"),
         (["--verson"], "unknown option --verson; did you mean --version?"),
         (["bench", "trainings"], "unknown bench 'trainings': choose from attention, training, "
-         "sampling; did you mean training?"),
+         "input_pipeline, sampling, ssm; did you mean training?"),
         (["sample", "--workdir=a", "--promt=x"], "unknown argument --promt=x; did you mean --prompt?"),
         (["sample", "--workdir=a", "train"], "unknown argument train"),
         (["train", "--workdir=a", "--config=digits", "--config.steps", "3"],

@@ -12,7 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from monoformer_jax.cli import call_command, integer, local_path, nearest, report, storage_path
+from monoformer_jax.cli import (
+    call_command,
+    finite,
+    integer,
+    local_path,
+    nearest,
+    report,
+    storage_path,
+)
 from monoformer_jax.errors import BAD_INPUT
 from monoformer_jax.files import check_output, json_with, write_json
 
@@ -23,7 +31,14 @@ BENCHES = {
     "sampling": "image and text generation, with and without the KV cache of the prompt",
     "ssm": "both forms of the state-space convolution: time here, or compiled for a TPU",
 }
-_KEYS = {"attention": ["rows"], "training": ["step_ms"], "sampling": ["uncached_seconds"]}
+# Keys of the JSON that each writes, and may replace.
+_KEYS = {
+    "attention": ["rows"],
+    "training": ["step_ms"],
+    "input_pipeline": ["documents_per_s"],
+    "sampling": ["uncached_seconds"],
+    "ssm": ["rows"],
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,9 +73,7 @@ def bench_arguments(name: str) -> Callable[[argparse.ArgumentParser], None]:
         parser.add_argument(
             "--json", type=storage_path, metavar="FILE", help="write the results to this file"
         )
-        {"attention": _attention, "training": _training, "sampling": _sampling}[name](
-            parser.add_argument
-        )
+        _ARGUMENTS[name](parser.add_argument)
 
     return add_arguments
 
@@ -96,9 +109,39 @@ def _sampling(add: Callable) -> None:
     _compare(add)
 
 
+def _input_pipeline(add: Callable) -> None:
+    add("--config", metavar="NAME|FILE[:ARG]", help="config and its data; default: see above")
+    add("--host_rows", type=integer(1), default=16,
+        help="rows of the batch that a host makes (default 16)")  # fmt: skip
+    add("--workers", type=integer(0), help="worker processes (default: one per core)")
+    add("--seconds", type=finite, default=5.0, help="time of each measurement (default 5)")
+    add("--documents", type=integer(1), default=100_000,
+        help="for the memory slope (default 100000)")  # fmt: skip
+
+
+def _ssm(add: Callable) -> None:
+    add("--lengths", default="64,256,1024,4096", help="of the sequences")
+    add("--dim", type=integer(1), default=128, help="channels (default 128)")
+    add("--batch", type=integer(1), default=8, help="sequences (default 8)")
+    add("--state_size", type=integer(1), default=64)
+    add("--chunk", type=integer(1), default=128)
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--repeats", type=integer(1), default=5, help="timed rounds (default 5)")
+    add("--chip", metavar="TOPOLOGY", help="compile for this chip, as v5e:2x2")
+
+
 def _compare(add: Callable) -> None:
     add("--compare", type=local_path, metavar="DIR",
         help="timings of other implementations, see above")  # fmt: skip
+
+
+_ARGUMENTS = {
+    "attention": _attention,
+    "training": _training,
+    "input_pipeline": _input_pipeline,
+    "sampling": _sampling,
+    "ssm": _ssm,
+}
 
 
 if __name__ == "__main__":

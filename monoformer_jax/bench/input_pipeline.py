@@ -19,7 +19,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import multiprocessing
 import resource
 import sys
@@ -201,38 +200,23 @@ def jpegs(folder: Path, workers: int, repeats: int) -> dict[str, float]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m monoformer_jax.bench input_pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Runs the benchmark and prints its measurements.
+
+    Raises:
+      InputError: see `load_config`; overrides without a config, or more rows than the batch has.
+    """
+    require(
+        options.config or not options.overrides,
+        f"{''.join(options.overrides[:1])} needs --config=FILE",
     )
-    add = parser.add_argument
-    add("--config", metavar="FILE[:ARG]", help="config and its data; default: see above")
-    add(
-        "--host_rows", type=int, default=16, help="rows of the batch that a host makes (default 16)"
-    )
-    add("--workers", type=int, default=cores(), help="worker processes (default: one per core)")
-    add("--seconds", type=float, default=5.0, help="time of each measurement (default 5)")
-    add("--documents", type=int, default=100_000, help="for the memory slope (default 100000)")
-    add("--json", type=Path, metavar="FILE", help="write the results to this file")
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [a for a in rest if a.startswith("--config.")]
-    if unknown := [a for a in rest if a not in overrides]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if overrides and not options.config:
-        parser.error(f"{overrides[0]} needs --config=FILE")
-    for name in ("host_rows", "seconds", "documents"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name}={getattr(options, name)} must be above 0")
+    require(options.seconds > 0, f"--seconds={options.seconds} must be above 0")
+    options.workers = cores() if options.workers is None else options.workers
     with tempfile.TemporaryDirectory() as folder:
-        found = _measure(Path(folder), options, overrides)
+        found = _measure(Path(folder), options, options.overrides)
     for name, value in found.items():
         print(f"  {name:26}{value:14,.4g}")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return found
 
 
 def _measure(folder: Path, options, overrides: list[str]) -> dict[str, float]:

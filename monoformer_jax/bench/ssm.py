@@ -12,7 +12,6 @@ follows from the chip's peaks.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 
 import jax
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from monoformer_jax.errors import require
 from monoformer_jax.nn import ssm
 from monoformer_jax.planning.hardware import CHIPS, abstract, chip_of, one_chip
 
@@ -102,31 +102,22 @@ def compile_for(topology: str, lengths: list[int], options: argparse.Namespace) 
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m monoformer_jax.bench ssm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def run(options: argparse.Namespace) -> dict[str, list[dict]]:
+    """Runs the benchmark and prints its rows.
+
+    Raises:
+      InputError: lengths that are not numbers, or see `chip_of`.
+    """
+    lengths = options.lengths.split(",")
+    require(
+        all(length.isdecimal() and 0 < int(length) < 10**7 for length in lengths),
+        f"--lengths={options.lengths} is not a list of numbers, such as 64,256",
     )
-    parser.add_argument("--lengths", default="64,256,1024,4096", help="of the sequences")
-    parser.add_argument("--dim", type=int, default=128, help="channels (default 128)")
-    parser.add_argument("--batch", type=int, default=8, help="sequences (default 8)")
-    parser.add_argument("--state_size", type=int, default=64)
-    parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--chip", metavar="TOPOLOGY", help="compile for this chip, as v5e:2x2")
-    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
-    options = parser.parse_args(arguments)
-    lengths = [int(length) for length in options.lengths.split(",")]
+    lengths = [int(length) for length in lengths]
     rows = (
         compile_for(options.chip, lengths, options) if options.chip else measure(lengths, options)
     )
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                         for key, value in row.items()))  # fmt: skip
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"rows": rows}, file, indent=1)
-    return 0
+    return {"rows": rows}
