@@ -273,6 +273,8 @@ def run(name: str, arguments: list[str], planned: set[str]) -> None:
     if name in PARSED_ONLY or "--help" in arguments:
         return
     extra = [*SMALLER.get(name, [])]
+    if any(x.startswith("--process=") for x in arguments):  # one of several, started apart
+        extra.remove("--processes=1")
     for text, more in ALSO.items():
         extra += more if name == "sample" and any(x.startswith(text) for x in arguments) else []
     command, args = parse(name, [*arguments, *extra])
