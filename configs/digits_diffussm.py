@@ -1,6 +1,10 @@
 """Handwritten digits without attention: DiffuSSM on the digits of `digits.py`, which it only draws.
 
 bash launch/demo.sh --config=configs/digits_diffussm.py
+
+1646 s for 1,000 steps; draw 100.0 %, Fréchet 0.74 (real digits 0.57), by `evaluate`. The 2 cores were
+shared with up to ten other programs; beside them a step takes as long as one of `digits.py`. 1.4 M
+parameters, 6.0e12 FLOPs of training (`digits.py`: 1.7e13).
 """
 
 from monoformer_jax.models import base_config, named_size

@@ -117,8 +117,15 @@ def test_the_readme_is_short():
 
 
 def test_figures_are_those_that_evaluate_wrote():
-    """The scores in docs/digits_scores.json, where README, docs/ and the config repeat them."""
-    scores, found = json.loads((ROOT / "docs" / "digits_scores.json").read_text()), set()
+    """The scores in the JSON files, where README, docs/ and the configs repeat them."""
+    scores, other, found = (
+        *(
+            json.loads((ROOT / "docs" / f"{name}_scores.json").read_text())
+            for name in ("digits", "digits_diffussm")
+        ),
+        set(),
+    )
+    scores |= {f"diffussm_{name}": value for name, value in other.items()}
     mark = r"([\d.,]+)( %| s|)\s*<!-- measure: (\w+) -->"
     for page, (prose, _) in READ.items():
         for figure, unit, name in re.findall(mark, prose):
@@ -130,8 +137,11 @@ def test_figures_are_those_that_evaluate_wrote():
                 )
                 found |= {name} if page.name == "README.md" else set()
     assert found == {f"{task}_accuracy" for task in ("draw", "read", "say")} | {
-        "frechet", "opens_image", "train_seconds"
+        "frechet", "opens_image", "train_seconds", "diffussm_draw_accuracy", "diffussm_frechet"
     }  # fmt: skip
+    config = (ROOT / "configs" / "digits_diffussm.py").read_text()
+    words = "{train_seconds:.0f} s for 1,000 steps; draw {draw_accuracy:.1%}, Fréchet {frechet:.2f}"
+    assert words.format(**other).replace("%", " %") in config
     config = (ROOT / "configs" / "digits.py").read_text()
     for words in ("{train_seconds:.0f} s for", "draw {draw_accuracy:.1%}, Fréchet {frechet:.2f}",
                   "read {read_accuracy:.1%}, say {say_accuracy:.1%}"):  # fmt: skip

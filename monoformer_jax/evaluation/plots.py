@@ -32,8 +32,9 @@ def save_loss_curves(path: Path, metrics_file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
     named = (("text_loss", "next token, nats"), ("image_loss", "velocity, mean squared error"))
     for axis, (key, title) in zip(axes, named):
-        axis.plot(steps, [line[key] for line in lines])
-        axis.set(title=title, xlabel="step", yscale="log")
+        losses = [line[key] for line in lines]
+        axis.plot(steps, losses)
+        axis.set(title=title, xlabel="step", yscale="log" if any(losses) else "linear")
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(path, dpi=110)

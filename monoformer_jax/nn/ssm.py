@@ -167,7 +167,7 @@ def convolve(kernels: Kernels, u: jax.Array, form: str = "auto", chunk: int = 12
     # In ahead-of-time compilation the mesh's devices are not those of jax.devices().
     device = jax.devices()[0] if mesh.empty else mesh.abstract_device
     if form == "auto":
-        form = "chunked" if device.platform == "tpu" or chunk == u.shape[1] else "fft"
+        form = "chunked" if device.platform == "tpu" else "fft"
     require(
         form == "fft" or u.shape[1] % chunk == 0,
         f"a sequence of {u.shape[1]} is not a multiple of the chunk of {chunk}",
