@@ -39,7 +39,8 @@ TINY = f"--config={ROOT / 'configs' / 'digits_diffussm.py:tiny'}"
 def config_with(**model):
     c = base_config("diffussm")
     c.model.update(named_size("tiny", "diffussm"), num_layers=1, embed_dim=8, state_size=4, **model)
-    c.data.update(mixture={"draw": 1.0}, max_seq_len=176, end_of_prompt=False)
+    c.data.mixture = {"draw": 1.0}
+    c.data.update(max_seq_len=176, end_of_prompt=False)
     return c
 
 
@@ -110,10 +111,8 @@ def packed(config):
         )
         for prompt, size in (("ab", (8, 8, 1)), ("cde", (4, 6, 1)))
     ]  # fmt: skip
-    rows = pack(grain.MapDataset.source(documents).to_iter_dataset(), length=176, bins=1, pad_id=0,
-                max_images=2)  # fmt: skip
-    (row,) = rows
-    batch = {name: values[None] for name, values in row.items()}
+    documents = grain.MapDataset.source(documents).to_iter_dataset()
+    (batch,) = pack(documents, config.layout, rows=1, length=176, bins=1, pad_id=0, max_images=2)
     return batch, random.normal(size=batch["patches"].shape).astype(np.float32)
 
 
