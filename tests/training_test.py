@@ -209,7 +209,7 @@ def test_more_steps_are_allowed_and_checkpoints_without_config_are_not(trained, 
     claim_workdir(workdir, change(steps=40))
     assert json.loads((workdir / "config.json").read_text())["steps"] == 40
     (workdir / "config.json").unlink()
-    (workdir / "checkpoints").mkdir()
+    shutil.copytree(trained / "checkpoints", workdir / "checkpoints")
     with pytest.raises(InputError, match=r"no config"):
         claim_workdir(workdir, change(steps=40))
 

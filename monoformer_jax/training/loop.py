@@ -212,6 +212,7 @@ class _NanGuard:
             name for name in ("loss", "grad_norm", "param_norm") if not np.isfinite(values[name])
         ]
         if bad:
+            self._checkpoints.wait()  # the save of the step before this one may not be complete
             last = self._checkpoints.latest
             good = "there is no checkpoint yet" if last is None else f"checkpoint {last} is good"
             raise NonFiniteLoss(
