@@ -1,6 +1,5 @@
 """DiffuSSM: the paper's equations, packed rows, sizes and FLOPs, and the commands of every model."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from fixtures import losses, run
 from ssm_test import both_directions
 
 from monoformer_jax import convert, evaluate, plan, sample, train
@@ -236,18 +236,6 @@ def test_a_mesh_gives_the_same_loss_and_gradients():
     assert found[0] == pytest.approx(want[0], rel=1e-5)
     for a, b in zip(*(jax.tree.leaves(x[1]) for x in (found, want))):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
-
-
-def run(command, *arguments):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    args, args.overrides = parser.parse_known_args([str(x) for x in arguments])
-    return command.main(args)
-
-
-def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """docs/extending.md: the toy model of the page goes through every command; a field is one line."""
 
-import argparse
 import dataclasses
 import json
 import re
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from fixtures import losses, run
 
 from monoformer_jax import batch as contract
 from monoformer_jax import convert, plan, sample, train
@@ -49,18 +49,6 @@ def toy():
     MODELS["toy"] = module
     yield module
     del MODELS["toy"], sys.modules["toy"]
-
-
-def run(command, *arguments):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    args, args.overrides = parser.parse_known_args([str(x) for x in arguments])
-    return command.main(args)
-
-
-def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return {row["step"]: (row["loss"], row["text_loss"]) for row in map(json.loads, lines)}
 
 
 @pytest.mark.slow

@@ -7,18 +7,22 @@ other special tokens, a causal model with position embeddings at every layer, no
 and a .bin (recorded with torch 2.13, transformers 4.38, CPU).
 """
 
+import argparse
 import dataclasses
 import functools
 import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import REFERENCE
 
+from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.diffusion import ddpm
 from monoformer_jax.errors import InputError
+from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained.folder import open_weights
 from monoformer_jax.pretrained.table import open_tree, read_tree
 from monoformer_jax.sampling.text import text_logits
@@ -148,3 +152,25 @@ def output_of(model, hidden, image_ids, times):
     """The image head's prediction, with the variance concatenated if there is one."""
     prediction, variance = model.image_output(hidden, image_ids, times)
     return prediction if variance is None else jnp.concatenate([prediction, variance], -1)
+
+
+def run(command, *arguments):
+    """Runs a command's module in this process; returns its exit code."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args, args.overrides = parser.parse_known_args([str(x) for x in arguments])
+    return command.main(args)
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: (row["loss"], row["text_loss"]) for row in map(json.loads, lines)}
+
+
+def random_params(config):
+    """Random weights that sometimes emit <|im_start|> and </s>."""
+    params = monoformer.init(config.model, jax.random.key(3))
+    head = params["text_head"]
+    for token in (ByteTokenizer().im_start_id, ByteTokenizer().eos_id):
+        head = head.at[:, token].multiply(4.0)
+    return params | {"text_head": head}

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from fixtures import random_params
 
 from monoformer_jax.config import MeshConfig, SamplingConfig
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import make_config, monoformer, named_size
+from monoformer_jax.models import make_config, named_size
 from monoformer_jax.parallel import batch_shards, make_mesh, use_mesh
 from monoformer_jax.planning import estimate
 from monoformer_jax.sampling import image
@@ -24,12 +25,7 @@ MESHES = [MeshConfig(data=2), MeshConfig(data=2, tensor=2), MeshConfig(data=1, t
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Random weights that sometimes emit <|im_start|> and </s>."""
-    params = monoformer.init(config.model, jax.random.key(3))
-    head = params["text_head"]
-    for token in (TOKENIZER.im_start_id, TOKENIZER.eos_id):
-        head = head.at[:, token].multiply(4.0)
-    return params | {"text_head": head}
+    return random_params(config)
 
 
 def on_mesh(config, params, c):

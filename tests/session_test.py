@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import logits_of, output_of
+from fixtures import logits_of, output_of, random_params
 
 from monoformer_jax.batch import PATCH, TEXT, patchify
 from monoformer_jax.config import SamplingConfig
@@ -38,12 +38,7 @@ def interleaved(config):
 
 @pytest.fixture(scope="module")
 def params(config):
-    """Random weights that sometimes emit <|im_start|> and </s>."""
-    params = monoformer.init(config.model, jax.random.key(3))
-    head = params["text_head"]
-    for token in (TOKENIZER.im_start_id, TOKENIZER.eos_id):
-        head = head.at[:, token].multiply(4.0)
-    return params | {"text_head": head}
+    return random_params(config)
 
 
 def full_pass(c, params):

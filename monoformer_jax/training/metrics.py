@@ -95,7 +95,7 @@ class Writer:
 
     @contextlib.contextmanager
     def _optional(self) -> Iterator[None]:
-        """A run goes on without TensorBoard's files: metrics.jsonl has the same values."""
+        """A run continues without TensorBoard's files: metrics.jsonl has the same values."""
         try:
             yield
         except OSError as error:
