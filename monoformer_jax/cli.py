@@ -21,6 +21,7 @@ from etils import epath
 from monoformer_jax.config import Config
 from monoformer_jax.errors import BAD_INPUT, InputError, require, shorten
 from monoformer_jax.files import expand
+from monoformer_jax.planning import NO_TPU
 
 _LINES = 6  # of an error message on stderr; `InputError` limits their length
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL)
@@ -63,6 +64,7 @@ def call_command(
 
     Bad input, and files that cannot be read or written, print one sentence; the exit code is 2.
     """
+    _quiet_libtpu()
     parser = make_parser(name, doc, add_arguments)
     args, rest = parser.parse_known_args(arguments)
     if hasattr(args, "config"):
@@ -88,6 +90,14 @@ def call_command(
             raise
         report(f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     return BAD_INPUT
+
+
+def _quiet_libtpu() -> None:
+    """Keeps libtpu, which `plan` needs, from five alarming lines on a machine without a TPU."""
+    devices = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(device.read_text().strip() == "0x1ae0" for device in devices):  # Google's
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def run_command(name, doc, add_arguments, main) -> None:

@@ -41,7 +41,9 @@ FAST = ("decode",)
 )
 def test_kernels_agree_with_dense_attention(names):
     """The same cases as for the TPU kernel, in the Triton interpreter."""
-    found = json.loads(python("triton_interpreter.py", *names, TRITON_INTERPRET="1"))
+    found = json.loads(
+        python("triton_interpreter.py", *names, TRITON_INTERPRET="1", OPENBLAS_NUM_THREADS="1")
+    )
     assert set(found) == set(names)
     for name in names:
         assert_within_limits(CASES[name], found[name])

@@ -323,6 +323,13 @@ def test_bad_config(keys, message):
         make_config(values)
 
 
+def test_adapters_are_refused():
+    values = config_with()
+    values.lora.rank, values.init_from = 4, "runs/base"
+    with pytest.raises(InputError, match=r"lora.rank=4: a diffussm model has no matrices"):
+        make_config(values)
+
+
 def test_bad_data(tmp_path):
     config = make_config(config_with())
     with pytest.raises(InputError, match=r"shape \(8, 8, 3\) is not \[h, w, 1\]"):

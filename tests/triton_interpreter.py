@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from attention_cases import CASES, errors
 
@@ -54,19 +54,16 @@ class Tensor:
 
 
 def launch(static, name, arrays, outputs, grid, tile, constants):
-    """Replaces `gpu_kernel._launch`."""
-
-    def run(*inputs):
-        results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
-        tensors = [Tensor(np.array(x)) for x in inputs] + [Tensor(x) for x in results]
-        getattr(gpu_triton, name)[grid](*tensors, **constants)
-        return results
-
-    return jax.pure_callback(run, outputs, *arrays)
+    """Replaces `gpu_kernel._launch`; the arrays are values, because nothing is jitted here."""
+    results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
+    tensors = [Tensor(np.array(x)) for x in arrays] + [Tensor(x) for x in results]
+    getattr(gpu_triton, name)[grid](*tensors, **constants)
+    return [jnp.asarray(x) for x in results]
 
 
 if __name__ == "__main__":
     gpu_kernel._launch = launch
     # The interpreter has no bfloat16 products; neither has a T4 (7.5), which takes the float32 path.
     run = functools.partial(gpu_kernel.gpu_attention, capability=75, tiles=TILES)
-    print(json.dumps({name: errors(CASES[name], run) for name in sys.argv[1:]}))
+    # Not jitted: a callback of a jitted program can wait for ever for the threads that wait for it.
+    print(json.dumps({name: errors(CASES[name], run, jit=lambda f: f) for name in sys.argv[1:]}))

@@ -18,6 +18,7 @@ from monoformer_jax.attention.mask import (
     interval_mask,
     mask_area,
 )
+from monoformer_jax.errors import require
 from monoformer_jax.parallel import BATCH_AXES, TENSOR_AXIS
 
 __all__ = [
@@ -91,22 +92,30 @@ def choose(q: jax.Array, k: jax.Array, impl: str, platform: str, chip: str | Non
     `device_kind`) has no block sizes, it is "dense", which materializes the L × S scores.
 
     Raises:
-      ValueError: unknown `impl`, or an explicitly requested kernel that cannot run here.
+      InputError: `impl` is the kernel of another platform.
+      ValueError: unknown `impl`, or a kernel that does not support this shape or dtype.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     platform = {"cuda": "gpu"}.get(platform, platform)
+    require_platform(impl, platform)
     kernels = {"tpu": tpu_kernel, "gpu": gpu_kernel}
     if impl == "auto":
         unknown = platform == "tpu" and chip is not None and chip not in tpu_kernel.TUNING
         if platform not in kernels or unknown or q.shape[1] < SHORTEST_FOR_KERNELS:
             return "dense"
         return "dense" if kernels[platform].unsupported(q, k) else platform
-    if impl in kernels and impl != platform:
-        raise ValueError(f"attention impl {impl!r} cannot run on platform {platform!r}")
     if impl in kernels and (reason := kernels[impl].unsupported(q, k)):
         raise ValueError(f"attention impl {impl!r}: {reason}")
     return impl
+
+
+def require_platform(impl: str, platform: str) -> None:
+    """Raises InputError if `impl` is the kernel of another platform ("cpu", "tpu" or "gpu")."""
+    require(
+        impl not in ("tpu", "gpu") or impl == platform,
+        f"attention impl {impl!r} cannot run on platform {platform!r}: use 'auto', which selects",
+    )
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:

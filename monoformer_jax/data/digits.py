@@ -9,6 +9,8 @@ import functools
 
 import numpy as np
 
+from monoformer_jax.errors import InputError
+
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
          "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
          "eighteen")  # fmt: skip
@@ -22,7 +24,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install -e '.[digits]'") from error
+        raise InputError("the digits need scikit-learn: pip install -e '.[digits]'") from error
     data = load_digits()
     images = (data.images / 8 - 1).astype(np.float32)[..., None]
     train_x, test_x, train_y, test_y = train_test_split(

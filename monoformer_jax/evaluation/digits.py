@@ -64,10 +64,10 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
     opens_image: share of prompts to draw that are answered with exactly one image and no text.
     The last three are absent for a model that generates images only.
     """
+    train_x, train_y = digits("train")  # it names the extra that has scikit-learn
+    test_x, test_y = digits("test")
     from sklearn.svm import SVC
 
-    train_x, train_y = digits("train")
-    test_x, test_y = digits("test")
     labels = np.tile(np.arange(10), 50)
 
     log("generating 500 digits with guidance")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from monoformer_jax.errors import InputError
+
 
 def save_digit_grid(path: Path, images: np.ndarray, columns: int, names: tuple[str, ...]) -> None:
     """Saves digits [n, 8, 8, 1] in [-1, 1] as rows of `columns`; names[j] is the title of column j."""
@@ -45,7 +47,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the figures need matplotlib: pip install -e '.[digits]'") from error
+        raise InputError("the figures need matplotlib: pip install -e '.[digits]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

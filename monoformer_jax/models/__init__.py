@@ -69,6 +69,10 @@ def make_config(values: Mapping[str, Any]) -> Config:
     kind = find_model(model.get("kind", "monoformer"))
     config = build(Config, {**values, "model": build(kind.Config, model, "model.")})
     check_solver(config.objective, config.sampling.solver)
+    require(
+        not config.lora.rank or bool(kind.adapters(config.model)),
+        f"lora.rank={config.lora.rank}: a {config.model.kind} model has no matrices for adapters",
+    )
     return config
 
 

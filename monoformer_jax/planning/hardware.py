@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from monoformer_jax.config import MeshConfig
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.parallel import make_mesh
+from monoformer_jax.planning import NO_TPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +82,7 @@ def all_chips(topology: str, slices: int = 1) -> list[jax.Device]:
         importlib.util.find_spec("libtpu") is not None,
         "compiling for TPU needs libtpu: pip install 'monoformer_jax[plan]'",
     )
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
+    os.environ |= NO_TPU | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     options = {"num_slices": slices} if slices > 1 else {}
     if chip == "v4":
         options["chip_config_name"] = "megacore"  # both cores form one device, as on real hardware

@@ -13,6 +13,7 @@ import optax
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from monoformer_jax.attention import require_platform
 from monoformer_jax.batch import PAD, Batch
 from monoformer_jax.config import Config
 from monoformer_jax.data.pipeline import check_streams
@@ -77,10 +78,12 @@ def check_layout(config: Config, devices: list | None = None) -> Mesh:
 
     Raises:
       InputError: devices, mesh, batch size, micro-batches and streams do not fit together; it names
-        the closest values that do.
+        the closest values that do. Or the attention kernel is that of another platform.
     """
     devices = jax.devices() if devices is None else devices
     micro = config.optimizer.grad_accum_steps
+    # Only models with attention have the key.
+    require_platform(getattr(config.model, "attention", "auto"), devices[0].platform)
     try:
         mesh = make_mesh(config.mesh, devices)
         check_batch_size(config.batch_size, micro, mesh)
