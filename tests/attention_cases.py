@@ -81,13 +81,14 @@ class Case:
 
     def qkv(self) -> list[jax.Array]:
         """q [B, L, N, H], k and v [B, S, K, H]."""
-        batch, heads = len(self.rows), self.kv_heads * self.groups
+        batch, heads = len(EVERY_ROW), self.kv_heads * self.groups
         shapes = [
             (batch, self.queries, heads, self.head_dim),
             *[(batch, LENGTH, self.kv_heads, self.head_dim)] * 2,
         ]
         keys = jax.random.split(jax.random.key(0), 3)
-        return [jax.random.normal(key, s, self.dtype) for key, s in zip(keys, shapes)]
+        drawn = [jax.random.normal(key, s, self.dtype) for key, s in zip(keys, shapes)]
+        return [x[jnp.array(self.rows)] for x in drawn]
 
 
 CASES = {
