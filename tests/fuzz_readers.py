@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from llama_tokenizer import write_llama_tokenizer
 
 from monoformer_jax.data.content import read_content
 from monoformer_jax.data.image_io import MOST_PIXELS, open_image
 from monoformer_jax.data.templates import read_labels
+from monoformer_jax.data.tokenizer import FileTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.files import read_json
 from monoformer_jax.models import base_config, make_config
@@ -150,6 +152,12 @@ def _read_index(path: Path) -> None:
     _load(open_weights(path.parent))
 
 
+def _tokenizer() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        write_llama_tokenizer(Path(folder) / "a")
+        return (Path(folder) / "a").read_bytes()
+
+
 def _reads_config(read: Callable) -> Callable[[Path], None]:
     def run(path: Path) -> None:
         values = read_json(path)
@@ -175,6 +183,7 @@ READERS = {
     "config": (json.dumps(base_config().to_dict()).encode(), mutate_json,
                lambda path: make_config(read_json(path))),
     "labels": (json.dumps([f"class {i}" for i in range(1000)]).encode(), mutate_json, read_labels),
+    "tokenizer": (_tokenizer(), mutate_json, lambda p: FileTokenizer(p).encode("draw a seven")),
     "png": (_picture("PNG"), mutate, open_image),
     "jpeg": (_picture("JPEG"), mutate, open_image),
     "webp": (_picture("WEBP"), mutate, open_image),

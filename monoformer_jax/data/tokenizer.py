@@ -130,7 +130,9 @@ def _read(path: epath.PathLike) -> tokenizers.Tokenizer:
     require(path.is_file(), f"the tokenizer {path} does not exist")
     try:
         tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and a panic is none
         raise InputError(f"{path} is not a readable tokenizer.json ({error})") from error
     # Settings of the program that saved it, which would cut and pad every text.
     tokenizer.no_truncation()
