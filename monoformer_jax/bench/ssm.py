@@ -1,10 +1,11 @@
-"""Times both forms of the bidirectional state-space convolution, and counts what TPUs would execute.
+"""Times both forms of the bidirectional state-space convolution beside attention over as many tokens.
 
     python -m monoformer_jax.bench ssm                      forward and backward on this machine
     python -m monoformer_jax.bench ssm --chip=v5e:2x2       compiled for one chip, without a TPU
 
 Rows: the form, the length L, the width, and for --batch sequences the milliseconds of value and
 gradients, and the largest error of the output against the recurrence in float64, by the largest output.
+Attention has heads of 64 that see all tokens, and no projections; its kernel for TPU is not compiled.
 With --chip: FLOPs, bytes and temporaries as its compiler counts them, and the bound of the time that
 follows from the chip's peaks.
 """
@@ -12,13 +13,17 @@ follows from the chip's peaks.
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
+from monoformer_jax.attention import IntervalMask, interval_attention
 from monoformer_jax.errors import require
 from monoformer_jax.nn import ssm
 from monoformer_jax.planning.hardware import CHIPS, abstract, chip_of, one_chip
@@ -36,6 +41,19 @@ def make_step(dim: int, state_size: int, form: str, chunk: int):
         return jnp.square(y.astype(jnp.float32)).mean(), y
 
     return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)), params
+
+
+def attention_step(u):
+    """Value and gradients of attention with u [B, L, D] as queries, keys and values."""
+    rows = jnp.zeros(u.shape[:2], jnp.int32)
+    mask = IntervalMask(rows, rows + u.shape[1])
+
+    def loss(q, k, v):
+        out = interval_attention(q, k, v, mask)
+        return jnp.square(out.astype(jnp.float32)).mean()
+
+    heads = rearrange(u, "B L (N H) -> B L N H", H=math.gcd(u.shape[2], 64))
+    return jax.value_and_grad(loss, (0, 1, 2))(heads, heads, heads)
 
 
 def recurrence(params: dict, u: np.ndarray) -> np.ndarray:
@@ -69,15 +87,18 @@ def measure(lengths: list[int], options: argparse.Namespace) -> list[dict]:
         for form in FORMS:
             step, params = make_step(options.dim, options.state_size, form, options.chunk)
             (_, y), _ = jax.block_until_ready(step(params, u))
-            runs[form] = step, params, max_error(y, params, u.astype(jnp.float32)), []
+            error = max_error(y, params, u.astype(jnp.float32))
+            runs[form] = functools.partial(step, params), {"max_error": error}, []
+        runs["attention"] = jax.jit(attention_step), {}, []
+        jax.block_until_ready(runs["attention"][0](u))
         for _ in range(options.repeats):
-            for step, params, _, times in runs.values():
+            for step, _, times in runs.values():
                 begin = time.perf_counter()
-                jax.block_until_ready(step(params, u))
+                jax.block_until_ready(step(u))
                 times.append(time.perf_counter() - begin)
-        for form, (_, _, error, times) in runs.items():
+        for form, (_, error, times) in runs.items():
             rows.append({"form": form, "length": length, "dim": options.dim,
-                         "ms": 1e3 * min(times), "max_error": error})  # fmt: skip
+                         "ms": 1e3 * min(times), **error})  # fmt: skip
     return rows
 
 
