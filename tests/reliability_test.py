@@ -210,7 +210,8 @@ def test_a_save_that_cannot_be_read_is_an_error(config, tmp_path):
 def test_what_killed_saves_and_writes_left_is_removed(config, run):
     half = run / "checkpoints" / "30.orbax-checkpoint-tmp"
     (half / "params.orbax-checkpoint-tmp").mkdir(parents=True)
-    (run / ".metrics.jsonl.123.new").write_text("half")
+    for name in ("metrics.jsonl", "trainer.json"):
+        (run / f".{name}.123.new").write_text("half")
     claim_workdir(run, config)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with Checkpoints(run, kept=2) as checkpoints:
@@ -218,7 +219,7 @@ def test_what_killed_saves_and_writes_left_is_removed(config, run):
         checkpoints.save(
             at_step(some_state(config, mesh), 40), Batches(config, ByteTokenizer()).iterator, 0
         )
-    assert not half.exists() and not (run / ".metrics.jsonl.123.new").exists()
+    assert not half.exists() and not list(run.glob("*.new"))
 
 
 def lock_of(workdir, **changed):

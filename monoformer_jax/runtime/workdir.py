@@ -31,7 +31,7 @@ _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_pe
 _TOKENIZER = "tokenizer.json"
 # Temporary names of the files that a trainer writes, see `files.atomic_write`.
 _STAGING = tuple(f".{name}." for name in ("config.json", "tokenizer.json", "metrics.jsonl", "done.json",
-                                          "starts.json"))  # fmt: skip
+                                          "starts.json", "trainer.json"))  # fmt: skip
 
 
 def claim_workdir(
