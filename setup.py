@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'"
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
 DIGITS = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+PARQUET = "pyarrow>=15"
 PAGE = ["gradio>=6,<7"]
 CONFIGS = "monoformer_jax.configs"
 
@@ -51,10 +52,12 @@ setup(
         "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
         "plan": [LIBTPU],  # for machines without a TPU
+        "parquet": [PARQUET],
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [
             *DIGITS,
             *PAGE,
+            PARQUET,
             LIBTPU,
             TRITON,
             "ipykernel>=6",

@@ -14,10 +14,10 @@
 #   --type TYPE               v4-8 ..., v5litepod-16 ..., v5p-8 ..., v6e-8 ...
 #   --zone ZONE               such as us-central1-a
 #   --project PROJECT         default: the project of the gcloud configuration
-#   --command COMMAND         train (default), or encode_latents, whose flags follow after --
-#   --config FILE[:ARG]       config file of the trainer, committed; none for encode_latents
+#   --command COMMAND         train (default), or prepare_data, whose flags follow after --
+#   --config FILE[:ARG]       config file of the trainer, committed; none for prepare_data
 #   --workdir gs://BUCKET/RUN folder of checkpoints, logs and done.json, or of the records, logs and
-#                             info.json (--to of encode_latents); the same workdir resumes
+#                             info.json (--to of prepare_data); the same workdir resumes
 #   --slices N                number of slices, joined by multislice over the data centre network (1)
 #   --spot | --reservation    cheap and preemptible | from your reservation; default: on demand
 #   --dry-run                 print every command, ready to be pasted, and call nothing

@@ -80,12 +80,13 @@ check_options() {
   esac
   case $COMMAND in
     train) ;;
-    encode_latents)
+    prepare_data)
       needs=${needs/ CONFIG/}
       MARKER=info.json
-      [[ -z $CONFIG ]] || bad "--config=$CONFIG is for training; the flags of encode_latents go after --"
+      [[ -z $CONFIG ]] || bad "--config=$CONFIG is for training; the flags of prepare_data go after --"
       ;;
-    *) bad "--command=$COMMAND must be train or encode_latents" ;;
+    encode_latents) bad "--command=encode_latents is now --command=prepare_data; latents need --codec=sd_vae after --" ;;
+    *) bad "--command=$COMMAND must be train or prepare_data" ;;
   esac
   for need in $needs; do
     [[ -n ${!need} ]] || bad "$VERB needs --${need,,}=..."

@@ -2,7 +2,7 @@
 # Runs on every worker of a slice, where tpu.sh has unpacked the code:
 #
 #   tpu_worker.sh setup                                   Python and the locked packages
-#   tpu_worker.sh start SLICE WORKDIR STAMP COMMAND FLAG... train or encode_latents, detached, with a log
+#   tpu_worker.sh start SLICE WORKDIR STAMP COMMAND FLAG... train or prepare_data, detached, with a log
 #   tpu_worker.sh status SLICE                            one line: worker SLICE:INDEX STATE [CODE TIME]
 #   tpu_worker.sh stop                                    the trainer saves and exits
 #   tpu_worker.sh tail LINES [follow]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from monoformer_jax import __version__
-from monoformer_jax.cli import call_command, nearest, report
+from monoformer_jax.cli import RENAMED, call_command, nearest, renamed, report
 from monoformer_jax.errors import BAD_INPUT
 
 COMMANDS = {
@@ -16,7 +16,7 @@ COMMANDS = {
     "demo": "serve a web page to chat with a model in text and images",
     "check": "verify the checkpoints and files of a run",
     "evaluate": "compute the metrics of a trained model",
-    "encode_latents": "precompute a dataset as latents in records for training",
+    "prepare_data": "convert pictures, captions and conversations to training records",
     "plan": "estimate whether a run fits a TPU slice, and its speed",
     "convert": "convert weights between Hugging Face folders and workdirs",
     "config": "list the configs of this package, or the keys of one",
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = [f"  {command:<15} {what}" for command, what in COMMANDS.items()]
         print("usage: monoformer COMMAND …; COMMAND --help lists its options\n", *lines, sep="\n")
         return 0
+    if name in RENAMED:
+        renamed(name)
+        return BAD_INPUT
     what = "unknown option" if name.startswith("-") else "unknown command"
     report(f"{what} {name}{nearest(name, [*COMMANDS, '--help', '--version'])} "
            f"(the commands are {', '.join(COMMANDS)})")  # fmt: skip

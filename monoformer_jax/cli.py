@@ -26,6 +26,8 @@ from monoformer_jax.planning import NO_TPU
 _LINES = 6  # of an error message on stderr; `InputError` limits their length
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL)
 
+RENAMED = {"encode_latents": "prepare_data"}  # commands that had another name
+
 # Where the configs are that `--config=NAME` means: in an installed package, and in a checkout.
 _CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
@@ -161,6 +163,12 @@ def report(error: object) -> None:
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         lines[0] = lines[0].replace("error:", "\033[31merror:\033[0m", 1)
     print("\n".join(lines), file=sys.stderr)
+
+
+def renamed(command: str) -> None:
+    """Prints the new name of a command that had another one."""
+    report(f"{command} is now {RENAMED[command]}: the images of records are pixels by default, and "
+           "latents with --codec=sd_vae --vae=DIR")  # fmt: skip
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -121,7 +121,7 @@ class DataConfig:
     mixture: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
     )  # source -> weight, by documents; draw, read and say are the digits tasks
-    # Folder of each other source, written by `encode_latents`: {"imagenet": "gs://…/imagenet"}.
+    # Folder of each other source, written by `prepare_data`: {"imagenet": "gs://…/imagenet"}.
     records: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sample_latents: bool = (
         False  # sample latents from mean and log-variance at every step; False: mean

@@ -29,6 +29,19 @@ class InputError(ValueError):
         super().__init__("\n".join(shorten(line, _LINE) for line in words.splitlines()))
 
 
+class BadExample(InputError):
+    """An example that cannot be used. It is skipped, and counted by its reason.
+
+    Reasons: missing_file; picture (cannot be decoded); text (not Unicode); json; empty; schema (of an
+    unknown form); size (an image of another size); not_finite (NaN or infinity in an image); unreadable
+    (a truncated or damaged record).
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def require(condition: bool, message: str) -> None:
     """Raises InputError with `message` unless `condition` holds."""
     if not condition:

@@ -30,7 +30,7 @@ TINY = "--config=configs/digits.py:tiny"
 # Appended to the commands of the pages, where the last value of a flag counts: the same work, smaller.
 SMALLER = {
     "train": [TINY, "--config.steps=2", "--processes=1"],
-    "encode_latents": ["--processes=1"],
+    "prepare_data": ["--processes=1"],
     "sample": ["--steps=1", "--max_tokens=2", "--processes=1"],
     # The sampler compiles faster; plan_test.py compiles the training step.
     "plan": [TINY, "--topology=v5e:1x1", "--mesh=data=1,fsdp=1", "--mode=sample"],

@@ -1,4 +1,4 @@
-"""encode_latents: pictures as in sampling, files divided over processes, bad pictures, resume."""
+"""prepare_data: pictures as in sampling, files divided over processes, bad pictures, resume."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from conftest import REFERENCE
 
-from monoformer_jax import encode_latents
+from monoformer_jax import prepare_data
 from monoformer_jax.codecs.image_processor import ImageProcessor
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data import decoding
@@ -47,10 +47,10 @@ def raw(tmp_path_factory):
 
 def run(raw, to, *more):
     parser = argparse.ArgumentParser()
-    encode_latents.add_arguments(parser)
-    arguments = [f"--from={raw / 'all.jsonl'}", f"--to={to}", f"--vae={VAE}", "--image_size=32",
-                 "--per_file=3", "--batch_size=2", "--workers=0"]  # fmt: skip
-    return encode_latents.main(parser.parse_args([*arguments, *more]))
+    prepare_data.add_arguments(parser)
+    arguments = [f"--from={raw / 'all.jsonl'}", f"--to={to}", "--codec=sd_vae", f"--vae={VAE}",
+                 "--image_size=32", "--per_file=3", "--batch_size=2", "--workers=0"]  # fmt: skip
+    return prepare_data.main(parser.parse_args([*arguments, *more]))
 
 
 def contents(folder):
@@ -116,8 +116,8 @@ def test_processes_divide_the_files(raw, whole, tmp_path, capsys):
 def test_sigterm_keeps_complete_files_and_leaves_nothing_else(raw, whole, tmp_path, monkeypatch):
     folder, decoded = tmp_path / "records", []
 
-    def stopping(examples, size, workers):
-        for example in decode(examples, size, workers):
+    def stopping(*arguments):
+        for example in decode(*arguments):
             decoded.append(example)
             if len(decoded) == 8:  # in the third file
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -141,9 +141,10 @@ def test_worker_processes_decode_the_same_in_order(raw):
 
 
 def test_a_refusal_leaves_no_file(raw, tmp_path):
-    with pytest.raises(InputError, match="give the autoencoder with --vae=DIR"):
+    with pytest.raises(InputError, match="--codec=sd_vae needs the autoencoder: give --vae=DIR"):
         parser = argparse.ArgumentParser()
-        encode_latents.add_arguments(parser)
+        prepare_data.add_arguments(parser)
         arguments = [f"--from={raw / 'all.jsonl'}", f"--to={tmp_path / 'r'}", "--processes=1"]
-        encode_latents.main(parser.parse_args(arguments))
-    assert not contents(tmp_path / "r")
+        arguments += ["--codec=sd_vae"]
+        prepare_data.main(parser.parse_args(arguments))
+    assert not (tmp_path / "r").exists()

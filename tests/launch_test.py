@@ -116,29 +116,30 @@ def test_slices_are_set_up_together(cloud):
     assert cloud.trained == [1, 2, 3, 4, 5] and cloud.alive() == []
 
 
-ENCODE = (*SLICE, "--command=encode_latents", "--workdir=gs://bucket/records")
+ENCODE = (*SLICE, "--command=prepare_data", "--workdir=gs://bucket/records")
 
 
 def test_a_slice_encodes_a_dataset(cloud):
     """The four workers get the flags, --to is the workdir, and info.json there ends the run. The first
     slice is preempted."""
     cloud.fault("preempt", "14 SUSPENDED")
-    flags = ("--from=gs://bucket/train.jsonl", "--vae=gs://bucket/vae")
+    flags = ("--from=gs://bucket/train.jsonl", "--codec=sd_vae", "--vae=gs://bucket/vae")
     done = cloud.tpu("babysit", "--poll-seconds=0", "--delete-when-done", *ENCODE, "--", *flags)
     assert done.returncode == 0, done.stderr
     assert "gs://bucket/records/info.json exists: the run is complete" in done.stderr
     folder = cloud.folder / "gs" / "bucket" / "records"
     assert sorted((folder / "encoded").read_text().split()) == ["0", "1", "2", "3"]
     logs = list((folder / "logs").iterdir())
-    said = f"encode_latents --to=gs://bucket/records {' '.join(flags)}"
+    said = f"prepare_data --to=gs://bucket/records {' '.join(flags)}"
     assert len(logs) == 4 and all(said in log.read_text() for log in logs)
     assert len(cloud.made()) == 2 and cloud.alive() == []
     assert "the run is complete" in cloud.tpu("run", *ENCODE, "--", *flags).stderr
 
 
 BAD_INPUT = [
-    (["run", *ENCODE, "--command=paint"], "--command=paint must be train or encode_latents"),
-    (["run", *ENCODE, "--config=configs/digits.py"], "is for training; the flags of encode_latents"),
+    (["run", *ENCODE, "--command=paint"], "--command=paint must be train or prepare_data"),
+    (["run", *ENCODE, "--command=encode_latents"], "is now --command=prepare_data; latents need"),
+    (["run", *ENCODE, "--config=configs/digits.py"], "is for training; the flags of prepare_data"),
     (["fly", *RUN], "unknown verb 'fly'"),
     ([*SLICE], "a verb is needed: babysit run"),
     (["run", "create", *RUN], "only one verb is allowed"),

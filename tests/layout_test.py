@@ -14,8 +14,8 @@ ORDER = [
     "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
     "api", "cli", "bench",
 ]  # fmt: skip
-COMMANDS = {"train", "sample", "demo", "plan", "convert", "encode_latents", "evaluate", "check",
-            "config_keys"}  # fmt: skip
+COMMANDS = {"train", "sample", "demo", "plan", "convert", "prepare_data", "evaluate", "check",
+            "encode_latents", "config_keys"}  # fmt: skip
 ENTRY = {"__init__", "__main__"}
 MESH_AXES = {"fsdp", "tensor"}
 

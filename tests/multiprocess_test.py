@@ -199,10 +199,11 @@ def test_two_processes_encode_a_dataset_together(tmp_path):
     """Each writes every second file; both end when the folder is complete."""
     lines = [json.dumps({"messages": [f"question {i}", f"answer {i}"]}) for i in range(9)]
     (tmp_path / "talks.jsonl").write_text("\n".join(lines) + "\n")
-    command = ["-m", "monoformer_jax.encode_latents", f"--from={tmp_path / 'talks.jsonl'}",
+    command = ["-m", "monoformer_jax.prepare_data", f"--from={tmp_path / 'talks.jsonl'}",
                f"--to={tmp_path / 'records'}", "--per_file=2"]  # fmt: skip
     codes, said = start(2, *command)
     assert codes == [0, 0], said
     assert "9 examples in 5 files" in said[0][0] and "examples" not in said[1][0]
     info = json.loads((tmp_path / "records" / "info.json").read_text())
-    assert info == {"examples": 9, "files": 5, "shape": None}
+    sizes = {f.name: f.stat().st_size for f in (tmp_path / "records").glob("*.array_record")}
+    assert info == {"examples": 9, "files": 5, "shape": None, "bytes": sizes}

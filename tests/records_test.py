@@ -55,13 +55,13 @@ LINES = [
         ],
     },
     {"image": "gone.png", "captions": ["lost"]},
-    {"nothing": 1},
+    {"id": "nothing"},
 ]
 
 
 def encode(*arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "monoformer_jax.encode_latents", *map(str, arguments)],
+        [sys.executable, "-m", "monoformer_jax.prepare_data", *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
@@ -83,12 +83,10 @@ def raw(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(raw):
     to = raw / "records"
-    out = encode(f"--from={raw / 'all.jsonl'}", f"--to={to}", f"--vae={VAE}", "--image_size=32",
-                 "--per_file=3", "--batch_size=2")  # fmt: skip
+    out = encode(f"--from={raw / 'all.jsonl'}", f"--to={to}", "--codec=sd_vae", f"--vae={VAE}",
+                 "--image_size=32", "--per_file=3", "--batch_size=2")  # fmt: skip
     assert "5 examples in 3 files; 3 could not be read and were skipped" in out
-    assert (
-        "gone.png" in out and "all.jsonl:7 has no parts, captions" in out and "all.jsonl:8" in out
-    )
+    assert "gone.png" in out and "all.jsonl:7 has no captions" in out and "all.jsonl:8" in out
     return to
 
 
@@ -147,7 +145,7 @@ def test_an_interrupted_run_resumes_and_a_complete_one_is_not_changed(raw, recor
     files = sorted(records.glob("*.array_record"))
     before, kept = [file.read_bytes() for file in files], files[0].stat().st_mtime_ns
     files[1].unlink()
-    arguments = (f"--from={raw / 'all.jsonl'}", f"--to={records}", f"--vae={VAE}",
+    arguments = (f"--from={raw / 'all.jsonl'}", f"--to={records}", "--codec=sd_vae", f"--vae={VAE}",
                  "--image_size=32", "--per_file=3", "--batch_size=2")  # fmt: skip
     with pytest.raises(InputError, match="has 2 record files, but 3 were written"):
         Records(str(records))
@@ -296,12 +294,13 @@ def test_a_dataset_of_tensorflow_datasets(monkeypatch):
 def test_records_that_do_not_fit_the_config(tmp_path, raw):
     with pytest.raises(InputError, match=r"--config.data.records.other=DIR"):
         open_sources(dataclasses.replace(settings(tmp_path).data, mixture={"other": 1.0}), 4)
-    out = encode(f"--from={raw / 'all.jsonl'}", f"--to={tmp_path / 'r'}", code=2)
-    assert "the dataset has images: give the autoencoder with --vae=DIR" in out
+    lines = f"--from={raw / 'all.jsonl'}"
+    out = encode(lines, f"--to={tmp_path / 'r'}", "--codec=sd_vae", code=2)
+    assert "--codec=sd_vae needs the autoencoder: give --vae=DIR" in out
     assert not list(tmp_path.glob("r/*.json"))
 
 
 @pytest.mark.slow
 def test_latents_of_another_size(records):
-    with pytest.raises(InputError, match=r"holds latents of 16×16×4, but data.image_size=32 and"):
+    with pytest.raises(InputError, match=r"holds images of 16×16×4, but data.image_size=32 and"):
         open_sources(dataclasses.replace(settings(records).data, image_size=32), 4)

@@ -12,7 +12,7 @@ import pytest
 from llama_tokenizer import SPACE, write_llama_tokenizer
 
 import monoformer_jax
-from monoformer_jax import encode_latents, sample
+from monoformer_jax import prepare_data, sample
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.documents import EndOfTurn, Image, UntrainedText, open_text
 from monoformer_jax.data.pipeline import Batches
@@ -38,10 +38,10 @@ def workdir(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     (folder / "chat.jsonl").write_text(json.dumps({"data": [QUESTION, ANSWER]}), encoding="utf-8")
     parser = argparse.ArgumentParser()
-    encode_latents.add_arguments(parser)
+    prepare_data.add_arguments(parser)
     to = folder / "records"
     arguments = [f"--from={folder / 'chat.jsonl'}", f"--to={to}", "--processes=1"]
-    encode_latents.main(parser.parse_args(arguments))
+    prepare_data.main(parser.parse_args(arguments))
     run = folder / "run"
     run.mkdir()
     vocab = write_llama_tokenizer(run / "tokenizer.json")

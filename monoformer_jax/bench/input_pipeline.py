@@ -7,7 +7,7 @@
 Without --config: an ImageNet-like run, 256 rows of 512 tokens a step, with captions and random moments
 of 32×32×4. `documents_per_s` and its neighbours are of batches of --host_rows rows that --workers
 processes make; the figures "per core" divide by the processor time that one process took for the same,
-so they hold beside other programs too. JPEG files of 256×256 are decoded as `encode_latents` does,
+so they hold beside other programs too. JPEG files of 256×256 are decoded as `prepare_data` does,
 beside Pillow alone on as many processes, in turn, since other programs may use the machine.
 `bytes_per_document_slope` is the growth of the peak memory of a process that makes batches, over the
 second half of --documents.
@@ -62,7 +62,7 @@ def example_config(folder: Path) -> Config:
         ]
         for i in range(RECORDS)
     )
-    write_records(folder, examples, (32, 32, 4))
+    write_records(folder, examples)
     values = base_config().to_dict()
     values |= {"name": "bench", "batch_size": 256}
     values["model"] |= {"channels": 4, "vocab_size": 512}

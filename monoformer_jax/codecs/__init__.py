@@ -8,8 +8,8 @@ A codec has
     encode(pixels [B, h, w, 1 or 3]) -> mean, log-variance or None, [B, h/factor, w/factor, channels]
     decode(generated) -> pixels        [B, h, w, 1 or 3], in about [-1, 1]
 
-and is constructed by `open(folder, channels or None)`. `_class_name` in the folder's config.json
-selects the codec.
+and is constructed by `open(folder, channels or None)`. `class_name` of the codec is `_class_name` in
+the config.json of its folder, which selects it; None: the codec has no folder.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from monoformer_jax.codecs.stable_diffusion import StableDiffusion
 from monoformer_jax.errors import require
 from monoformer_jax.pretrained.folder import read_json
 
-# `_class_name` in a folder's config.json -> codec; None: no folder is given.
-IMAGE_CODECS = {None: Pixels, "AutoencoderKL": StableDiffusion}
+# Name in `prepare_data --codec` -> codec.
+IMAGE_CODECS = {"pixels": Pixels, "sd_vae": StableDiffusion}
 
 
 def open_codec(folder: str | Path | None, channels: int | None = None):
@@ -34,14 +34,15 @@ def open_codec(folder: str | Path | None, channels: int | None = None):
     Raises:
       InputError: no such folder, an unknown codec, or another number of channels.
     """
+    codecs = {codec.class_name: codec for codec in IMAGE_CODECS.values()}
     if folder is None:
-        return IMAGE_CODECS[None].open(None, channels)
+        return codecs[None].open(None, channels)
     folder = Path(folder)
     require(folder.is_dir(), f"{folder} is not a folder")
     name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
-    known = ", ".join(kind for kind in IMAGE_CODECS if kind)
+    known = ", ".join(kind for kind in codecs if kind)
     require(
-        name in IMAGE_CODECS,
+        name in codecs,
         f"{folder}: _class_name {name!r} is not an image codec; choose from {known}",
     )
-    return IMAGE_CODECS[name].open(folder, channels)
+    return codecs[name].open(folder, channels)

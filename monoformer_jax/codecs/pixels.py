@@ -12,6 +12,7 @@ from monoformer_jax.errors import require
 class Pixels:
     """Codec of a model that generates pixels."""
 
+    class_name = None
     factor = 1
 
     def __init__(self, channels: int):

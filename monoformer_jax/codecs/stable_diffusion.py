@@ -18,6 +18,8 @@ from monoformer_jax.pretrained import sd_vae
 class StableDiffusion:
     """Codec of a model that generates latents: (latent - mean) * scale, see `AutoencoderConfig`."""
 
+    class_name = "AutoencoderKL"
+
     def __init__(self, config: autoencoder.AutoencoderConfig, params: dict):
         self.config, self.params = config, params
         self.factor, self.channels = config.factor, config.latent_channels

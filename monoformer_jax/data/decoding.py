@@ -1,4 +1,4 @@
-"""Decoding of a dataset's images in worker processes, for `encode_latents`."""
+"""Decoding of a dataset's images in worker processes, for `prepare_data`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import grain
 import numpy as np
 
 from monoformer_jax.data.documents import Part, Prompt
+from monoformer_jax.data.forms import RawImage
 from monoformer_jax.data.image_io import crop
 from monoformer_jax.data.pipeline import cores, in_workers
-from monoformer_jax.data.raw import RawImage
 from monoformer_jax.errors import InputError
 
 _CHUNK = 16  # examples that pass through grain together, which costs as much as for one
@@ -24,12 +24,16 @@ class Decoded:
     """An example with its images decoded, or the sentence that says why it cannot be read.
 
     Attributes:
-      pixels: uint8 [images, size, size, 3]; each is a RawImage in `parts`.
+      pixels: uint8 [images, size, size, channels]; each is a RawImage in `parts`.
+      reason: why in a word, see `BadExample`.
+      name: where the example stands: FILE:LINE.
     """
 
     parts: Sequence[Part | Prompt | RawImage] = ()
     pixels: np.ndarray | None = None
     error: str | None = None
+    reason: str = ""
+    name: str = ""
 
 
 def default_workers(examples: int) -> int:
@@ -37,16 +41,19 @@ def default_workers(examples: int) -> int:
     return cores() if examples >= _WORTH else 0
 
 
-def decode_examples(examples: Sequence, size: int, workers: int) -> Iterator[Decoded]:
+def decode_examples(
+    examples: Sequence, size: int, workers: int, channels: int = 3
+) -> Iterator[Decoded]:
     """Decodes the examples in order.
 
     Args:
       examples: see `raw.open_raw`.
       size: side of the central square, in pixels.
       workers: processes among which the examples are divided; 0: threads of this process.
+      channels: 3, or 1 for grey.
     """
     threads = 1 if workers else cores()
-    decoded = grain.MapDataset.source(_Chunks(examples)).map(Decode(size))
+    decoded = grain.MapDataset.source(_Chunks(examples)).map(Decode(size, channels))
     made = decoded.to_iter_dataset(grain.ReadOptions(threads, 4 * threads))
     with contextlib.closing(iter(in_workers(made, workers, 4) if workers else made)) as chunks:
         for chunk in chunks:
@@ -74,24 +81,31 @@ class Decode:
     """Decodes a chunk of examples; `size` is the side of the central square, in pixels."""
 
     size: int
+    channels: int = 3
 
     def __call__(self, examples: Sequence) -> list[Decoded]:
         return [self.decode(example) for example in examples]
 
     def decode(self, example) -> Decoded:
         """An error is a value, so that one bad image costs one example."""
-        name, none = "", np.zeros((0, self.size, self.size, 3), np.uint8)
+        name, none = "", np.zeros((0, self.size, self.size, self.channels), np.uint8)
         try:
             raw = example()
             name = raw.name
-            pixels = [crop(p.open(), self.size) for p in raw.parts if isinstance(p, RawImage)]
+            pixels = [
+                crop(part.open(), self.size, self.channels)
+                for part in raw.parts
+                if isinstance(part, RawImage)
+            ]
         except Exception as error:  # also a type that no reader foresaw, or a failing disk
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             where = "" if name in str(error) else f"{name}: "
-            return Decoded(pixels=none, error=f"{where}{kind}{error}")
+            reason = "schema" if kind == "" else "unreadable"
+            reason = getattr(error, "reason", reason)
+            return Decoded(pixels=none, error=f"{where}{kind}{error}", reason=reason)
         # Without its function, which may hold the bytes of the file.
         parts = [
             dataclasses.replace(part, open=None) if isinstance(part, RawImage) else part
             for part in raw.parts
         ]
-        return Decoded(parts, np.stack(pixels) if pixels else none)
+        return Decoded(parts, np.stack(pixels) if pixels else none, name=name)

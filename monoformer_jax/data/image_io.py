@@ -14,7 +14,7 @@ import PIL.ImageOps
 from einops import rearrange, repeat
 from etils import epath
 
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import BadExample, InputError, require
 
 MOST_PIXELS = 1 << 26  # 67 million; decoded, that is 200 MB
 _MILLIONS = f"{MOST_PIXELS // 10**6} million"
@@ -44,7 +44,8 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         source = io.BytesIO(source)
     if isinstance(source, str | os.PathLike):
         path = epath.Path(source)
-        require(path.is_file(), f"{name}: there is no file {source}")
+        if not path.is_file():
+            raise BadExample("missing_file", f"{name}: there is no file {source}")
         name = f"{name} ({source})"
         source = io.BytesIO(path.read_bytes()) if "://" in str(source) else str(source)
     try:
@@ -56,14 +57,14 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         return _to_rgb(image)
     except PIL.Image.DecompressionBombError as error:  # so large that PIL refuses its header
         size = re.search(r"\d+", str(error))
-        raise InputError(
-            f"{name} has {size[0]} pixels: over {_MILLIONS}, make it smaller"
+        raise BadExample(
+            "picture", f"{name} has {size[0]} pixels: over {_MILLIONS}, make it smaller"
         ) from error
-    except InputError:
-        raise
+    except InputError as error:
+        raise BadExample("picture", str(error)) from error
     except Exception as error:  # image decoders raise many exception types on corrupt data
         reason = str(error).split("\n")[0][:100]
-        raise InputError(f"{name} cannot be read as an image ({reason})") from error
+        raise BadExample("picture", f"{name} cannot be read as an image ({reason})") from error
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -99,8 +100,9 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.broadcast_to(values, (*values.shape[:2], 3)))
 
 
-def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` and center-crops (as in ADM): uint8 [size, size, 3]."""
+def crop(image: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
+    """Resizes the shorter side to `size` and center-crops (as in ADM): uint8 [size, size, 1 or 3]."""
+    image = image.convert("L").convert("RGB") if channels == 1 else image
     # Halve with a box filter first, to avoid aliasing.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
@@ -109,7 +111,7 @@ def crop(image: PIL.Image.Image, size: int) -> np.ndarray:
     if image.size != sides:
         image = image.resize(sides, PIL.Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]
+    return np.asarray(image)[top : top + size, left : left + size, :channels]
 
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
@@ -118,8 +120,7 @@ def to_pixels(picture: PIL.Image.Image, size: int, channels: int = 3) -> np.ndar
     Args:
       picture: from `open_image`.
     """
-    picture = picture.convert("L").convert("RGB") if channels == 1 else picture
-    return from_uint8(crop(picture, size)[..., :channels])
+    return from_uint8(crop(picture, size, channels))
 
 
 def from_uint8(pixels: np.ndarray) -> np.ndarray:

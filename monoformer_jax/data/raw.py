@@ -1,97 +1,87 @@
-"""Readers of published datasets: their images, and captions or conversations.
+"""Readers of datasets as people have them: folders of pictures, tables, and files of JSON.
 
-FOLDER/n01440764/*.JPEG …     ImageNet class folders, sorted by name   (with labels)
-tfds:imagenet2012/train       the same from tensorflow-datasets        (with labels)
-FILE.jsonl or .json           one example per line, or a list of them:
-  {"image": "a.jpg", "captions": ["a cat"]}                    an image to generate
-  {"image": "a.jpg", "messages": ["what is it?", "a cat"]}     user and assistant in turn
-  {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}, …]}
-  {"parts": [{"image": "a.jpg"}, {"prompt": "make it red"}, {"image": "b.jpg", "generate": true}]}
-  {"img_path": "./000/a.jpg", "prompt": "a cat"}               JourneyDB
-  {"id": "0", "data": ["hi", "hello"]}                         UltraChat
-  {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nwhat is it?"}, …]}
-                                                               LLaVA, ShareGPT
+FOLDER/cat.jpg, FOLDER/cat.txt …          a .txt beside each picture, a wording of its caption per line
+FOLDER/metadata.jsonl, .csv or .parquet   a Hugging Face image folder: file_name and a caption
+FOLDER/cats/1.jpg …                       a folder per class, whose name is the caption
+FOLDER/n01440764/*.JPEG …                 the classes of ImageNet, sorted by name      (with labels)
+tfds:imagenet2012/train                   the same from tensorflow-datasets            (with labels)
+FILE.jsonl or .json                       one example per line, or a list of them
+FILE.csv, .tsv or .parquet                one example per row
 
-Parts of an example, in reading order: {"text"} has a loss unless "train" is false; {"prompt"}, one
-wording or a list, asks for what follows; {"image"} is a conditioning image, or one to generate if
-"generate" is true; {"end_of_turn": true} ends an answer.
-
-A key whose value is null or NaN is absent. An example is read for what it says or not at all: one that
-answers a question twice or not at all raises InputError, which names its line.
+The forms of an example, as JSON or as columns, are those of `data.forms`. Text files are UTF-8, with
+or without a byte order mark, and with the line ends of any system. Paths of images are relative to the
+file that names them.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import csv
+import functools
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from etils import epath
 
-from monoformer_jax.data.documents import EndOfTurn, Part, Prompt, UntrainedText
+from monoformer_jax.data.documents import Prompt
+from monoformer_jax.data.forms import (
+    RawExample,
+    RawImage,
+    check_keys,
+    forms_of,
+    read_row,
+    unicode_text,
+)
 from monoformer_jax.data.image_io import open_image
-from monoformer_jax.data.templates import chat_parts, class_prompts
-from monoformer_jax.errors import InputError, require, require_unicode
+from monoformer_jax.data.templates import class_prompts
+from monoformer_jax.errors import BadExample, InputError, require
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_FORMS = ("parts", "captions", "prompt", "messages", "data", "conversations")
-# Names of the speakers in published conversations -> our role.
-_SPEAKERS = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-             "model": "assistant", "system": "system"}  # fmt: skip
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
-
-@dataclasses.dataclass(frozen=True)
-class RawImage:
-    """An image of an example, not opened yet."""
-
-    open: Callable[[], PIL.Image.Image]
-    denoise: bool
+Examples = Sequence[Callable[[], RawExample]]
 
 
-@dataclasses.dataclass(frozen=True)
-class RawExample:
-    """The parts of an example, with images not opened yet."""
-
-    name: str  # for error messages
-    parts: Sequence[Part | Prompt | RawImage]
-
-    def __post_init__(self):
-        for part in self.parts:
-            for text in getattr(part, "texts", [getattr(part, "text", part)]):
-                if isinstance(text, str):
-                    require_unicode(text, f"a text of {self.name}")
-
-
-def open_raw(source: str, labels: Sequence[str] | None) -> Sequence[Callable[[], RawExample]]:
+def open_raw(
+    source: str, labels: Sequence[str] | None = None, ignored: Sequence[str] = ()
+) -> Examples:
     """Returns the examples of a dataset; calling an example reads it.
 
     Args:
       source: a folder, a file or tfds:NAME/SPLIT, see the module docstring.
       labels: class names, for datasets with numbered classes.
+      ignored: keys or columns that are not read.
 
     Raises:
-      InputError: no such dataset, or missing labels. Calling an example raises it if the example has
-        an unknown format.
+      InputError: no such dataset, missing labels, or a key that is not understood. Calling an example
+        raises it, often as `BadExample`, if that example cannot be read.
     """
     if source.startswith("tfds:"):
-        return _tfds(source.removeprefix("tfds:"), _require_labels(labels, source))
+        require(
+            labels is not None, f"{source} has numbered classes: give their names with --labels"
+        )
+        return _tfds(source.removeprefix("tfds:"), labels)
     path = epath.Path(source)
     if path.is_dir():
-        return _class_folders(path, _require_labels(labels, source))
+        found = [path / name for name in _METADATA if (path / name).is_file()]
+        if not found:
+            return _class_folders(path, labels) if labels else _folder(path)
+        require(len(found) == 1, f"{source} has {' and '.join(f.name for f in found)}: keep one")
+        path = found[0]
     require(path.is_file(), f"{source} is not a folder, a file or tfds:NAME/SPLIT")
-    return _lines(path)
+    if path.suffix == ".parquet":
+        return _parquet(path, ignored)
+    # A byte that is not UTF-8 becomes half of a surrogate pair, which only the row with it refuses.
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    if path.suffix in (".csv", ".tsv"):
+        return _csv(text, path, ignored)
+    return _json_file(text, path, ignored)
 
 
-def _require_labels(labels, source: str) -> Sequence[str]:
-    require(labels is not None, f"{source} has numbered classes: give their names with --labels")
-    return labels
-
-
-def _class_folders(folder: Path, labels: Sequence[str]) -> list[Callable[[], RawExample]]:
+def _class_folders(folder: epath.Path, labels: Sequence[str]) -> Examples:
     classes = sorted(path for path in folder.iterdir() if path.is_dir())
     require(
         len(classes) == len(labels),
@@ -105,7 +95,61 @@ def _class_folders(folder: Path, labels: Sequence[str]) -> list[Callable[[], Raw
     ]
 
 
-def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], RawExample]]:
+def _folder(folder: epath.Path) -> Examples:
+    """Pictures with a .txt beside each, or else in folders that are named after their class."""
+    files = list(_walk(folder))
+    pictures = [file for file in files if file.suffix.lower() in _PICTURES]
+    require(bool(pictures), f"{folder} holds no pictures ({', '.join(_PICTURES)})")
+    captions = {file.with_suffix("") for file in files if file.suffix == ".txt"}
+    if captions & {file.with_suffix("") for file in pictures}:
+        alone = captions - {file.with_suffix("") for file in pictures}
+        return [
+            *(partial(_captioned_by_file, file) for file in pictures),
+            *(partial(_caption_alone, file.with_suffix(".txt")) for file in sorted(alone)),
+        ]
+    require(
+        all(file.parent != folder for file in pictures),
+        f"{folder} holds pictures without captions: put a .txt beside each, a metadata.jsonl or "
+        "metadata.csv with file_name and text, or the pictures into a folder for each class",
+    )
+    classes = [file.relative_to(folder).parts[0] for file in pictures]
+    numbered = all(re.fullmatch(r"n\d+", name) for name in classes)  # of WordNet
+    require(not numbered, f"{folder} has numbered classes: give their names with --labels")
+    return [
+        partial(_captioned, str(file), [name], partial(open_image, file))
+        for file, name in zip(pictures, classes)
+    ]
+
+
+def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """The pictures and captions of a folder and those in it; on storage, without a request for each."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in (*_PICTURES, ".txt"):
+            yield path
+        elif not path.name.startswith(".") and path.is_dir():
+            yield from _walk(path)
+
+
+def _captioned_by_file(file: epath.Path) -> RawExample:
+    caption = file.with_suffix(".txt")
+    if not caption.is_file():
+        raise BadExample("missing_file", f"{file} has no caption: there is no file {caption.name}")
+    text = caption.read_bytes().decode("utf-8-sig", "surrogateescape")
+    wordings = [line.strip() for line in unicode_text(text, f"the caption {caption}").split("\n")]
+    if not any(wordings):
+        raise BadExample("empty", f"{caption} is empty")
+    return _captioned(str(file), [w for w in wordings if w], partial(open_image, file))
+
+
+def _caption_alone(caption: epath.Path) -> RawExample:
+    raise BadExample("missing_file", f"{caption} has no picture of that name beside it")
+
+
+def _captioned(where: str, captions: Sequence[str], image: Callable) -> RawExample:
+    return RawExample(where, [Prompt(tuple(captions)), RawImage(image, denoise=True)])
+
+
+def _tfds(name: str, labels: Sequence[str]) -> Examples:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -127,152 +171,134 @@ def _tfds(name: str, labels: Sequence[str]) -> Sequence[Callable[[], RawExample]
     return [partial(example, number) for number in range(len(source))]
 
 
-def _lines(path: Path) -> list[Callable[[], RawExample]]:
-    # A byte that is not UTF-8 becomes half of a surrogate pair, which only the line with it refuses.
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+def _json_file(text: str, path: epath.Path, ignored: Sequence[str]) -> Examples:
     rows = _json_list(text, path) if path.suffix == ".json" else None
     if rows is not None:
-        return [partial(_row, row, path, number) for number, row in enumerate(rows, 1)]
+        return [
+            partial(read_row, row, path.parent, where, form, ignored)
+            for number, row in enumerate(rows, 1)
+            for where in [f"{path}:{number}"]
+            for form in _check(row, where, ignored)
+        ]
     # Unlike splitlines, which also splits at characters that may be part of a text of JSON.
-    lines = enumerate(text.split("\n"), 1)
-    return [partial(_line, line, path, number) for number, line in lines if line.strip()]
+    return [
+        partial(_line, line, path.parent, where, form, ignored)
+        for number, line in enumerate(text.split("\n"), 1)
+        for where in [f"{path}:{number}"]
+        if line.strip()
+        for form in _check_line(line, where, ignored)
+    ]
 
 
-def _json_list(text: str, path: Path) -> list | None:
+def _json_list(text: str, path: epath.Path) -> list | None:
     """The examples of a JSON file, or None if it holds JSON Lines, as many published .json files do."""
     if not text.lstrip().startswith("["):
         try:
             return [json.loads(text)]
-        except json.JSONDecodeError:
+        except ValueError:
             return None
-    return _json(text, path)
+    return _json(text, str(path))
 
 
-def _line(line: str, path: Path, number: int) -> RawExample:
-    return _row(_json(line, f"{path}:{number}"), path, number)
-
-
-def _json(text: str, where) -> Any:
+def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+    except RecursionError as error:
+        raise BadExample("json", f"{where} is not JSON (nested too deeply)") from error
+    except ValueError as error:
+        raise BadExample("json", f"{where} is not JSON ({error})") from error
 
 
-def _row(row: dict[str, Any], path: Path, number: int) -> RawExample:
-    """Parses one example in any format of the module docstring."""
-    where = f"{path}:{number}"
-    require(isinstance(row, dict), f"{where} is not a JSON object")
-    form = _given(row, _FORMS, where)
-    require(form is not None, f"{where} has no {', '.join(_FORMS[:-1])} or {_FORMS[-1]}")
-    values = row[form]
-    if form == "parts":
-        require(isinstance(values, list) and bool(values), f"{where}: parts must be a list")
-        return RawExample(where, [_part(part, path, where) for part in values])
-    picture = _given(row, ("image", "img_path"), where)
-    image = None if picture is None else _image(row[picture], path, where)
-    if form in ("captions", "prompt"):
-        captions = values if form == "captions" else [values]
-        require(image is not None, f"{where} has {form} but no image")
-        require(_texts(captions), f"{where}: {form} must hold texts that are not empty")
-        if form == "prompt":
-            captions = [f"Please generate an image of {values}"]
-        return _captioned(where, captions, image)
-    context = [] if image is None else [RawImage(image, denoise=False)]
-    # [:-1]: build_document adds the last </s>.
-    turns = _turns(values, where)
-    if form == "conversations":
-        _remove_marks(turns, where, len(context))
-    for turn in turns:  # a user may show an image without a word
-        shows = image is not None and turn["role"] == "user"
-        require(shows or bool(turn["content"].strip()), f"{where}: a turn is empty")
-    return RawExample(where, [*context, *chat_parts(turns)[:-1]])
+def _line(line: str, folder: epath.Path, where: str, form, ignored: Sequence[str]) -> RawExample:
+    return read_row(_json(line, where), folder, where, form, ignored)
 
 
-def _given(values: Mapping[str, Any], names: Sequence[str], where: str) -> str | None:
-    """The one of these keys that has a value other than null and NaN, or None."""
-    given = [name for name in names if values.get(name) is not None and not _is_nan(values[name])]
-    require(len(given) < 2, f"{where} has both {' and '.join(given)}: keep one of them")
-    return given[0] if given else None
+def _check_line(line: str, where: str, ignored: Sequence[str]) -> list[str | None]:
+    try:
+        row = _json(line, where)
+    except BadExample:  # raised again when the example is read
+        return [None]
+    return _check(row, where, ignored)
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and value != value
+def _check(row: Any, where: str, ignored: Sequence[str]) -> list[str | None]:
+    """The forms of a row; [None] if it has none, which is raised when it is read.
+
+    Raises:
+      InputError: a key that is not understood.
+    """
+    if not isinstance(row, dict):
+        return [None]
+    check_keys(row, where, ignored)
+    try:
+        return list(forms_of({k: v for k, v in row.items() if k not in ignored}, where))
+    except InputError:
+        return [None]
 
 
-def _image(name: Any, path: Path, where: str) -> Callable[[], PIL.Image.Image]:
-    good = isinstance(name, str) and bool(name) and "\0" not in name
-    require(good, f"{where}: the image {name!r} is not the path of a file")
-    require_unicode(name, f"the image path of {where}")
-    return partial(open_image, path.parent / name)
+def _csv(text: str, path: epath.Path, ignored: Sequence[str]) -> Examples:
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(_cells(rows, path), [])]
+    require(any(header), f"{path} has no line with the names of its columns")
+    twice = {name for name in header if header.count(name) > 1}
+    require(not twice, f"{path}:1 names two columns {', '.join(sorted(twice))}")
+    check_keys(dict.fromkeys(header, ""), f"{path}:1", ignored)
+    examples: list[Callable[[], RawExample]] = []
+    for cells in _cells(rows, path):
+        where = f"{path}:{rows.line_num}"
+        if len(cells) == len(header):
+            row = {name: cell if cell.strip() else None for name, cell in zip(header, cells)}
+            forms = _check(row, where, ignored)
+            examples += [
+                partial(read_row, row, path.parent, where, form, ignored) for form in forms
+            ]
+        elif cells:  # not an empty line
+            examples.append(partial(_refuse_cells, where, len(cells), len(header)))
+    return examples
 
 
-def _captioned(where: str, captions: Sequence[str], image: Callable) -> RawExample:
-    return RawExample(where, [Prompt(tuple(captions)), RawImage(image, denoise=True)])
+def _cells(rows, path: epath.Path) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise InputError(f"{path}:{rows.line_num} is not CSV ({error})") from error
 
 
-def _part(values: Any, path: Path, where: str) -> Part | Prompt | RawImage:
-    """Parses a part in one of the forms of the module docstring."""
-    keys = values.keys() if isinstance(values, Mapping) else set()
-    if "text" in keys and keys <= {"text", "train"} and isinstance(values["text"], str):
-        return values["text"] if values.get("train", True) else UntrainedText(values["text"])
-    if keys == {"prompt"}:
-        texts = values["prompt"]
-        texts = [texts] if isinstance(texts, str) else texts
-        if _texts(texts):
-            return Prompt(tuple(texts))
-    if "image" in keys and keys <= {"image", "generate"}:
-        image = _image(values["image"], path, where)
-        return RawImage(image, denoise=bool(values.get("generate", False)))
-    if values == {"end_of_turn": True}:
-        return EndOfTurn()
-    raise InputError(
-        f"{where}: the part {values!r} is none of text (with train), prompt, image (with generate) "
-        "and end_of_turn"
-    )
+def _refuse_cells(where: str, found: int, want: int) -> RawExample:
+    raise BadExample("schema", f"{where} has {found} cells, but there are {want} columns")
 
 
-def _turns(turns: Any, where: str) -> list[dict[str, str]]:
-    """Reads a conversation as roles and contents; a list of texts begins with the user."""
-    require(isinstance(turns, list), f"{where}: a conversation must be a list of turns")
-    if all(isinstance(turn, str) for turn in turns):
-        roles = [("user", "assistant")[i % 2] for i in range(len(turns))]
-        turns = [{"role": role, "content": text} for role, text in zip(roles, turns)]
-    turns = [_turn(turn, where) for turn in turns]
-    roles = [turn["role"] for turn in turns if turn["role"] != "system"]
-    require(
-        bool(roles) and roles == ["user", "assistant"] * (len(roles) // 2),
-        f"{where}: user and assistant must alternate, and the assistant must be last",
-    )
-    return turns
+def _parquet(path: epath.Path, ignored: Sequence[str]) -> Examples:
+    table = _read_table(path)
+    check_keys(dict.fromkeys(table.column_names, ""), f"{path}, row 1", ignored)
+    # Which values of a row are there decides its forms; their bytes are not needed for that.
+    there = {
+        name: table.column(name).is_valid().to_pylist()
+        for name in table.column_names
+        if name not in ignored
+    }
+    return [
+        partial(_table_row, path, number, form, ignored)
+        for number in range(table.num_rows)
+        for form in _check({n: True for n in there if there[n][number]}, str(path), ())
+    ]
 
 
-def _turn(turn: Any, where: str) -> dict[str, str]:
-    """Reads a turn with its speaker and its text under one of the names of published datasets."""
-    require(isinstance(turn, Mapping), f"{where}: {turn!r} is not a turn with a speaker and a text")
-    speaker = _given(turn, ("role", "from", "speaker"), where)
-    named = "" if speaker is None else str(turn[speaker])
-    require(
-        named.lower() in _SPEAKERS,
-        f"{where}: a turn is said by {named!r}: its role, from or speaker must be one of "
-        f"{', '.join(_SPEAKERS)}",
-    )
-    text = _given(turn, ("content", "value", "text"), where)
-    good = text is not None and isinstance(turn[text], str)
-    require(good, f"{where}: a turn has no text as content, value or text")
-    return {"role": _SPEAKERS[named.lower()], "content": turn[text]}
+def _table_row(path: epath.Path, number: int, form, ignored: Sequence[str]) -> RawExample:
+    (row,) = _read_table(path).slice(number, 1).to_pylist()
+    return read_row(row, path.parent, f"{path}, row {number + 1}", form, ignored)
 
 
-def _remove_marks(turns: list[dict[str, str]], where: str, images: int) -> None:
-    """Removes LLaVA's <image> marks: as in the original, the image is always placed first."""
-    shown = sum(turn["content"].count("<image>") for turn in turns)
-    require(shown <= images, f"{where}: the conversation has {images} images, but shows {shown}")
-    for turn in turns:
-        if "<image>" in turn["content"]:
-            turn["content"] = turn["content"].replace("<image>", "").strip()
-
-
-def _texts(values: Any) -> bool:
-    """Whether this is a list of one or more texts, none of them empty."""
-    good = isinstance(values, list) and bool(values)
-    return good and all(isinstance(value, str) and value.strip() for value in values)
+@functools.lru_cache(maxsize=1)
+def _read_table(path: epath.Path):
+    """The table, read once in every process."""
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path} needs pip install 'monoformer_jax[parquet]'") from error
+    try:
+        remote = "://" in str(path)
+        return parquet.read_table(io.BytesIO(path.read_bytes()) if remote else str(path))
+    except Exception as error:  # a damaged file raises many types
+        raise InputError(f"{path} is not a Parquet file ({error})") from error
