@@ -139,6 +139,9 @@ class DataConfig:
     # End a prompt with </s> in training and sampling, which marks it as complete. The released weights
     # and the digits were trained without it.
     end_of_prompt: bool = True
+    # Examples that cannot be used (a damaged record, NaN in a latent, …) are skipped and counted. The
+    # run stops if they are more than this share of 1000 consecutive examples of a stream.
+    max_bad_fraction: float = 0.1
     shift_pixels: int = 1  # maximum random shift of digits in the read task
     truncate_text: bool = (
         False  # truncate text documents longer than a row instead of dropping them
@@ -146,10 +149,9 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "data", "max_seq_len", "packing_bins", "image_size")
-        require(
-            0 <= self.prompt_dropout <= 1,
-            f"data.prompt_dropout={self.prompt_dropout} is not between 0 and 1",
-        )
+        for name in ("prompt_dropout", "max_bad_fraction"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"data.{name}={value} is not between 0 and 1")
         at_least(self, "data", 0, "shift_pixels", "streams")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():

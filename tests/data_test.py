@@ -248,7 +248,7 @@ def test_worker_processes_make_the_same_batches_and_resume(change):
                 batches.iterator.set_state(state)
             got += [next(batches.iterator) for _ in range(3)]
             state = json.loads(json.dumps(batches.iterator.get_state()))
-            assert batches.dropped > 0
+            assert batches.skipped["too_long"] > 0
     assert same(got, want)
 
 
@@ -257,7 +257,7 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
     mixture = {"draw": 0.5, "say": 0.5}
     made, batches = take(change(data={"max_seq_len": 31, "mixture": mixture}), 12)
     found = [d for b in made for d in documents_of(b)]
-    assert batches.dropped > 0
+    assert batches.skipped["too_long"] > 0
     assert all((d["token_types"] == PATCH).sum() in (0, 16) for d in found)
     assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
 
@@ -279,7 +279,7 @@ def test_text_is_truncated_only_where_the_config_says_so(change):
     data = {"max_seq_len": 24, "mixture": {"say": 1.0}, "truncate_text": True}
     made, batches = take(change(data=data), 12)
     ends = [d["tokens"][-1] for b in made for d in documents_of(b)]
-    assert batches.dropped == 0
+    assert batches.skipped["too_long"] == 0
     assert TOKENIZER.eos_id in ends and any(end != TOKENIZER.eos_id for end in ends)
 
 

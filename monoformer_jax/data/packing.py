@@ -2,34 +2,108 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
+from typing import Any
 
 import grain
 import numpy as np
 
 from monoformer_jax.batch import FIELDS, Document, shift
 from monoformer_jax.config import TokenLayout
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import require
 
-_PROBE = 1000  # raise an error if the first so many documents are all too long
+_WINDOW = 1000  # examples of a stream in which the unusable ones are counted
 
 
-class LengthFilter:
-    """Filter that keeps documents that fit in a row, and counts the dropped ones."""
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Stands in a stream of documents for an example that cannot be used.
 
-    def __init__(self, length: int):
-        self.length, self.kept, self.dropped = length, 0, 0
+    Attributes:
+      reason: a reason of `BadExample`.
+      name: which example.
+      message: what is wrong with it.
+    """
 
-    def __call__(self, document: Document) -> bool:
-        fits = len(document["tokens"]) <= self.length
-        self.kept += fits
-        self.dropped += not fits
-        if self.kept == 0 and self.dropped == _PROBE:
-            raise InputError(
-                f"none of the first {_PROBE} documents fits into data.max_seq_len={self.length} "
-                f"tokens; the last has {len(document['tokens'])}"
-            )
-        return fits
+    reason: str
+    name: str
+    message: str
+
+
+class UsableDocuments(grain.IterDataset):
+    """The documents that fit in a row; counts the others by reason, "too_long" among them.
+
+    The counts are part of the state of an iterator, so that a resumed run continues them.
+
+    Attributes:
+      counts: {"kept" or a reason: number of examples} of the iterator that was used last.
+      skipped: the examples that it skipped since this list was cleared, without the documents that are
+        too long.
+    """
+
+    def __init__(self, documents: grain.IterDataset, length: int, max_bad_fraction: float):
+        super().__init__(documents)
+        self.length, self.max_bad_fraction = length, max_bad_fraction
+        self.counts: dict[str, int] = {}
+        self.skipped: list[Skipped] = []
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _UsableIterator(iter(self._parent), self)
+
+
+class _UsableIterator(grain.DatasetIterator):
+    def __init__(self, documents: grain.DatasetIterator, dataset: UsableDocuments):
+        super().__init__(documents)
+        self._dataset = dataset
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._seen, self._bad = 0, 0  # in the current window
+
+    def __next__(self) -> Document:
+        while True:
+            document = next(self._parent)
+            reason = self._reason(document)
+            self._counts[reason] += 1
+            self._dataset.counts = self._counts
+            if reason == "kept":
+                return document
+            if reason == "too_long":
+                self._check_lengths(document)
+
+    def _reason(self, document: Document | Skipped) -> str:
+        bad = isinstance(document, Skipped)
+        if self._seen == _WINDOW:
+            self._seen, self._bad = 0, 0
+        self._seen, self._bad = self._seen + 1, self._bad + bad
+        if not bad:
+            return "kept" if len(document["tokens"]) <= self._dataset.length else "too_long"
+        self._dataset.skipped.append(document)
+        most = self._dataset.max_bad_fraction
+        require(
+            self._bad <= most * _WINDOW,
+            f"more than data.max_bad_fraction={most:g} of {_WINDOW} examples cannot be used; the last "
+            f"is {document.name}: {document.message}",
+        )
+        return document.reason
+
+    def _check_lengths(self, document: Document) -> None:
+        none = self._counts["kept"] == 0 and self._counts["too_long"] == _WINDOW
+        require(
+            not none,
+            f"none of the first {_WINDOW} documents fits into data.max_seq_len={self._dataset.length} "
+            f"tokens; the last has {len(document['tokens'])}",
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        state = {"counts": dict(self._counts), "window": [self._seen, self._bad]}
+        return state | {"documents": self._parent.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        # Checkpoints of before December 2026 hold the state of the documents alone.
+        self._parent.set_state(state.get("documents", state))
+        self._counts = collections.Counter(state.get("counts", {}))
+        self._seen, self._bad = state.get("window", (0, 0))
 
 
 def pack(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ from absl import flags
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
 from monoformer_jax.data.documents import build_document, describe, draw_prompts, truncate
-from monoformer_jax.data.packing import LengthFilter, pack
+from monoformer_jax.data.packing import Skipped, UsableDocuments, pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import BadExample, InputError, require
 
 
 class Batches:
@@ -44,12 +45,14 @@ class Batches:
         tokenizer: Tokenizer,
         rows: Sequence[int] | None = None,
         workers: int = 0,
+        log: Callable[[str], None] | None = None,
     ):
         """Args:
         config: config of the run.
         tokenizer: see `data.tokenizer.open_tokenizer`.
         rows: row indices in ascending order; None: all, 0 to batch_size - 1.
         workers: processes that read and pack; 0: this one does.
+        log: is called with a line for each example that is skipped, once.
         """
         layout, c = config.layout, config.data
         require(
@@ -64,22 +67,23 @@ class Batches:
         streams = {}
         for number in needed:
             documents = _documents(sources, to_document, config, number)
-            fits = LengthFilter(c.max_seq_len)
-            streams[number] = fits, pack(
-                documents.filter(fits), layout, rows=group, length=c.max_seq_len, seed=config.seed,
+            usable = UsableDocuments(documents, c.max_seq_len, c.max_bad_fraction)
+            streams[number] = usable, pack(
+                usable, layout, rows=group, length=c.max_seq_len, seed=config.seed,
                 bins=c.packing_bins, pad_id=tokenizer.pad_id, max_images=config.max_images,
             )  # fmt: skip
         made = [number * group + i for number in needed for i in range(group)]
         kept = slice(None) if made == list(rows) else [made.index(row) for row in rows]
-        self.iterator = RowIterator(streams, kept, workers, ahead=1 + c.packing_bins // group)
+        ahead = 1 + c.packing_bins // group
+        self.iterator = RowIterator(streams, kept, workers, ahead, log)
 
     @property
-    def dropped(self) -> int:
-        """Number of documents dropped as longer than a row, since this process started."""
-        return self.iterator.dropped
+    def skipped(self) -> dict[str, int]:
+        """Number of examples of the run that this process's streams skipped, by reason."""
+        return self.iterator.skipped
 
 
-Stream = tuple[LengthFilter, grain.IterDataset]
+Stream = tuple[UsableDocuments, grain.IterDataset]
 
 
 class RowIterator:
@@ -87,15 +91,17 @@ class RowIterator:
     can resume a stream, in this process or in worker processes."""
 
     def __init__(
-        self, streams: dict[int, Stream], kept: list[int] | slice, workers: int = 0, ahead: int = 1
-    ):
+        self, streams: dict[int, Stream], kept: list[int] | slice, workers: int = 0, ahead: int = 1,
+        log: Callable[[str], None] | None = None,
+    ):  # fmt: skip
         """Args:
-        streams: filter and batches of each stream, by its number.
+        streams: documents and batches of each stream, by its number.
         kept: the rows to return of those that the streams make.
         workers: processes among which the streams are divided; 0: this one.
         ahead: batches that each worker makes in advance.
         """
-        self.dropped = 0
+        self.skipped: Counter[str] = Counter()
+        self._log, self._logged = log, set()
         self._kept, self._workers, self._ahead = kept, min(workers, len(streams)), ahead
         # Each worker has consecutive streams.
         parts = np.array_split(list(streams), max(self._workers, 1))
@@ -113,9 +119,18 @@ class RowIterator:
         self._states = {
             n: state for part in made for n, state in json.loads(part["states"]).items()
         }
-        self.dropped = sum(int(part["dropped"]) for part in made)
+        self._count([json.loads(part["skipped"]) for part in made])
         groups = [part["batch"] for part in made]
         return {name: np.concatenate([g[name] for g in groups])[self._kept] for name in groups[0]}
+
+    def _count(self, parts: list[dict[str, Any]]) -> None:
+        """Takes over what the parts skipped, and logs each example once."""
+        self.skipped = sum((Counter(part["counts"]) for part in parts), Counter())
+        del self.skipped["kept"]
+        for reason, name, message in (one for part in parts for one in part["examples"]):
+            if self._log and name not in self._logged:
+                self._logged.add(name)
+                self._log(f"skipped {name} ({reason}): {message}")
 
     def _start(self, part: _Streams) -> grain.IterDataset:
         if not self._workers:
@@ -154,13 +169,13 @@ class _Streams(grain.IterDataset):
 
     def __iter__(self) -> grain.DatasetIterator:
         iterators = {str(number): iter(rows) for number, (_, rows) in self.streams.items()}
-        return _StreamsIterator(iterators, [fits for fits, _ in self.streams.values()], self.start)
+        return _StreamsIterator(iterators, [docs for docs, _ in self.streams.values()], self.start)
 
 
 class _StreamsIterator(grain.DatasetIterator):
-    def __init__(self, iterators, filters, start):
+    def __init__(self, iterators, documents: list[UsableDocuments], start):
         super().__init__()
-        self._iterators, self._filters = iterators, filters
+        self._iterators, self._documents = iterators, documents
         if start is not None:
             self.set_state(start)
 
@@ -169,8 +184,16 @@ class _StreamsIterator(grain.DatasetIterator):
         return {
             "batch": {name: np.concatenate([g[name] for g in groups]) for name in groups[0]},
             "states": json.dumps(self.get_state()),
-            "dropped": sum(fits.dropped for fits in self._filters),
+            "skipped": json.dumps(self._take_skipped()),
         }
+
+    def _take_skipped(self) -> dict[str, Any]:
+        """The counts of all streams, and the examples that were skipped since the last batch."""
+        counts = sum((Counter(documents.counts) for documents in self._documents), Counter())
+        examples = [dataclasses.astuple(x) for d in self._documents for x in d.skipped]
+        for documents in self._documents:
+            documents.skipped.clear()
+        return {"counts": counts, "examples": examples}
 
     def get_state(self) -> dict[str, Any]:
         return {number: stream.get_state() for number, stream in self._iterators.items()}
@@ -208,10 +231,11 @@ def open_stages(config: Config, tokenizer: Tokenizer) -> tuple[Source, Callable]
     """The source with the most weight, and the function (example, rng) -> document, to time them."""
     sources = open_sources(config.data, config.layout.channels)
     source = sources[max(sources, key=lambda name: config.data.mixture[name])]
-    return source, _to_documents(config, tokenizer)(source)
+    numbered = dataclasses.replace(source, examples=_Numbered(source.examples))
+    return numbered, _to_documents(config, tokenizer)(source, name="the source")
 
 
-def _to_documents(config: Config, tokenizer: Tokenizer) -> Callable[[Source], _ToDocument]:
+def _to_documents(config: Config, tokenizer: Tokenizer) -> Callable[..., _ToDocument]:
     return functools.partial(
         _ToDocument, tokenizer=tokenizer, layout=config.layout, data=config.data,
         text_beside_images=config.loss.text_beside_images,
@@ -247,7 +271,7 @@ def check_streams(config: Config, hosts: int) -> None:
 
 def _documents(
     sources: Mapping[str, Source],
-    to_document: Callable[[Source], _ToDocument],
+    to_document: Callable[..., _ToDocument],
     config: Config,
     number: int,
 ) -> grain.IterDataset:
@@ -255,13 +279,12 @@ def _documents(
     c = config.data
     weights = np.array([c.mixture[name] for name in sources])
     documents = []
-    for index, source in enumerate(sources.values()):
+    for index, (name, source) in enumerate(sources.items()):
         # Explicit seeds: adding a source must not reorder the others.
         own = config.seed * 1000 + index
-        examples = grain.MapDataset.source(source.examples).seed(own).shuffle()
-        built = examples.random_map(
-            to_document(source), seed=own
-        )  # with new random numbers every epoch
+        examples = grain.MapDataset.source(_Numbered(source.examples)).seed(own).shuffle()
+        # With new random numbers every epoch.
+        built = examples.random_map(to_document(source, name=name), seed=own)
         # All streams together read each epoch once, also if there are fewer examples than streams.
         documents.append(built.repeat()[number :: config.streams])
     mixture = grain.MapDataset.mix(documents, weights / weights.sum())
@@ -272,6 +295,25 @@ def _documents(
     return mixture.to_iter_dataset(grain.ReadOptions(threads, ahead))
 
 
+class _Numbered(Sequence):
+    """(number, example), or (number, error) of an example that cannot be read."""
+
+    def __init__(self, examples: Sequence):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, number):
+        try:
+            return number, self._examples[number]
+        except (BadExample, OSError) as error:
+            return number, error
+
+    def __repr__(self) -> str:
+        return f"{len(self)} examples"
+
+
 # repr=False: grain logs the repr, which would contain all examples.
 @dataclasses.dataclass(frozen=True, repr=False)
 class _ToDocument:
@@ -280,10 +322,17 @@ class _ToDocument:
     layout: TokenLayout
     data: DataConfig
     text_beside_images: bool
+    name: str
 
-    def __call__(self, example, rng) -> Document:
-        c = self.data
-        parts = self.source.to_parts(example, rng)
+    def __call__(self, numbered: tuple[int, Any], rng) -> Document | Skipped:
+        c, (number, example) = self.data, numbered
+        try:
+            if isinstance(example, Exception):
+                raise example
+            parts = self.source.to_parts(example, rng)
+        except (BadExample, OSError) as error:
+            reason = getattr(error, "reason", "unreadable")
+            return Skipped(reason, f"example {number} of {self.name}", str(error))
         parts = draw_prompts(parts, rng, c.prompt_dropout, c.end_of_prompt)
         document = build_document(
             parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images

@@ -16,13 +16,16 @@ import numpy as np
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
 from monoformer_jax.data.documents import Image, Part, Prompt
-from monoformer_jax.data.records import Records, check_shape
+from monoformer_jax.data.records import Records, check_example, check_shape
 from monoformer_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`to_parts(example, rng)` returns the parts of a document; rng is seeded per example."""
+    """`to_parts(example, rng)` returns the parts of a document; rng is seeded per example.
+
+    An example for which it or `examples` raises `BadExample` or OSError is skipped and counted.
+    """
 
     examples: Sequence[Any]
     to_parts: Callable[[Any, np.random.Generator], Sequence[Part | Prompt]]
@@ -65,7 +68,12 @@ def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarr
 def _records(c: DataConfig, name: str, channels: int) -> Source:
     records = Records(c.records[name])
     check_shape(name, records, c.image_size, channels)
-    return Source(records, lambda example, rng: example)
+
+    def to_parts(example, rng):
+        check_example(example, c.image_size, channels)
+        return example
+
+    return Source(records, to_parts)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}

@@ -77,7 +77,7 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
         mesh = check_layout(config)
         target = abstract_train_state(config, mesh)
         rows = local_rows(config.batch_size, mesh)
-        batches = Batches(config, tokenizer, rows, default_workers(config))
+        batches = Batches(config, tokenizer, rows, default_workers(config), log=_warn)
         _check_first_batch(config, tokenizer, rows)
         file = None if config.data.tokenizer == "bytes" else tokenizer.path
         run_on_first(lambda: claim_workdir(workdir, config, file))
@@ -100,6 +100,10 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
                 checkpoints.wait()
                 mark_done(workdir, config, step, report.seconds)
                 allgather_json(None)  # no process ends before done.json is written
+
+
+def _warn(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
 
 
 def _require_same_run(config: Config, workdir: epath.Path) -> None:
@@ -263,7 +267,10 @@ class _Report:
         merged = functools.reduce(TrainMetrics.merge, jax.device_get(self._window))
         self._window = []
         scalars = {name: float(value) for name, value in merged.compute().items()}
-        scalars |= {"dropped_documents": self._batches.dropped, "train_seconds": self.seconds}
+        skipped = dict(self._batches.skipped)
+        scalars |= {"dropped_documents": skipped.pop("too_long", 0), "train_seconds": self.seconds}
+        scalars |= {"skipped_examples": sum(skipped.values())}
+        scalars |= {f"skipped_{reason}": number for reason, number in skipped.items()}
         self._writer.write_scalars(step, scalars)
         line = (
             f"step {step}/{self._config.steps}  loss {scalars['loss']:.4f}  "
@@ -271,7 +278,9 @@ class _Report:
             f"real tokens {scalars['real_token_share']:.1%}  {self.seconds:.0f} s"
         )
         if scalars["dropped_documents"]:
-            line += f"  documents dropped as too long: {self._batches.dropped}"
+            line += f"  documents dropped as too long: {scalars['dropped_documents']}"
+        if skipped:
+            line += f"  examples skipped: {scalars['skipped_examples']}"
         self.log(line)
 
     def flush(self) -> None:
