@@ -6,11 +6,14 @@ import math
 import re
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import Config
+from monoformer_jax.data.documents import Image, Prompt
+from monoformer_jax.data.records import write_records
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import make_config, monoformer, named_size
 from monoformer_jax.models.monoformer import MonoFormerConfig
@@ -84,9 +87,52 @@ def test_every_config_file_makes_a_config():
             with pytest.raises(InputError, match="huge is not a workdir to start from"):
                 load_config(f"{file}:huge", [])
             continue
+        if file.name == "pictures.py":  # its argument is a folder of records
+            with pytest.raises(InputError, match="huge has no complete records"):
+                load_config(f"{file}:huge", [])
+            continue
         load_config(f"{file}:tiny", [])
         with pytest.raises(InputError, match=r"there is no .* 'huge'; there are "):
             load_config(f"{file}:huge", [])
+
+
+def test_the_config_of_pictures_follows_from_the_records(tmp_path):
+    """Size, channels, mixture, row length and steps: twice the pictures are twice the steps."""
+
+    def write(name, count, *shape, caption="a cat", **moments):
+        image = Image(np.zeros(shape, np.uint8), denoise=True, **moments)
+        write_records(tmp_path / name, [[Prompt(("a", caption)), image]] * count)
+
+    def load(*names):
+        folders = ",".join(str(tmp_path / name) for name in names)
+        return load_config(f"{ROOT}/configs/pictures.py:{folders}", [])
+
+    write("one", 200, 32, 32, 3)
+    write("two", 400, 32, 32, 3)
+    one, two, both = load("one"), load("two"), load("one", "two")
+    assert (one.data.image_size, one.model.channels, one.model.patch_size) == (32, 3, 4)
+    assert one.data.records == {"one": str(tmp_path / "one")} and not one.data.sample_latents
+    # 64 patches; <s>, </s>, the caption's </s>, TIME, <|im_start|>, <|im_end|>; two a row, or more.
+    length = 64 + 6 + len("a cat")
+    assert one.data.max_seq_len == 160 and 2 * length <= 160 < 2 * length + 32
+    visits = one.steps * one.batch_size * one.data.max_seq_len / length / 200
+    assert visits == pytest.approx(300, rel=0.05)
+    assert two.steps == pytest.approx(2 * one.steps, rel=0.05)
+    assert both.data.mixture == {"one": 200, "two": 400} and both.steps > two.steps
+    write("grey", 2, 9, 9, 1, caption="long " * 100)
+    grey = load("grey")
+    assert (grey.data.image_size, grey.model.channels, grey.model.patch_size) == (9, 1, 1)
+    assert grey.data.max_seq_len >= 81 + 6 + 500 and grey.steps == 500
+    latent = np.zeros((32, 32, 4), np.float32)
+    write_records(tmp_path / "latents", [[Prompt(("a",)), Image(latent, True, latent)]])
+    latents = load("latents")
+    assert (latents.model.channels, latents.model.patch_size) == (4, 2)
+    assert latents.data.sample_latents and latents.data.max_seq_len >= 2 * 256
+    write_records(tmp_path / "texts", [["a text"]])
+    with pytest.raises(InputError, match="texts holds no images"):
+        load("texts")
+    with pytest.raises(InputError, match="two folders have one name"):
+        load("one", "one")
 
 
 @pytest.mark.parametrize("name", ["imagenet256", "journeydb_ultrachat", "llava_journeydb"])

@@ -283,6 +283,8 @@ def run(name: str, arguments: list[str], planned: set[str]) -> None:
     if name in PARSED_ONLY or "--help" in arguments:
         return
     extra = [*SMALLER.get(name, [])]
+    if name == "train" and "pictures.py" in arguments[0]:  # what follows is of its records
+        extra[extra.index(TINY)] = "--config.model.num_layers=1"
     if any(x.startswith("--process=") for x in arguments):  # one of several, started apart
         extra.remove("--processes=1")
     for text, more in ALSO.items():

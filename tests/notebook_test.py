@@ -92,6 +92,19 @@ def test_imagenet_notebook(tmp_path, run_notebook, weights):
 
 
 @pytest.mark.slow
+def test_pictures_notebook(tmp_path, run_notebook):
+    """Eight pictures of 8×8, and a model of one layer."""
+    _, prepare, train, draw = run_notebook(
+        "colab_pictures.ipynb", PICTURES=str(tmp_path / "pictures"), IMAGE_SIZE=8, STEPS=4,
+        RECORDS=str(tmp_path / "records"), WORKDIR=str(tmp_path / "run"), SAMPLING_STEPS=2,
+        OVERRIDES="--config.model.num_layers=1 --config.batch_size=4 --config.log_every=2",
+    )  # fmt: skip
+    assert "8 examples" in printed(prepare) and "step 4/4" in printed(train)
+    assert "'a blue square' -> '[picture 2]'" in printed(draw) and pictures(draw) == 1
+    assert read_config(tmp_path / "run").data.image_size == 8
+
+
+@pytest.mark.slow
 def test_finetune_notebook(tmp_path, run_notebook, weights):
     base = tmp_path / "base"
     write_workdir(base, open_source(find_source(str(weights))))
