@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--to", type=storage_path, required=True, help="output folder of the records")
     add("--codec", default="pixels", help="pixels (default), or sd_vae: latents of an autoencoder")
     add("--vae", type=storage_path, help="folder of the autoencoder of --codec=sd_vae")
-    add("--image_size", type=integer(1), default=256, help="image side in pixels (default 256)")
+    add("--image_size", type=integer(1), help="image side in pixels (default 32; 256 for sd_vae)")
     add("--channels", type=int, choices=(1, 3), default=3, help="of --codec=pixels: 1 is grey")
     add("--labels", type=storage_path, help="JSON file of class names")
     add("--ignore", default="", metavar="KEY,KEY", help="keys or columns that are not read")
@@ -112,7 +112,7 @@ def _encode_dataset(examples, share: tuple[int, int], args: argparse.Namespace) 
     from monoformer_jax.errors import require
     from monoformer_jax.runtime.processes import run_on_first
 
-    encode, channels = _encoder(args)
+    encode, size, channels = _encoder(args)
     complete = (args.to / "info.json").exists
     run_on_first(
         lambda: require(not complete(), f"--to={args.to} is already complete; nothing was changed")
@@ -126,7 +126,7 @@ def _encode_dataset(examples, share: tuple[int, int], args: argparse.Namespace) 
     mine = [examples[i] for n in missing for i in parts[n]]
     workers = default_workers(len(mine)) if args.workers is None else args.workers
     progress = _Progress(len(mine), len(missing), share)
-    made = decode_examples(mine, args.image_size, workers, channels)
+    made = decode_examples(mine, size, workers, channels)
     with contextlib.closing(made) as decoded:
         for number in missing:
             part = itertools.islice(decoded, len(parts[number]))
@@ -241,7 +241,7 @@ def _encoded(decoded, encode, batch_size: int, progress: _Progress):
 
 
 def _encoder(args: argparse.Namespace):
-    """Returns a function uint8 [n, size, size, channels] -> [(mean, logvar)], and the channels."""
+    """Returns a function uint8 [n, size, size, channels] -> [(mean, logvar)], size and channels."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding
@@ -252,15 +252,16 @@ def _encoder(args: argparse.Namespace):
     from monoformer_jax.errors import require
     from monoformer_jax.parallel import BATCH, make_mesh
 
-    known, size = IMAGE_CODECS.keys(), args.image_size
+    known = IMAGE_CODECS.keys()
     require(args.codec in known, f"--codec={args.codec} is none of {', '.join(known)}")
+    size = args.image_size or IMAGE_CODECS[args.codec].image_size
     if IMAGE_CODECS[args.codec].class_name is None:
         given = "" if args.vae is None else str(args.vae)
         others = " or ".join(name for name in known if name != args.codec)
         require(
             not given, f"--vae={given} is not used by --codec={args.codec}: give --codec={others}"
         )
-        return lambda pixels: [(image, None) for image in pixels], args.channels
+        return lambda pixels: [(image, None) for image in pixels], size, args.channels
     require(args.vae is not None, f"--codec={args.codec} needs the autoencoder: give --vae=DIR")
     require(args.channels == 3, f"--channels=1 is for pixels, not for --codec={args.codec}")
     codec = open_codec(_on_this_machine(args.vae))
@@ -280,7 +281,7 @@ def _encoder(args: argparse.Namespace):
         encoded = codec.encode(jax.device_put(from_uint8(padded), sharding))
         return list(zip(*encoded))[: len(pixels)]
 
-    return encode, 3
+    return encode, size, 3
 
 
 def _on_this_machine(folder: epath.Path):

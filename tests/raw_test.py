@@ -275,12 +275,13 @@ def test_folders_are_classes_unless_there_are_captions(pictures, tmp_path, capsy
     records, _ = prepare(pictures, tmp_path / "records", capsys)
     assert described_all(records) == ["[('a blue thing',), 'blue!']", "[('a red thing',), 'red!']"]
     (pictures / "a red thing" / "more" / "1.txt").write_text("red")
-    (pictures / "a red thing" / "2.txt").write_text("lost")
+    (pictures / "a red thing" / "2.TXT").write_text("lost")
+    (pictures / "a red thing" / "._1.png").write_text("of macOS")
     records, said = prepare(pictures, tmp_path / "more", capsys)
     assert described_all(records) == ["[('red',), 'red!']"]
     assert "2 could not be read and were skipped: missing_file 2" in said
-    assert "1.png has no caption: there is no file 1.txt" in said
-    assert "2.txt has no picture of that name" in said
+    assert "1.png has no caption: there is no 1.txt" in said
+    assert "2.TXT has no picture of that name" in said
     with pytest.raises(InputError, match="holds no pictures"):
         open_raw(str(tmp_path / "records"))
 
@@ -337,14 +338,14 @@ def test_a_key_that_is_not_understood_names_its_line(tmp_path, row, message):
     with pytest.raises(InputError, match=f"rows.jsonl:2.*{message}"):
         encode(file, tmp_path / "records")
     assert not (tmp_path / "records").exists()
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match=f"rows.parquet.*{message}"):
+        open_raw(str(tmp_path / "rows.parquet"))
     columns = ",".join(row)
     (tmp_path / "rows.csv").write_text(f"{columns}\n")
     if "messages" not in row:
         with pytest.raises(InputError, match=f"rows.csv:1.*{message}"):
             open_raw(str(tmp_path / "rows.csv"))
-        parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
-        with pytest.raises(InputError, match=f"rows.parquet, row 1.*{message}"):
-            open_raw(str(tmp_path / "rows.parquet"))
     names = ("captoins", "aesthetic", "mask")
     assert len(open_raw(str(file), None, names)) == 2
 

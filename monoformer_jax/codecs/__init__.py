@@ -2,6 +2,7 @@
 
 A codec has
 
+    image_size                         side of a picture in pixels, unless the user gives one
     factor                             downsampling factor: pixels per latent value along each side
     channels                           channels of the generated values
     check()                            raises InputError if it cannot decode to pixels

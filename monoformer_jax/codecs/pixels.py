@@ -13,6 +13,7 @@ class Pixels:
     """Codec of a model that generates pixels."""
 
     class_name = None
+    image_size = 32
     factor = 1
 
     def __init__(self, channels: int):

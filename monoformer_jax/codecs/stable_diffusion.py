@@ -19,6 +19,7 @@ class StableDiffusion:
     """Codec of a model that generates latents: (latent - mean) * scale, see `AutoencoderConfig`."""
 
     class_name = "AutoencoderKL"
+    image_size = 256
 
     def __init__(self, config: autoencoder.AutoencoderConfig, params: dict):
         self.config, self.params = config, params

@@ -100,12 +100,13 @@ def _folder(folder: epath.Path) -> Examples:
     files = list(_walk(folder))
     pictures = [file for file in files if file.suffix.lower() in _PICTURES]
     require(bool(pictures), f"{folder} holds no pictures ({', '.join(_PICTURES)})")
-    captions = {file.with_suffix("") for file in files if file.suffix == ".txt"}
-    if captions & {file.with_suffix("") for file in pictures}:
-        alone = captions - {file.with_suffix("") for file in pictures}
+    captions = {f.with_suffix(""): f for f in files if f.suffix.lower() not in _PICTURES}
+    stems = [file.with_suffix("") for file in pictures]
+    if captions.keys() & set(stems):
+        alone = [captions[stem] for stem in sorted(captions.keys() - set(stems))]
         return [
-            *(partial(_captioned_by_file, file) for file in pictures),
-            *(partial(_caption_alone, file.with_suffix(".txt")) for file in sorted(alone)),
+            *(partial(_captioned_by_file, f, captions.get(s)) for f, s in zip(pictures, stems)),
+            *(partial(_caption_alone, file) for file in alone),
         ]
     require(
         all(file.parent != folder for file in pictures),
@@ -124,16 +125,17 @@ def _folder(folder: epath.Path) -> Examples:
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
     """The pictures and captions of a folder and those in it; on storage, without a request for each."""
     for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):  # such as ._cat.jpg of macOS, which is no picture
+            continue
         if path.suffix.lower() in (*_PICTURES, ".txt"):
             yield path
-        elif not path.name.startswith(".") and path.is_dir():
+        elif path.is_dir():
             yield from _walk(path)
 
 
-def _captioned_by_file(file: epath.Path) -> RawExample:
-    caption = file.with_suffix(".txt")
-    if not caption.is_file():
-        raise BadExample("missing_file", f"{file} has no caption: there is no file {caption.name}")
+def _captioned_by_file(file: epath.Path, caption: epath.Path | None) -> RawExample:
+    if caption is None:
+        raise BadExample("missing_file", f"{file} has no caption: there is no {file.stem}.txt")
     text = caption.read_bytes().decode("utf-8-sig", "surrogateescape")
     wordings = [line.strip() for line in unicode_text(text, f"the caption {caption}").split("\n")]
     if not any(wordings):
@@ -271,7 +273,7 @@ def _refuse_cells(where: str, found: int, want: int) -> RawExample:
 
 def _parquet(path: epath.Path, ignored: Sequence[str]) -> Examples:
     table = _read_table(path)
-    check_keys(dict.fromkeys(table.column_names, ""), f"{path}, row 1", ignored)
+    check_keys({field.name: _turn_keys(field.type) for field in table.schema}, str(path), ignored)
     # Which values of a row are there decides its forms; their bytes are not needed for that.
     there = {
         name: table.column(name).is_valid().to_pylist()
@@ -283,6 +285,13 @@ def _parquet(path: epath.Path, ignored: Sequence[str]) -> Examples:
         for number in range(table.num_rows)
         for form in _check({n: True for n in there if there[n][number]}, str(path), ())
     ]
+
+
+def _turn_keys(kind) -> list[dict[str, str]]:
+    """The keys of the turns in a column of this type, as one turn; [] for another column."""
+    fields = getattr(kind, "value_type", None)
+    is_turn = fields is not None and fields.num_fields > 0
+    return [{field.name: "" for field in fields}] if is_turn else []
 
 
 def _table_row(path: epath.Path, number: int, form, ignored: Sequence[str]) -> RawExample:
