@@ -8,6 +8,7 @@ hostile_test.py runs 200 mutations of each.
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import shutil
@@ -18,8 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 from llama_tokenizer import write_llama_tokenizer
+from pyarrow import parquet
 
+from monoformer_jax.data import raw
 from monoformer_jax.data.content import read_content
 from monoformer_jax.data.image_io import MOST_PIXELS, open_image
 from monoformer_jax.data.templates import read_labels
@@ -158,6 +162,27 @@ def _tokenizer() -> bytes:
         return (Path(folder) / "a").read_bytes()
 
 
+def _reads_examples(suffix: str) -> Callable[[Path], None]:
+    """Reads all examples of a dataset; one that cannot be read may cost itself alone."""
+
+    def run(path: Path) -> None:
+        file = path.with_suffix(suffix)
+        shutil.copy(path, file)
+        raw._read_table.cache_clear()
+        for example in raw.open_raw(str(file)):
+            with contextlib.suppress(InputError):
+                example()
+
+    return run
+
+
+def _parquet() -> bytes:
+    file = io.BytesIO()
+    rows = [{"image": {"bytes": b"1", "path": None}, "text": f"a cat {i}"} for i in range(20)]
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
 def _reads_config(read: Callable) -> Callable[[Path], None]:
     def run(path: Path) -> None:
         values = read_json(path)
@@ -171,6 +196,17 @@ INDEX = json.dumps(
     {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
 ).encode()
 URL = b"data:image/png;base64," + base64.b64encode(_picture("PNG"))
+EXAMPLES = [
+    {"image": "a.png", "captions": ["a cat", "an animal"]},
+    {"images": ["a.png", "b.png"], "messages": ["<image> make it red", "<image>"]},
+    {"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]},
+    {"source": "a.png", "instruction": "red", "target": "b.png"},
+    {"texts": ["one", None], "images": [None, "a.png"]},
+    {"parts": [{"text": "a"}, {"image": "a.png", "generate": True}]},
+]
+ROWS = json.dumps(EXAMPLES).encode()
+LINES = "\n".join(map(json.dumps, EXAMPLES)).encode()
+CSV = b'file_name,text\r\n"a.png","a ""cat"""\r\nb.png,a dog\r\n'
 # Reader -> (a good file, how it is mutated, what reads it)
 READERS = {
     "safetensors": (_safetensors(), mutate, lambda path: _load(open_safetensors(path))),
@@ -184,6 +220,10 @@ READERS = {
                lambda path: make_config(read_json(path))),
     "labels": (json.dumps([f"class {i}" for i in range(1000)]).encode(), mutate_json, read_labels),
     "tokenizer": (_tokenizer(), mutate_json, lambda p: FileTokenizer(p).encode("draw a seven")),
+    "json lines": (LINES, mutate, _reads_examples(".jsonl")),
+    "json list": (ROWS, mutate_json, _reads_examples(".json")),
+    "csv": (CSV, mutate, _reads_examples(".csv")),
+    "parquet": (_parquet(), mutate, _reads_examples(".parquet")),
     "png": (_picture("PNG"), mutate, open_image),
     "jpeg": (_picture("JPEG"), mutate, open_image),
     "webp": (_picture("WEBP"), mutate, open_image),

@@ -115,10 +115,11 @@ def _known(keys: Iterable[str], known: Sequence[str], where: str, ignored: Itera
     for key in keys:
         if key in known or key in ignored:
             continue
+        name = shorten(repr(key)[1:-1], 60)
         close = difflib.get_close_matches(key, known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise InputError(
-            f"{where}: the key {shorten(key, 60)!r} is not understood: {hint}Give --ignore={key} to "
+            f"{where}: the key '{name}' is not understood: {hint}Give --ignore={name} to "
             f"read the examples without it; known are {', '.join(known)}"
         )
 
