@@ -17,6 +17,7 @@ from monoformer_jax.data.records import Records, pack, write_info, write_records
 from monoformer_jax.data.templates import chat_parts
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import BadExample, InputError
+from monoformer_jax.training.loop import train
 
 GOOD = 40
 RNG = np.random.default_rng(0)
@@ -101,6 +102,20 @@ def test_bad_records_are_skipped_counted_and_named(damaged, change):
             following = next(resumed.iterator)
         np.testing.assert_array_equal(values, following[name])
     assert resumed.skipped == batches.skipped
+
+
+def test_a_run_reports_and_saves_what_it_skipped(damaged, change, tmp_path, capsys):
+    data = {"mixture": {"mine": 1.0}, "records": {"mine": str(damaged)}, "max_bad_fraction": 0.5}
+    train(change(steps=2, log_every=1, data=data), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = {name: n for name, n in json.loads(lines[-1]).items() if name.startswith("skipped_")}
+    assert found.keys() - {"skipped_examples"} == {f"skipped_{reason}" for reason, _ in BAD}
+    assert 2 * found["skipped_examples"] == sum(found.values()) >= 2 * len(BAD)
+    (saved,) = (tmp_path / "run" / "checkpoints" / "2" / "data").glob("*")
+    assert '"not_finite": ' in saved.read_text()
+    said = capsys.readouterr()
+    assert f"examples skipped: {found['skipped_examples']}" in said.out
+    assert said.err.count("skipped example 1 of mine (unreadable): the record is damaged") == 1
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
