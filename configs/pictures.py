@@ -33,28 +33,14 @@ def get_config(folders: str = ""):
     c.name = "pictures"
     c.model.update(named_size("small"))
     c.optimizer.learning_rate = 1.5e-3
-    shape, images, lengths = [32, 32, 3], 200, [90]
-    c.data.records = {"pictures": "records/pictures"}
-    c.data.mixture = {"pictures": 1.0}
+    c.data.records, c.data.mixture = {"pictures": "records/pictures"}, {"pictures": 1.0}
+    shape, images, examples = [32, 32, 3], 200, []
     if folders:
-        opened = {folder.rstrip("/").rpartition("/")[2]: folder for folder in folders.split(",")}
-        require(len(opened) == folders.count(",") + 1, f"{folders}: two folders have one name")
-        records = {name: Records(folder) for name, folder in opened.items()}
-        shapes = [r.info["shape"] for r in records.values() if r.info["shape"]]
-        require(bool(shapes), f"{folders} holds no images; configs/digits.py is of text, too")
-        shape = shapes[0]
-        c.data.records = opened
-        c.data.mixture = {name: float(len(examples)) for name, examples in records.items()}
-        images = sum(c.data.mixture.values())
-        examples = [example for r in records.values() for example in _first(r)]
-        c.data.sample_latents = any(
-            getattr(p, "logvar", None) is not None for e in examples for p in e
-        )
+        shape, images, examples = _open(c.data, folders)
     side, c.model.channels = shape[1], shape[2]
     c.data.image_size, c.model.patch_size = side, _patch_size(side, pixels=shape[2] in (1, 3))
-    if folders:
-        layout = TokenLayout(c.model.vocab_size, c.model.channels, c.model.patch_size)
-        lengths = [_length(example, layout) for example in examples]
+    layout = TokenLayout(c.model.vocab_size, c.model.channels, c.model.patch_size)
+    lengths = [_length(example, layout) for example in examples] or [90]
     # Two documents a row or more, in rows of a multiple of 32.
     longest = max(max(lengths), 2 * math.ceil(statistics.median(lengths)))
     c.data.max_seq_len = -(-longest // 32) * 32
@@ -63,6 +49,20 @@ def get_config(folders: str = ""):
     c.steps = max(500, round(VISITS * images / documents / 100) * 100)
     c.checkpoint_every = c.steps // 5
     return c
+
+
+def _open(data, folders: str) -> tuple[list[int], int, list]:
+    """Shape of the images, number of examples, and the first of them; sets the sources of `data`."""
+    opened = {folder.rstrip("/").rpartition("/")[2]: folder for folder in folders.split(",")}
+    require(len(opened) == folders.count(",") + 1, f"{folders}: two folders have one name")
+    records = {name: Records(folder) for name, folder in opened.items()}
+    shapes = [r.info["shape"] for r in records.values() if r.info["shape"]]
+    require(bool(shapes), f"{folders} holds no images; configs/digits.py is of text, too")
+    data.records = opened
+    data.mixture = {name: float(len(examples)) for name, examples in records.items()}
+    examples = [example for r in records.values() for example in _first(r)]
+    data.sample_latents = any(getattr(p, "logvar", None) is not None for e in examples for p in e)
+    return shapes[0], sum(map(len, records.values())), examples
 
 
 def _first(records: Records) -> list:
