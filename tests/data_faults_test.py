@@ -111,8 +111,11 @@ def test_a_run_reports_and_saves_what_it_skipped(damaged, change, tmp_path, caps
     found = {name: n for name, n in json.loads(lines[-1]).items() if name.startswith("skipped_")}
     assert found.keys() - {"skipped_examples"} == {f"skipped_{reason}" for reason, _ in BAD}
     assert 2 * found["skipped_examples"] == sum(found.values()) >= 2 * len(BAD)
-    (saved,) = (tmp_path / "run" / "checkpoints" / "2" / "data").glob("*")
-    assert '"not_finite": ' in saved.read_text()
+    saved = tmp_path / "run" / "checkpoints" / "2" / "data" / "metadata"
+    (state,) = json.loads(saved.read_text())["streams"].values()
+    counts = {f"skipped_{name}": number for name, number in state["skipped"].items()}
+    assert counts.pop("skipped_kept") > 0
+    assert counts == {name: n for name, n in found.items() if name != "skipped_examples"}
     said = capsys.readouterr()
     assert f"examples skipped: {found['skipped_examples']}" in said.out
     assert said.err.count("skipped example 1 of mine (unreadable): the record is damaged") == 1

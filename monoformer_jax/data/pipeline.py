@@ -196,11 +196,14 @@ class _StreamsIterator(grain.DatasetIterator):
         return {"counts": counts, "examples": examples}
 
     def get_state(self) -> dict[str, Any]:
-        return {number: stream.get_state() for number, stream in self._iterators.items()}
+        # The state of a stream is from before it packed its open rows, and so are the counts in it:
+        # those to read stand beside it.
+        streams = zip(self._iterators.items(), self._documents)
+        return {n: s.get_state() | {"skipped": dict(docs.counts)} for (n, s), docs in streams}
 
     def set_state(self, states: dict[str, Any]) -> None:
         for number, stream in self._iterators.items():
-            stream.set_state(states[number])
+            stream.set_state({k: v for k, v in states[number].items() if k != "skipped"})
 
 
 def in_workers(dataset: grain.IterDataset, workers: int, ahead: int) -> grain.IterDataset:
