@@ -97,7 +97,9 @@ def call_command(
 def _quiet_libtpu() -> None:
     """Keeps libtpu, which `plan` needs, from five alarming lines on a machine without a TPU."""
     devices = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if not any(device.read_text().strip() == "0x1ae0" for device in devices):  # Google's
+    if not any(
+        device.read_text(encoding="utf-8").strip() == "0x1ae0" for device in devices
+    ):  # Google's
         for name, value in NO_TPU.items():
             os.environ.setdefault(name, value)
 
