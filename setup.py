@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 # They compile for chips that are not there.
 LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_64'"
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
-DIGITS = ["scikit-learn>=1.5", "matplotlib>=3.8"]
+DIGITS = ["scikit-learn>=1.5"]
 PARQUET = "pyarrow>=15"
 PAGE = ["gradio>=6,<7"]
 CONFIGS = "monoformer_jax.configs"
@@ -37,6 +37,7 @@ setup(
         "ml-collections>=1.1",
         "clu>=0.0.12",
         "einops>=0.8",
+        "matplotlib>=3.8",
         "pillow>=10.1",
         "tqdm>=4.66",
         "array-record>=0.5",

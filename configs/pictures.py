@@ -5,8 +5,9 @@ python -m monoformer_jax.train --config=configs/pictures.py:records/pictures --w
 python -m monoformer_jax.sample --workdir=runs/pictures --prompt="a cat" --paint --out=cat.png
 
 Size and channels of the images, mixture, length of a row, patch size, rows and steps are derived from
-the records. A picture is drawn about VISITS times: of 16×16 drawings in patches of 2×2 a model of this
-size drew 80 of 80 after 190 visits, and none after 27.
+the records. RUN/report.html shows what six of the prompts draw at each checkpoint; to hold examples
+out, add --config.data.validation_split=0.1. A picture is drawn about VISITS times: of 16×16 drawings
+in patches of 2×2 a model of this size drew 80 of 80 after 190 visits, and none after 27.
 """
 
 import math
@@ -21,6 +22,7 @@ from monoformer_jax.models import base_config, named_size
 
 VISITS = 300  # of each picture
 TOKENS = 2304  # of a step, in all of its rows
+SHOWN = 6  # prompts that are drawn at each checkpoint
 PROBED = 1000  # examples of each folder whose length is measured
 
 
@@ -48,6 +50,9 @@ def get_config(folders: str = ""):
     documents = c.batch_size * c.data.max_seq_len / statistics.mean(lengths)  # of a step
     c.steps = max(500, round(VISITS * images / documents / 100) * 100)
     c.checkpoint_every = c.steps // 5
+    prompts = _prompts(examples)
+    if prompts and shape[2] in (1, 3):  # latents need --config.validation.vae
+        c.validation.update(every=c.checkpoint_every, prompts=prompts)
     return c
 
 
@@ -74,6 +79,12 @@ def _first(records: Records) -> list:
         except BadExample:  # which training skips and counts
             continue
     return found
+
+
+def _prompts(examples: list) -> tuple[str, ...]:
+    """The first prompts, whose samples report.html shows at each checkpoint."""
+    texts = [p.texts[0] for e in examples for p in e if isinstance(p, Prompt) and p.texts[0]]
+    return tuple(dict.fromkeys(texts))[:SHOWN]
 
 
 def _patch_size(side: int, pixels: bool) -> int:

@@ -14,7 +14,8 @@ import PIL.Image
 from jax.sharding import Mesh
 
 from monoformer_jax.codecs.image_processor import ImageProcessor
-from monoformer_jax.config import SamplingConfig, build
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.config_values import build
 from monoformer_jax.data.content import open_source, read_content
 from monoformer_jax.data.documents import Part
 from monoformer_jax.data.image_io import to_pil
@@ -41,8 +42,9 @@ def load(
     vision: str | os.PathLike[str] | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
+    checkpoint: int | Literal["best"] | None = None,
 ) -> Model:
-    """Loads the EMA weights of the newest checkpoint of a run.
+    """Loads the EMA weights of a checkpoint of a run.
 
     Args:
       workdir: folder of the run, or storage such as gs://bucket/run.
@@ -51,18 +53,21 @@ def load(
       dtype: dtype of the weights; "bfloat16" halves their memory.
       mesh: devices to sample on; default: all local devices, with the smallest `tensor` axis on which
         the weights fit.
+      checkpoint: its step, or "best" for that with the lowest held-out loss; default: the newest.
 
     Raises:
       InputError: `workdir` has no trained model, or the autoencoder or vision tower does not fit it.
     """
     require(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} is not float32 or bfloat16")
+    if checkpoint not in (None, "best"):
+        checkpoint = whole_number(checkpoint, "checkpoint", 0)
     folder = expand(workdir)
     vae, vision = (None if path is None else Path(expand(path)) for path in (vae, vision))
     config = read_config(folder)  # the small things first: their errors come before the weights
     tokenizer = open_tokenizer(config.data, folder, config.layout.vocab_size)
     processor = ImageProcessor(config.layout, config.data.image_size, vae, vision)
     mesh = mesh or sampling_mesh(config, jax.local_devices(), dtype)
-    config, params, meta = load_trained(folder, dtype, mesh)
+    config, params, meta = load_trained(folder, dtype, mesh, checkpoint)
     mesh = None if mesh.size == 1 else mesh  # a single device needs no mesh
     return Model(config, params, tokenizer, mesh, image_processor=processor, **meta)
 

@@ -125,6 +125,11 @@ def local_path(text: str) -> Path:
     return Path(path)
 
 
+def checkpoint_step(text: str) -> int | str:
+    """A flag's type: the step of a checkpoint, or "best"."""
+    return text if text == "best" else integer(0)(text)
+
+
 def integer(least: int, most: int | None = None) -> Callable[[str], int]:
     """A flag's type: a whole number in a range."""
 

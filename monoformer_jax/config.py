@@ -9,14 +9,12 @@ raises `InputError` before anything is compiled. The group `model` is the datacl
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import numbers
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from monoformer_jax.errors import InputError, require
+from monoformer_jax.errors import require
 
 
 def positive(config, group: str, *names: str) -> None:
@@ -146,12 +144,27 @@ class DataConfig:
     truncate_text: bool = (
         False  # truncate text documents longer than a row instead of dropping them
     )
+    # Share of every source that is never trained and is measured instead, see `validation`. A hash of
+    # the example decides, so the split is the same on every host and stays when data is added.
+    validation_split: float = 0.0
+    # Folder of records that are measured, of a source that is then trained whole.
+    validation_records: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         positive(self, "data", "max_seq_len", "packing_bins", "image_size")
         for name in ("prompt_dropout", "max_bad_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} is not between 0 and 1")
+        require(
+            0 <= self.validation_split <= 0.5,
+            f"data.validation_split={self.validation_split} is not between 0 and 0.5",
+        )
+        for name in self.validation_records:
+            require(
+                name in self.mixture,
+                f"data.validation_records.{name} is of no source: data.mixture has "
+                f"{', '.join(self.mixture)}",
+            )
         at_least(self, "data", 0, "shift_pixels", "streams")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
@@ -280,6 +293,28 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """What training measures and draws with the EMA weights; what it measures is held out by
+    data.validation_split or data.validation_records."""
+
+    # Steps between validations; also before the first step and after the last one. 0: off.
+    every: int = 0
+    rows: int = 64  # packed rows of held-out examples that are measured, at most
+    # Prompts of the sample grid; default: prompts of held-out examples, and without those no grid.
+    prompts: tuple[str, ...] = ()
+    samples: int = 6  # held-out examples that are drawn, and as many that are read
+    # Warns when a held-out loss of a run that starts from weights (init_from) exceeds that of step 0 by
+    # more than this fraction.
+    margin: float = 0.1
+    vae: str = ""  # folder of the autoencoder that decodes the samples of a latent model
+
+    def __post_init__(self):
+        at_least(self, "validation", 0, "every", "margin")
+        positive(self, "validation", "rows", "samples")
+        require(all(self.prompts), "validation.prompts has an empty prompt")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Config of a run. `model` is the dataclass of the chosen model, see `models.MODELS`."""
 
@@ -307,6 +342,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     sampling: SamplingConfig = SamplingConfig()
+    validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
         require(0 <= self.seed < 2**32, f"seed={self.seed} is not between 0 and 2**32 - 1")
@@ -318,6 +354,7 @@ class Config:
             f"keep_period={self.keep_period} is not a multiple of "
             f"checkpoint_every={self.checkpoint_every}",
         )
+        self._check_validation()
         # The default number of streams divides every batch.
         streams, micro = self.data.streams or 1, self.optimizer.grad_accum_steps
         for name, parts in (("data.streams", streams), ("optimizer.grad_accum_steps", micro)):
@@ -355,6 +392,27 @@ class Config:
         # The output size of the image head depends on objective.learn_sigma.
         model = dataclasses.replace(self.model, predict_variance=self.objective.learn_sigma)
         object.__setattr__(self, "model", model)
+
+    def _check_validation(self) -> None:
+        every = self.validation.every
+        if not every:
+            return
+        require(
+            self.holds_out or bool(self.validation.prompts),
+            f"validation.every={every}, but there is nothing to measure or draw: set "
+            "data.validation_split, data.validation_records or validation.prompts",
+        )
+        # The best checkpoint is one of those whose step was measured.
+        require(
+            self.checkpoint_every % every == 0 or every % self.checkpoint_every == 0,
+            f"validation.every={every} and checkpoint_every={self.checkpoint_every}: one must be a "
+            "multiple of the other",
+        )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some examples are not trained, but measured."""
+        return bool(self.data.validation_split or self.data.validation_records)
 
     @property
     def layout(self) -> TokenLayout:
@@ -396,69 +454,3 @@ class Config:
     def to_json(self) -> str:
         """Returns the text of config.json."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
-
-
-# Renamed keys: old name -> new name.
-RENAMED = {
-    "checkpoints_kept": "max_to_keep",
-    "checkpoint_keep_every": "keep_period",
-    "data.row_length": "data.max_seq_len",
-    "data.moments": "data.sample_latents",
-    "optimizer.accumulation": "optimizer.grad_accum_steps",
-    "model.learn_sigma": "objective.learn_sigma",
-    "model.time_conditioning": "model.original.time_conditioning",
-    "model.image_head": "model.original.image_head",
-    "model.position_embedding": "model.original.position_embedding",
-    "model.context_images": "model.original.context_images",
-    "model.bidirectional_images": "model.original.bidirectional_images",
-}
-
-
-def build(cls, values: Mapping[str, Any], prefix: str = ""):
-    """Builds a dataclass, and nested ones, from nested mappings.
-
-    Args:
-      prefix: prefix of the keys in messages, such as "model.".
-
-    Raises:
-      InputError: an unknown key, a value of another type, or a value out of range.
-    """
-    hints = get_type_hints(cls)
-    made = {}
-    for key, value in values.items():
-        if key not in hints:
-            close = [prefix + name for name in difflib.get_close_matches(key, hints, 1)]
-            close = [RENAMED[prefix + key]] if prefix + key in RENAMED else close
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"unknown config key {prefix}{key}{hint}")
-        kind = hints[key]
-        if dataclasses.is_dataclass(kind):
-            require(isinstance(value, Mapping), f"config key {prefix}{key} is a group of keys")
-            value = build(kind, value, f"{prefix}{key}.")
-        elif get_origin(kind) is Mapping:
-            require(
-                isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
-                f"config key {prefix}{key}={value!r} is not a group of keys",
-            )
-            item = get_args(kind)[1]
-            value = {name: _fit(f"{prefix}{key}.{name}", item, x) for name, x in value.items()}
-        elif kind is not Any:  # the model's config is built already
-            value = _fit(f"{prefix}{key}", kind, value)
-        made[key] = value
-    return cls(**made)
-
-
-def _fit(key: str, kind: type, value: Any) -> Any:
-    """A value as this type: an integer is also a float, and a number of numpy is one of Python."""
-    number = not isinstance(value, bool)  # which Python takes for an integer
-    if number and kind is float and isinstance(value, numbers.Real):
-        value = float(value)
-        require(math.isfinite(value), f"config key {key}={value} is not a finite number")
-    elif number and kind is int and isinstance(value, numbers.Real) and math.isfinite(value):
-        whole = math.floor(value)
-        value = whole if whole == value else value  # 1e3 is 1000
-    large = number and kind is int and isinstance(value, int) and abs(value) >= 2**63
-    require(not large, f"config key {key}={str(value)[:20]}… has more than 63 bits")
-    fits = isinstance(value, kind) and (number or kind is bool)
-    require(fits, f"config key {key}={value!r} is not of type {kind.__name__}")
-    return value

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from monoformer_jax.config import MeshConfig
@@ -197,6 +197,32 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """Converts this process's rows of a batch to global arrays, sharded over data and fsdp."""
     sharding = NamedSharding(mesh, BATCH)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def spread_batch(tree: Any, mesh: Mesh) -> Any:
+    """Shards arrays [B, …] that every process holds whole over data and fsdp."""
+    sharding = NamedSharding(mesh, BATCH)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def put(x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Copies arrays to the host, whole ones in every process; in several processes all must call it."""
+
+    def copy(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return jax.device_get(x)
+
+    return jax.tree.map(copy, tree)
 
 
 def check_batch_size(batch_size: int, grad_accum_steps: int, mesh: Mesh) -> None:

@@ -43,7 +43,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from monoformer_jax.cli import SEED, finite, integer, local_path, run_command, storage_path
+from monoformer_jax.cli import (
+    SEED,
+    checkpoint_step,
+    finite,
+    integer,
+    local_path,
+    run_command,
+    storage_path,
+)
 from monoformer_jax.errors import InputError, require, shorten
 
 FAILED_ROWS = 1  # exit code
@@ -56,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = "default: the config's sampling"
     add("--workdir", type=storage_path, required=True,
         help="workdir of the trained run, a folder or gs://...")  # fmt: skip
+    add("--checkpoint", type=checkpoint_step, metavar="N|best",
+        help="its step, or best: that with the lowest held-out loss (default: the newest)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="dtype of the weights; bfloat16 halves their memory")  # fmt: skip
     add("--prompt", action="append", default=[], help="text prompt; may be repeated")
@@ -158,7 +168,8 @@ def _sample(
     from monoformer_jax.runtime.processes import run_on_first
     from monoformer_jax.sampling.image import fid_sampling
 
-    model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype)
+    model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision, dtype=args.dtype,
+                                checkpoint=args.checkpoint)  # fmt: skip
     if model.mesh is not None:
         print(f"mesh of {model.mesh.size} devices: {describe_mesh(model.mesh)}", file=sys.stderr)
     names = ("steps", "guidance", "image_guidance", "negative_prompt", "solver")

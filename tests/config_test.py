@@ -111,6 +111,7 @@ def test_the_config_of_pictures_follows_from_the_records(tmp_path):
     write("two", 400, 32, 32, 3)
     one, two, both = load("one"), load("two"), load("one", "two")
     assert (one.data.image_size, one.model.channels, one.model.patch_size) == (32, 3, 4)
+    assert one.validation.prompts == ("a",) and one.validation.every == one.checkpoint_every
     assert one.data.records == {"one": str(tmp_path / "one")} and not one.data.sample_latents
     # 64 patches; <s>, </s>, the caption's </s>, TIME, <|im_start|>, <|im_end|>; two a row, or more.
     length = 64 + 6 + len("a cat")

@@ -83,7 +83,7 @@ def test_config_prints_every_key_with_its_value_type_and_comment(capsys, config)
 
     def visit(values, prefix=""):
         for name, value in values.items():
-            if isinstance(value, dict) and name not in ("mixture", "records"):
+            if isinstance(value, dict) and name not in ("mixture", "records", "validation_records"):
                 visit(value, f"{prefix}{name}.")
             else:
                 flat[prefix + name] = value

@@ -10,8 +10,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "monoformer_jax"
 # A module or package imports only from those before it. Commands may use all of them.
 ORDER = [
-    "errors", "files", "config", "batch", "parallel", "data", "diffusion", "attention", "nn",
-    "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
+    "errors", "files", "config", "config_values", "batch", "parallel", "data", "diffusion", "attention",
+    "nn", "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
     "api", "cli", "bench",
 ]  # fmt: skip
 COMMANDS = {"train", "sample", "demo", "plan", "convert", "prepare_data", "evaluate", "check",

@@ -13,12 +13,14 @@ import subprocess
 import sys
 
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import ROOT
 
 from monoformer_jax import sample
 from monoformer_jax.cli import load_config
 from monoformer_jax.errors import PREEMPTED
+from monoformer_jax.evaluation.validation import Validation
 from monoformer_jax.training.loop import train
 
 TIMEOUT = 600  # seconds; only a run that hangs takes so long
@@ -147,6 +149,29 @@ def test_two_processes_resume_four_and_survive_sigterm_and_sigkill_bit_exact(one
     codes, said = run(2, interrupted, *longer)
     assert codes == [0, 0], said
     np.testing.assert_array_equal(losses(interrupted), losses(uninterrupted))
+
+
+def test_two_processes_measure_and_draw_what_one_does_and_the_first_writes(tmp_path):
+    """Held-out losses, samples and answers, with parameters sharded over the processes."""
+    given = ["--config.steps=4", "--config.checkpoint_every=4", "--config.validation.every=4",
+             "--config.data.validation_split=0.2", "--config.validation.samples=3",
+             "--config.validation.rows=6", "--config.sampling.steps=2"]  # fmt: skip
+    config = load_config(str(ROOT / TINY), [*OVERRIDES, *given])
+    train(config, tmp_path / "one", open_validation=Validation)
+    codes, said = run(2, tmp_path / "two", *given, "--config.mesh.fsdp=2")
+    assert codes == [0, 0], said
+    assert "validation at step 4" in said[0][0] and "validation" not in said[1][0]
+    one, two = (
+        [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        for key in (key for key in a if key.startswith("val_")):
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)
+    for step in (0, 4):
+        drawn = [PIL.Image.open(tmp_path / n / "samples" / f"{step}.png") for n in ("one", "two")]
+        assert np.abs(np.subtract(*(np.asarray(x, int) for x in drawn))).max() <= 2  # of 255
+    assert (tmp_path / "two" / "report.html").exists()
 
 
 def test_two_processes_sample_the_missing_shards_and_the_first_joins_them(one, tmp_path):

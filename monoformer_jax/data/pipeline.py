@@ -21,6 +21,7 @@ from absl import flags
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
 from monoformer_jax.data.documents import build_document, describe, draw_prompts, truncate
+from monoformer_jax.data.held_out import check_split, trained_examples
 from monoformer_jax.data.packing import Skipped, UsableDocuments, pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Batches:
             f"{tokenizer.vocab_size}",
         )
         sources, to_document = open_sources(c, layout.channels), _to_documents(config, tokenizer)
+        check_split(c, sources)
         group = config.batch_size // config.streams
         rows = range(config.batch_size) if rows is None else rows
         needed = sorted({row // group for row in rows})
@@ -286,6 +288,7 @@ def _documents(
         # Explicit seeds: adding a source must not reorder the others.
         own = config.seed * 1000 + index
         examples = grain.MapDataset.source(_Numbered(source.examples)).seed(own).shuffle()
+        examples = trained_examples(c, name, examples)
         # With new random numbers every epoch.
         built = examples.random_map(to_document(source, name=name), seed=own)
         # All streams together read each epoch once, also if there are fewer examples than streams.

@@ -1,54 +1,74 @@
-"""Matplotlib figures of a run: a labelled grid of generated digits, and the loss curves."""
+"""Matplotlib figures of a run: a labelled grid of generated digits, and curves of its losses."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import io
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+import PIL.Image
+from matplotlib.figure import Figure
 
-from monoformer_jax.errors import InputError
 
-
-def save_digit_grid(path: Path, images: np.ndarray, columns: int, names: tuple[str, ...]) -> None:
-    """Saves digits [n, 8, 8, 1] in [-1, 1] as rows of `columns`; names[j] is the title of column j."""
-    plt = _pyplot()
+def digit_grid(images: np.ndarray, columns: int, names: tuple[str, ...]) -> Figure:
+    """Digits [n, 8, 8, 1] in [-1, 1] as rows of `columns`; names[j] is the title of column j."""
     rows = len(images) // columns
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.75, rows * 0.75 + 0.4))
-    for i, axis in enumerate(axes.flat):
+    figure = Figure((columns * 0.75, rows * 0.75 + 0.4))
+    for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.imshow(images[i, ..., 0], cmap="gray_r", vmin=-1, vmax=1)
         axis.set_xticks([])
         axis.set_yticks([])
         if i < columns:
             axis.set_title(names[i], fontsize=9)
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
-def save_loss_curves(path: Path, metrics_file: Path) -> None:
-    """Plots text and image loss by step from the metrics.jsonl of a run."""
-    plt = _pyplot()
-    lines = [json.loads(line) for line in metrics_file.read_text(encoding="utf-8").splitlines()]
-    steps = [line["step"] for line in lines]
-    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8))
-    named = (("text_loss", "next token, nats"), ("image_loss", "velocity, mean squared error"))
-    for axis, (key, title) in zip(axes, named):
-        losses = [line[key] for line in lines]
-        axis.plot(steps, losses)
-        axis.set(title=title, xlabel="step", yscale="log" if any(losses) else "linear")
+def loss_curves(lines: Sequence[Mapping[str, float]]) -> Figure:
+    """Training and held-out losses by step; with held-out images, also by noise level.
+
+    Args:
+      lines: the objects of metrics.jsonl.
+    """
+    levels = sorted({key for line in lines for key in line if key.startswith("val_image_loss_t")})
+    figure = Figure((12 if levels else 8, 2.8))
+    axes = figure.subplots(1, 3 if levels else 2)
+    titles = {"text_loss": "next token, nats", "image_loss": "denoised image, mean squared error"}
+    sets = {"": "training", "val_": "held out", "base_": "data of init_from"}
+    for axis, (key, title) in zip(axes, titles.items()):
+        for prefix, label in sets.items():
+            _curve(axis, lines, prefix + key, label, "." if prefix else "")
+        axis.set_title(title)
+    for key in levels:
+        _curve(axes[2], lines, key, f"t = {key.rpartition('_t')[2]}", ".")
+    if levels:
+        axes[2].set_title("held-out image by noise level")
+    for axis in axes:
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3, which="both")
+        if len(axis.lines) > 1:
+            axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("the figures need matplotlib: pip install -e '.[digits]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _curve(axis, lines, key: str, label: str, marker: str) -> None:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if points:
+        axis.plot(*zip(*points), marker=marker, label=label)
+        axis.set_yscale("log" if any(value > 0 for _, value in points) else "linear")
 
-    return pyplot
+
+def to_picture(figure: Figure) -> PIL.Image.Image:
+    """The figure as pixels."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return PIL.Image.open(buffer)
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an <svg> element."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

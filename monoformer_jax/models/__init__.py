@@ -32,7 +32,8 @@ from typing import Any
 
 import ml_collections
 
-from monoformer_jax.config import Config, build
+from monoformer_jax.config import Config
+from monoformer_jax.config_values import build
 from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.errors import require
 from monoformer_jax.models import diffussm, monoformer

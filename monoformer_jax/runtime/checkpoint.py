@@ -4,7 +4,8 @@ WORKDIR/checkpoints/STEP/params/    float32 weights
                         /ema/       exponential moving average of the weights, used for sampling
                         /optimizer/
                         /data/      {"streams": state of each stream of rows}
-                        /meta/      {"step", "train_seconds"}; of converted weights also "untrained"
+                        /meta/      {"step", "train_seconds"}; with held-out losses, if they were
+                                    measured at this step; of converted weights also "untrained"
                         /checksums.json   see `runtime.checksums`; read before anything else
 WORKDIR/damaged/STEP/               checkpoints that are damaged, moved here
 
@@ -13,14 +14,17 @@ A checkpoint can be restored on any mesh, with any number of devices and process
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from monoformer_jax.data.pipeline import RowIterator
 from monoformer_jax.errors import InputError, require
@@ -45,7 +49,8 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, kept: int | None = None, keep_every: int = 0):
         """Args:
         workdir: folder of the run.
-        kept: number of newest checkpoints to keep; None opens the folder read-only.
+        kept: number of newest checkpoints to keep, besides the best one; None opens the folder
+          read-only.
         keep_every: also keeps the checkpoints at multiples of this step; 0 disables it.
 
         Raises:
@@ -59,8 +64,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=kept, keep_period=keep_every or None, cleanup_tmp_directories=True,
-                    temporary_path_class=commit_class(self.folder),
+                    preservation_policy=self._preserved(kept, keep_every),
+                    cleanup_tmp_directories=True, temporary_path_class=commit_class(self.folder),
                 ),
             )  # fmt: skip
 
@@ -74,10 +79,35 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return max(self.steps, default=None)
 
-    def save(self, state: State, data: RowIterator, seconds: float) -> None:
-        """Starts an asynchronous save; every process must call it after the same step."""
+    @property
+    def best(self) -> int | None:
+        """Step of the complete checkpoint with the lowest held-out loss; None: none was measured."""
+        losses = {}
+        for step in self.steps:
+            with contextlib.suppress(Damaged, OSError, ValueError, LookupError):
+                losses[step] = _read_meta(self.folder / str(step))["val_loss"]
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def _preserved(self, kept: int, keep_every: int) -> policies.PreservationPolicy:
+        several = [policies.LatestN(kept), _Best(self)]
+        several += [policies.EveryNSteps(keep_every)] if keep_every else []
+        return policies.AnyPreservationPolicy(several)
+
+    def save(
+        self,
+        state: State,
+        data: RowIterator,
+        seconds: float,
+        measured: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts an asynchronous save; every process must call it after the same step.
+
+        Args:
+          measured: held-out losses at this step; "val_loss" decides which checkpoint is the best.
+        """
         self.wait()
         step = int(state.step)
+        meta = {**(measured or {}), "step": step, "train_seconds": seconds}
         streams = {
             number: s for states in allgather_json(data.get_state()) for number, s in states.items()
         }
@@ -88,7 +118,7 @@ class Checkpoints:
                 ema=ocp.args.StandardSave(state.ema),
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 data=ocp.args.JsonSave({"streams": streams}),
-                meta=ocp.args.JsonSave({"step": step, "train_seconds": seconds}),
+                meta=ocp.args.JsonSave(meta),
             ),
         )
         path, leaf = min(jax.tree.leaves_with_path(state.params), key=lambda item: item[1].size)
@@ -179,14 +209,19 @@ class Checkpoints:
         allgather_json(None)  # barrier: every process reloads after the renaming
         self._manager.reload()
 
-    def restore_ema(self, target: dict) -> tuple[dict, dict]:
+    def restore_ema(
+        self, target: dict, step: int | Literal["best"] | None = None
+    ) -> tuple[dict, dict]:
         """Restores the EMA weights alone, with the shardings and dtypes of `target`.
+
+        Args:
+          step: of the checkpoint; "best": that with the lowest held-out loss; None: the newest.
 
         Returns:
           The weights, and {"step", "train_seconds"}.
 
         Raises:
-          InputError: there is no checkpoint, or the newest cannot be read.
+          InputError: there is no such checkpoint, or it cannot be read.
         """
 
         def read(folder):
@@ -195,7 +230,7 @@ class Checkpoints:
             _require_finite(ema=ema)
             return ema, meta
 
-        weights, meta = self._newest(read)
+        weights, meta = self._newest(read) if step is None else self._read(self._find(step), read)
         return weights, {name: meta[name] for name in ("step", "train_seconds")}
 
     def untrained(self) -> list[str]:
@@ -269,6 +304,24 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise InputError(f"there is no complete checkpoint in {self.folder}")
+        return self._read(step, read)
+
+    def _find(self, step: int | Literal["best"]) -> int:
+        if step == "best":
+            step = self.best
+            require(
+                step is not None,
+                f"{self.folder} has no best checkpoint: no held-out loss was measured, see "
+                "data.validation_split",
+            )
+        steps = self.steps
+        require(
+            step in steps,
+            f"{self.folder} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}",
+        )
+        return step
+
+    def _read(self, step: int, read: Callable[[epath.Path], Any]) -> Any:
         folder = self.folder / str(step)
         try:
             return read(folder)
@@ -289,6 +342,17 @@ class Checkpoints:
         # close() has a barrier, which the other processes may never reach after an error.
         if self._manager is not None and (kind is None or jax.process_count() == 1):
             self._manager.close()
+
+
+@dataclasses.dataclass
+class _Best(policies.PreservationPolicy):
+    """Keeps the best of the checkpoints that are complete."""
+
+    saved: Checkpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        best = self.saved.best
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 def list_steps(folder: epath.Path) -> list[int]:

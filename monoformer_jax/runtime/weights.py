@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -23,9 +23,12 @@ _IMAGE_MODULES = ("channels", "patch_size", "feature_dim", "original", "predict_
 
 
 def load_trained(
-    workdir: epath.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+    workdir: epath.PathLike,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    step: int | Literal["best"] | None = None,
 ) -> tuple[Config, dict, dict]:
-    """Config, EMA weights and {"step", "train_seconds"} of the newest checkpoint.
+    """Config, EMA weights and {"step", "train_seconds"} of a checkpoint, by default the newest.
 
     The weights are placed by the rules table, whatever mesh they were trained on, without the optimizer
     state. LoRA adapters are merged into their base model, which is read from `config.init_from`.
@@ -34,6 +37,7 @@ def load_trained(
       workdir: folder of the run.
       dtype: dtype of the weights; None keeps float32, as in the checkpoint.
       mesh: devices to place them on; None is one device.
+      step: see `Checkpoints.restore_ema`.
 
     Raises:
       InputError: the workdir has no trained model, or its checkpoint cannot be read.
@@ -47,8 +51,8 @@ def load_trained(
 
     with Checkpoints(workdir) as checkpoints:
         if not config.lora.rank:
-            return config, *checkpoints.restore_ema(jax.tree.map(cast, target))
-        trained, meta = checkpoints.restore_ema(target)
+            return config, *checkpoints.restore_ema(jax.tree.map(cast, target), step)
+        trained, meta = checkpoints.restore_ema(target, step)
     merged = dataclasses.replace(config, lora=LoraConfig(), init_from="")
     target = trainable.abstract(merged.model, merged.lora, mesh)
     params = load_weights(config.init_from, target, config.model)

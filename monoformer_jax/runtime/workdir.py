@@ -26,7 +26,7 @@ from monoformer_jax.runtime.checkpoint import list_steps
 
 # Config keys that may change when a run is resumed; `claim_workdir` rejects any other change.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
-               "watchdog_seconds", "data_workers", "mesh", "sampling")  # fmt: skip
+               "watchdog_seconds", "data_workers", "mesh", "sampling", "validation")  # fmt: skip
 
 _TOKENIZER = "tokenizer.json"
 # Temporary names of the files that a trainer writes, see `files.atomic_write`.
@@ -178,10 +178,15 @@ def absolute_paths(workdir: epath.PathLike, config: Config) -> Config:
 
 
 def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
-    records = {name: change(path) for name, path in config.data.records.items()}
-    data = dataclasses.replace(config.data, records=records)
+    records, held_out = (
+        {name: change(path) for name, path in folders.items()}
+        for folders in (config.data.records, config.data.validation_records)
+    )
+    data = dataclasses.replace(config.data, records=records, validation_records=held_out)
     init_from = change(config.init_from) if config.init_from else ""
-    return dataclasses.replace(config, data=data, init_from=init_from)
+    vae = change(config.validation.vae) if config.validation.vae else ""
+    validation = dataclasses.replace(config.validation, vae=vae)
+    return dataclasses.replace(config, data=data, init_from=init_from, validation=validation)
 
 
 def read_config(workdir: epath.PathLike) -> Config:

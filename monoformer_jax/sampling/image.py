@@ -28,7 +28,7 @@ from monoformer_jax.diffusion.objectives import check_solver
 from monoformer_jax.diffusion.solvers import TimeGrid, make_time_grid, solve
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import full_precision
-from monoformer_jax.parallel import padded_rows, use_mesh
+from monoformer_jax.parallel import padded_rows, to_host, use_mesh
 from monoformer_jax.sampling.prompts import (
     Parts,
     check_length,
@@ -184,7 +184,7 @@ def denoise_images(
         ends = np.int32(done), np.int32(stop)
         x, clean = denoise(params, state, x, keys, grid, guidance, *ends, spec)
         done = stop
-        images = to_images(np.asarray(x if done == sampling.steps else clean)[:count], spec)
+        images = to_images(to_host(x if done == sampling.steps else clean)[:count], spec)
         if preview is not None:
             preview(done, images)
     return images

@@ -3,7 +3,8 @@
     --out=FILE.png    one grid                     the record is FILE.json
     --out=FOLDER/     a file for each picture      the record is FOLDER/samples.json
 
-A file of that name is replaced only if `sample` wrote it, which its metadata say.
+A file of that name is replaced only if `sample` wrote it, which its metadata say; so do those of the
+pictures that `evaluate` writes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import io
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class Outputs:
                 f"--out={out}: end it in {', '.join(SUFFIXES)} for one grid of all pictures, or in / "
                 "for a folder with a file for each",
             )
-            check_output(path, "--out", _is_our_picture)
+            check_output(path, "--out", pictures_of(_WRITER))
         else:
             _check_folder(path)
         beside = path.with_suffix(".json") if grid else path / "samples.json"
@@ -87,11 +88,11 @@ class Outputs:
     def write(self, pictures: Sequence[np.ndarray], columns: int) -> None:
         """Writes the pictures, float [h, w, C] of one size in [-1, 1]; `columns` is for a grid."""
         if self.grid:
-            _write_picture(self.pictures, image_grid(pictures, columns))
+            write_picture(self.pictures, image_grid(pictures, columns))
         else:
             self.pictures.mkdir(parents=True, exist_ok=True)
             for number, picture in enumerate(pictures, 1):
-                _write_picture(self.pictures / f"{number:05}.png", to_pil(picture))
+                write_picture(self.pictures / f"{number:05}.png", to_pil(picture))
         if self.arrays is not None:
             _write_arrays(self.arrays, to_rgb(np.stack(pictures)))
 
@@ -121,26 +122,32 @@ def _check_folder(path: epath.Path) -> None:
         check_writable(path, "--out")
         for file in path.iterdir():
             if _NUMBERED.fullmatch(file.name):
-                check_output(file, "--out", _is_our_picture)
+                check_output(file, "--out", pictures_of(_WRITER))
     elif "://" not in str(path):
         check_writable(next(parent for parent in path.parents if parent.exists()), "--out")
 
 
-def _write_picture(path: epath.Path, picture: PIL.Image.Image) -> None:
+def write_picture(path: epath.Path, picture: PIL.Image.Image, writer: str = _WRITER) -> None:
+    """Writes a picture atomically, with the name of the command in its metadata."""
     buffer, exif = io.BytesIO(), PIL.Image.Exif()
-    exif[_SOFTWARE] = _WRITER
+    exif[_SOFTWARE] = writer
     kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     picture.save(buffer, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))
     with atomic_write(path) as file:
         file.write_bytes(buffer.getvalue())
 
 
-def _is_our_picture(path: epath.Path) -> bool:
-    try:
-        with path.open("rb") as file, PIL.Image.open(file) as picture:
-            return picture.getexif().get(_SOFTWARE) == _WRITER
-    except Exception:  # decoders raise many types; whatever it is, it is not ours
-        return False
+def pictures_of(writer: str) -> Callable[[epath.Path], bool]:
+    """A predicate of files, for `check_output`: pictures that this command wrote."""
+
+    def ours(path: epath.Path) -> bool:
+        try:
+            with path.open("rb") as file, PIL.Image.open(file) as picture:
+                return picture.getexif().get(_SOFTWARE) == writer
+        except Exception:  # decoders raise many types; whatever it is, it is not ours
+            return False
+
+    return ours
 
 
 def _is_our_record(path: epath.Path) -> bool:

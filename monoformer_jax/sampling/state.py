@@ -9,13 +9,13 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from monoformer_jax.batch import TEXT, Document, stack
 from monoformer_jax.errors import require
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import full_precision
-from monoformer_jax.parallel import BATCH, constrain
+from monoformer_jax.parallel import constrain, spread_batch
 from monoformer_jax.sampling.prompts import bucket
 from monoformer_jax.sampling.sampler import Sampler
 
@@ -90,5 +90,5 @@ def prefill(sampler: Sampler, documents: Sequence[Document]) -> Sequences:
 
 
 def shard_batch(tree, mesh: Mesh | None):
-    """Shards arrays [B, …] over the mesh; without a mesh returns them unchanged."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, BATCH))
+    """Shards arrays [B, …], the same in every process, over the mesh; without one returns them."""
+    return tree if mesh is None else spread_batch(tree, mesh)

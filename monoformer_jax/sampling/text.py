@@ -17,7 +17,7 @@ from monoformer_jax.data.tokenizer import decode_after
 from monoformer_jax.errors import require, require_unicode, shorten, whole_number
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import float32_matmul, full_precision
-from monoformer_jax.parallel import padded_rows, use_mesh
+from monoformer_jax.parallel import padded_rows, to_host, use_mesh
 from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt
 from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.state import Sequences, prefill, truncate
@@ -171,7 +171,7 @@ def continue_text(
         sequences, tokens, counts = decode_tokens(
             sampler.params, sequences, left, arrays, sampler.config.model, room
         )
-        tokens, counts = jax.device_get((tokens, counts))
+        tokens, counts = to_host((tokens, counts))
         kept = np.zeros_like(lengths)
         for b in np.flatnonzero(running):
             new = tokens[b, : counts[b]].tolist()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import sys
-import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,13 @@ from etils import epath
 from tqdm import tqdm
 
 from monoformer_jax import batch as contract
-from monoformer_jax.config import Config
+from monoformer_jax.config import Config, LoraConfig
 from monoformer_jax.data.documents import describe
 from monoformer_jax.data.pipeline import Batches, default_workers
 from monoformer_jax.data.records import fingerprint
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.errors import require
+from monoformer_jax.nn import lora
 from monoformer_jax.parallel import local_rows, put_batch
 from monoformer_jax.runtime.checkpoint import Checkpoints, list_steps
 from monoformer_jax.runtime.faults import (
@@ -40,8 +42,11 @@ from monoformer_jax.runtime.workdir import (
     portable_paths,
     read_config,
 )
-from monoformer_jax.training.metrics import TrainMetrics, Writer
+from monoformer_jax.sampling.sampler import Sampler
+from monoformer_jax.training.metrics import TrainMetrics
+from monoformer_jax.training.progress import Progress
 from monoformer_jax.training.state import (
+    TrainState,
     abstract_train_state,
     check_layout,
     init_train_state,
@@ -49,7 +54,25 @@ from monoformer_jax.training.state import (
 )
 
 
-def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> None:
+class Validation(Protocol):
+    """What a run measures and shows besides its losses, see `evaluation.validation.Validation`."""
+
+    def due(self, step: int) -> bool:
+        """Whether `run` is called after this step; step 0 is before the first one."""
+
+    def run(self, step: int, sampler: Sampler, progress: Progress) -> Mapping[str, float]:
+        """Every process calls it after the same step; returns what was measured."""
+
+    def report(self) -> None:
+        """Called after each `run`, once its results are in metrics.jsonl."""
+
+
+def train(
+    config: Config,
+    workdir: epath.PathLike,
+    hang_exit_code: int = 1,
+    open_validation: Callable[[Sampler, epath.Path], Validation] | None = None,
+) -> None:
     """Trains to `config.steps`, resuming from the newest checkpoint in the workdir if there is one.
 
     Input errors are raised before the step is compiled. Every process of a run calls this function (see
@@ -59,6 +82,8 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
       config: config of the run.
       workdir: folder of the run, or storage such as gs://bucket/run, the same for every process.
       hang_exit_code: exit code if a step takes longer than `config.watchdog_seconds`.
+      open_validation: opens what runs every `config.validation.every` steps, given a `Sampler` without
+        weights and the workdir; needed if that is above 0.
 
     Raises:
       InputError: invalid config or data, a workdir that cannot be used, or processes that disagree.
@@ -79,6 +104,12 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
         rows = local_rows(config.batch_size, mesh)
         batches = Batches(config, tokenizer, rows, default_workers(config), log=_warn)
         _check_first_batch(config, tokenizer, rows)
+        validation = None
+        if config.validation.every:
+            if open_validation is None:
+                raise ValueError("config.validation.every needs open_validation")
+            # Before anything is written: it reads the held-out examples.
+            validation = open_validation(Sampler(config, {}, tokenizer, mesh), workdir)
         file = None if config.data.tokenizer == "bytes" else tokenizer.path
         run_on_first(lambda: claim_workdir(workdir, config, file))
         with (
@@ -87,18 +118,22 @@ def train(config: Config, workdir: epath.PathLike, hang_exit_code: int = 1) -> N
             Preemption() as preemption,
         ):
             state, seconds = _start(config, mesh, target, batches, checkpoints)
-            with _Report(config, workdir, int(state.step), seconds, batches) as report:
-                _announce(config, workdir, mesh, state, report)
+            share = len(rows) / config.batch_size
+            with Progress(
+                workdir, step=int(state.step), steps=config.steps, every=config.log_every,
+                seconds=seconds, share=share,
+            ) as progress:  # fmt: skip
+                _announce(config, workdir, mesh, state, progress)
                 try:
-                    step = _run(config, mesh, state, batches, checkpoints, report, tokenizer,
-                                preemption, watchdog, lock)  # fmt: skip
+                    step = _run(config, mesh, state, batches, checkpoints, progress, tokenizer,
+                                validation, preemption, watchdog, lock)  # fmt: skip
                 except (NonFiniteLoss, Preempted):  # raised by every process after the same step
                     watchdog.beat()
                     checkpoints.wait()
                     raise
                 watchdog.beat()
                 checkpoints.wait()
-                mark_done(workdir, config, step, report.seconds)
+                mark_done(workdir, config, step, progress.seconds)
                 allgather_json(None)  # no process ends before done.json is written
 
 
@@ -113,12 +148,14 @@ def _require_same_run(config: Config, workdir: epath.Path) -> None:
     }
     for name, folder in config.data.records.items():
         values[f"the records {name} with hash"] = fingerprint(folder)
+    for name, folder in config.data.validation_records.items():
+        values[f"the validation records {name} with hash"] = fingerprint(folder)
     require_agreement(values | {"workdir": str(workdir)})
 
 
-def _announce(config: Config, workdir: epath.Path, mesh, state, report: _Report) -> None:
+def _announce(config: Config, workdir: epath.Path, mesh, state, progress: Progress) -> None:
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    report.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
+    progress.log(f"{overview}\n{workdir}: from step {state.step} to {config.steps}, {mesh}")
 
 
 def _check_start(config: Config, workdir: epath.Path) -> Tokenizer:
@@ -160,30 +197,58 @@ def _start(config, mesh, target, batches, checkpoints):
 
 
 def _run(
-    config, mesh, state, batches, checkpoints, report, tokenizer, preemption, watchdog, lock
-) -> int:
+    config, mesh, state, batches, checkpoints, progress, tokenizer, validation, preemption, watchdog,
+    lock,
+) -> int:  # fmt: skip
     """Runs the remaining steps; returns the last step."""
     train_step = make_train_step(config, mesh)
     nan_guard = _NanGuard(tokenizer, checkpoints)
-    start = int(state.step)
+    start, metrics = int(state.step), None
+
+    def validate(step: int) -> Mapping[str, float]:
+        with progress.paused():
+            measured = validation.run(step, _sampler(config, state, tokenizer, mesh), progress)
+            watchdog.beat()
+        return measured
+
+    def report() -> None:
+        with progress.paused():
+            validation.report()
+
+    if validation and start == 0:
+        progress.write(0, validate(0))
+        report()
     for step in range(start + 1, config.steps + 1):
-        batch = next(batches.iterator)
+        batch = progress.take(batches.iterator, metrics)
         state, metrics = train_step(state, put_batch(batch, mesh))
         # Checks the previous step, so that the device never waits for the host.
         nan_guard.check(step, metrics, batch)
         watchdog.beat()
         preempted = preemption.reached(step) and step < config.steps
         saves = preempted or step % config.checkpoint_every == 0 or step == config.steps
-        if saves or report.due(step):
+        measures = bool(validation) and validation.due(step)
+        if saves or measures or progress.due(step):
             nan_guard.finish()  # before this step is saved or reported
-        report.add(step, metrics, last=preempted)
+        measured = validate(step) if measures else {}
+        progress.add(step, metrics, batch, batches.skipped, measured, last=preempted)
+        if measures:
+            report()
         if saves:
             lock.check()
-            report.flush()
-            checkpoints.save(state, batches.iterator, report.seconds)
+            progress.flush()
+            checkpoints.save(state, batches.iterator, progress.seconds, measured)
         if preempted:
             raise Preempted(f"preempted at step {step}, which is saved")
     return max(start, config.steps)
+
+
+def _sampler(config: Config, state: TrainState, tokenizer: Tokenizer, mesh) -> Sampler:
+    """The model with its EMA weights; adapters are not merged, but used as in training."""
+    params = state.frozen | state.ema
+    if config.lora.rank:
+        params |= {"lora": lora.scaled(params["lora"], config.lora)}
+        config = dataclasses.replace(config, lora=LoraConfig())
+    return Sampler(config, params, tokenizer, mesh)
 
 
 def _check_first_batch(config: Config, tokenizer: Tokenizer, rows: list[int]) -> None:
@@ -234,67 +299,3 @@ def _documents(batch: contract.Batch, tokenizer: Tokenizer) -> list[str]:
             here = segments == number
             found.append(repr(describe(tokens[here], token_types[here], tokenizer)))
     return found
-
-
-class _Report:
-    """Writes metrics averaged between reports; shows a progress bar on a terminal, else lines."""
-
-    def __init__(self, config, workdir: epath.Path, start: int, seconds: float, batches: Batches):
-        self._config, self._batches = config, batches
-        self._before, self._started = seconds, time.monotonic()
-        self._window: list[TrainMetrics] = []
-        self._is_first = jax.process_index() == 0
-        if self._is_first:
-            self._writer = Writer(workdir, start)
-            self._bar = tqdm(initial=start, total=config.steps, unit="step", disable=None)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training, including compilation, over all starts of the run."""
-        return self._before + time.monotonic() - self._started
-
-    def due(self, step: int) -> bool:
-        return step % self._config.log_every == 0 or step == self._config.steps
-
-    def add(self, step: int, metrics: TrainMetrics, last: bool = False) -> None:
-        """Adds the metrics of a step; reports if due, or if it is the last step before exit."""
-        if not self._is_first:
-            return
-        self._bar.update()
-        self._window.append(metrics)
-        if not (self.due(step) or last):
-            return
-        merged = functools.reduce(TrainMetrics.merge, jax.device_get(self._window))
-        self._window = []
-        scalars = {name: float(value) for name, value in merged.compute().items()}
-        skipped = dict(self._batches.skipped)
-        scalars |= {"dropped_documents": skipped.pop("too_long", 0), "train_seconds": self.seconds}
-        scalars |= {"skipped_examples": sum(skipped.values())}
-        scalars |= {f"skipped_{reason}": number for reason, number in skipped.items()}
-        self._writer.write_scalars(step, scalars)
-        line = (
-            f"step {step}/{self._config.steps}  loss {scalars['loss']:.4f}  "
-            f"text {scalars['text_loss']:.4f}  image {scalars['image_loss']:.4f}  "
-            f"real tokens {scalars['real_token_share']:.1%}  {self.seconds:.0f} s"
-        )
-        if scalars["dropped_documents"]:
-            line += f"  documents dropped as too long: {scalars['dropped_documents']}"
-        if skipped:
-            line += f"  examples skipped: {scalars['skipped_examples']}"
-        self.log(line)
-
-    def flush(self) -> None:
-        if self._is_first:
-            self._writer.flush()
-
-    def log(self, text: str) -> None:
-        if self._is_first:
-            tqdm.write(text)
-
-    def __enter__(self) -> _Report:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._is_first:
-            self._bar.close()
-            self._writer.close()

@@ -43,14 +43,14 @@ def draw_latents(key: jax.Array, batch: Batch) -> Batch:
 
 def draw_noise(time_key: jax.Array, noise_key: jax.Array, batch: Batch, config: Config) -> Noise:
     """Draws noise levels and noise for a batch, from one key each."""
-    denoised = _denoised(batch, config.max_images)
+    denoised = denoised_images(batch, config.max_images)
     c = config.objective
     times = get_objective(c).sample_times(time_key, denoised.shape, c)
     noise = jax.random.normal(noise_key, batch["patches"].shape)
     return Noise(jnp.where(denoised, times, 0.0), noise)
 
 
-def _denoised(batch: Batch, images: int) -> jax.Array:
+def denoised_images(batch: Batch, images: int) -> jax.Array:
     """Bool [B, I], which images of each row are denoised."""
     image_of = image_one_hot(batch["image_ids"], images, jnp.float32)
     return jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
@@ -58,7 +58,7 @@ def _denoised(batch: Batch, images: int) -> jax.Array:
 
 def loss_normalizers(batch: Batch, noise: Noise) -> LossNormalizers:
     # A batch without images or without text targets has loss 0, not NaN.
-    images = jnp.sum(_denoised(batch, noise.times.shape[1])).astype(jnp.float32)
+    images = jnp.sum(denoised_images(batch, noise.times.shape[1])).astype(jnp.float32)
     return LossNormalizers(
         jnp.maximum(batch["target_weights"].sum(), 1e-6), jnp.maximum(images, 1.0)
     )

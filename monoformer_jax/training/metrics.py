@@ -1,13 +1,19 @@
-"""Training metrics: averages over the steps between reports, as JSON lines and in TensorBoard."""
+"""Training metrics: averages over the steps between reports, as JSON lines and in TensorBoard.
+
+Keys of a line of metrics.jsonl, besides the averages of `TrainMetrics`: see `progress.Progress` and
+`evaluation.validation.Validation`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import PIL.Image
 from clu import metrics
 from etils import epath
 
@@ -38,8 +44,8 @@ class Writer:
 
         Args:
           workdir: folder of the run.
-          step: the step after which the run starts or resumes; lines of later steps, from an
-            interrupted run, are deleted, because the run will report those steps again.
+          step: the last step that is not reported again, -1 for a new run; lines of later steps, from
+            an interrupted run, are deleted.
         """
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._lines: list[str] = []
@@ -57,12 +63,12 @@ class Writer:
         self._file = None if _is_remote(self._path) else self._path.open("a", encoding="utf-8")
         self._board = None
         with self._optional(), contextlib.suppress(ImportError):
-            from tensorboard.summary import Writer as TensorBoard
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            self._board = TensorBoard(str(self._path.parent / "tensorboard"))
+            self._board = EventFileWriter(str(self._path.parent / "tensorboard"))
 
-    def write_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        line = json.dumps({"step": step} | scalars)
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        line = json.dumps({"step": step, **scalars})
         if self._file:
             self._file.write(line + "\n")
             self._file.flush()
@@ -70,10 +76,37 @@ class Writer:
             self._lines.append(line)
             if time.monotonic() - self._written > _REWRITE:
                 self.flush()
-        if self._board:
-            with self._optional():
-                for name, value in scalars.items():
-                    self._board.add_scalar(name, value, step)
+        self._add_to_board(step, [{"tag": k, "simple_value": v} for k, v in scalars.items()])
+
+    def write_images(self, step: int, images: Mapping[str, PIL.Image.Image]) -> None:
+        """Writes pictures to TensorBoard."""
+        values = []
+        for name, picture in images.items():
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, "PNG")
+            image = {"width": picture.width, "height": picture.height, "colorspace": 3,
+                     "encoded_image_string": buffer.getvalue()}  # fmt: skip
+            values.append({"tag": name, "image": image})
+        self._add_to_board(step, values)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts in Markdown to TensorBoard."""
+        values = []
+        for name, text in texts.items():
+            tensor = {"dtype": "DT_STRING", "string_val": [text.encode()],
+                      "tensor_shape": {"dim": [{"size": 1}]}}  # fmt: skip
+            metadata = {"plugin_data": {"plugin_name": "text"}}
+            values.append(dict(tag=name, metadata=metadata, tensor=tensor))
+        self._add_to_board(step, values)
+
+    def _add_to_board(self, step: int, values: list[dict]) -> None:
+        if self._board is None:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with self._optional():
+            event = Event(wall_time=time.time(), step=step, summary={"value": values})
+            self._board.add_event(event)
 
     def flush(self) -> None:
         """Stores all scalars written so far; call it before saving a checkpoint."""
