@@ -43,7 +43,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.model.remat=all"], "model.remat='all' is none of none, nothing_saveable"),
         (
             ["--config.model.remat=save_names:qkv,out"],
-            "a name in model.remat='out' is none of qkv, attention_out, mlp_hidden",
+            "a name in model.remat='out' is none of qkv, attention_out, residual, mlp_hidden",
         ),
         (["--config.model.patch_size=3"], "image_size=8 is not divisible by model.patch_size=3"),
         (
