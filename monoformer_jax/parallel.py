@@ -192,6 +192,11 @@ def use_mesh(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def tensor_shards() -> int:
+    """Number of shards of heads and columns in the mesh that is set; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of shards of the batch axis."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

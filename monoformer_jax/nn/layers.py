@@ -19,7 +19,7 @@ from monoformer_jax.attention import IntervalMask, interval_attention
 from monoformer_jax.attention.tpu_forward import LANES, matmul_precision
 from monoformer_jax.nn import lora
 from monoformer_jax.nn.config import DecoderConfig
-from monoformer_jax.parallel import current_device
+from monoformer_jax.parallel import current_device, tensor_shards
 
 Axes = tuple[str | None, ...]
 
@@ -108,7 +108,8 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, L, 1, H/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if current_device().platform == "tpu":
+    # Pairs of heads that are sharded over `tensor` would have to be gathered.
+    if current_device().platform == "tpu" and tensor_shards() == 1:
         return rotate_by_product(x, cos, sin)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

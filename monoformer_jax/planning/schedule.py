@@ -121,6 +121,7 @@ class _Open:
     collective: Collective
     begin: float
     ready: float  # when its last byte has arrived
+    waited: float  # time in which a synchronous collective waited for its links
     beside: collections.Counter  # seconds of what ran since its start, by category
 
 
@@ -145,14 +146,19 @@ class _Walk:
             nonlocal links_free
             begin = max(clock, links_free)
             links_free = begin + self._seconds(collective)
-            return _Open(collective, begin, links_free, collections.Counter())
+            return _Open(collective, begin, links_free, 0.0, collections.Counter())
 
         def finish(one, asynchronous):
             nonlocal clock
             exposed = max(one.ready - clock, 0.0)
             clock += exposed
+            if not asynchronous and waiting:  # it is the open ones whose links it waited for
+                waited = one.begin - (clock - exposed)
+                list(waiting.values())[-1].waited += waited
+                exposed -= waited
             spans.append(Span(one.collective.kind, one.begin, one.ready, True))
             beside = max(one.beside, key=one.beside.get, default="")
+            exposed += one.waited
             transfers.append(self._transfer(one.collective, exposed, beside, asynchronous))
 
         for line in self.computations.get(name, ()):

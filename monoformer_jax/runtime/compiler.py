@@ -15,9 +15,9 @@ from jax.sharding import SingleDeviceSharding
 
 from monoformer_jax.errors import InputError, require
 
-# Milliseconds are the gain that `plan` predicts for configs/imagenet256.py on v5e:8x8, added in this
-# order (docs/benchmarks.md); nothing was timed.
-_OVERLAP = {
+# Milliseconds are the gain that `plan` predicts for configs/imagenet256.py on v5e:8x8, of 208, added in
+# this order (docs/benchmarks.md); nothing was timed.
+_V5E = {
     # Gathers of at most 16 MiB are gathers, not sums with zeros elsewhere: 21 ms.
     "xla_tpu_prefer_async_allgather_to_allreduce": "true",
     # The gradients of a layer are summed while the next products run, the three together: 23 ms.
@@ -26,13 +26,8 @@ _OVERLAP = {
     # Sums of more bytes are not combined into one, which could only start after the last of them.
     "xla_jf_crs_combiner_threshold_in_bytes": "65536",
 }
-# By `device_kind`. A chip that is not here is compiled with XLA's defaults.
-OPTIONS: dict[str, dict[str, str]] = {
-    "TPU v5 lite": _OVERLAP,
-    "TPU v5e": _OVERLAP,
-    "TPU v6 lite": _OVERLAP,
-    "TPU v6e": _OVERLAP,
-}
+# By `device_kind`. Any other chip is compiled with XLA's defaults: no gain was predicted for it.
+OPTIONS: dict[str, dict[str, str]] = {"TPU v5 lite": _V5E, "TPU v5e": _V5E}
 
 
 def compiler_options(own: str, device: jax.Device) -> dict[str, str]:
