@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -287,7 +288,11 @@ def _kernels(
     if feed is None or "interval_attention_forward" not in lowered.as_text():
         return {}
     rows = config.batch_size // config.optimizer.grad_accum_steps // batch_shards(mesh)
-    return kernel_seconds(config.model, mesh, topology, feed.content.mask, rows)
+    try:
+        return kernel_seconds(config.model, mesh, topology, feed.content.mask, rows)
+    except RuntimeError as error:  # a compiler whose dump is another
+        print(f"WARNING: attention kernels count as 0 ms: {error}", file=sys.stderr, flush=True)
+        return {}
 
 
 def _parse_oom_bytes(message: str) -> int:
