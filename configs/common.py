@@ -27,7 +27,8 @@ def paper_config(name: str, target: str, batch: dict[str, int], paper_batch: int
     c.checkpoint_every = 5000
     c.log_every = 100
     c.model.update(named_size("tinyllama_1b"))
-    c.model.remat = "save_names:attention_out"
+    # The least predicted step of those compiled (docs/benchmarks.md): 2.6 GiB a chip on v5e:8x8.
+    c.model.remat = "save_names:qkv,attention_out,residual,mlp_hidden"
     c.data.mixture = mixture
     c.data.records = {source: f"records/{source}" for source in mixture}
     c.data.sample_latents = True
@@ -43,7 +44,7 @@ def paper_config(name: str, target: str, batch: dict[str, int], paper_batch: int
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.sampling.update(steps=50, guidance=4.0)
     if target == "7b":
-        c.model.update(named_size("7b"))
+        c.model.update(named_size("7b"), remat="save_names:attention_out")
         c.data.max_seq_len = 4096
     if target == "tiny":
         c.model.update(named_size("tiny"), vocab_size=262)

@@ -334,6 +334,8 @@ class Config:
     # per stream of the host, up to half of its cores; none on a CPU, where the model takes all cores,
     # or without data.records.
     data_workers: int = -1
+    # Options of XLA's compiler, "NAME=VALUE,…", over those of `runtime.compiler` for the chip.
+    compiler_options: str = ""
     init_from: str = ""  # workdir whose EMA weights initialize a new run; "": random initialization
     objective: ObjectiveConfig = ObjectiveConfig()
     loss: LossConfig = LossConfig()

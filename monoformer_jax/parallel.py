@@ -178,9 +178,23 @@ def describe_mesh(mesh: Mesh) -> str:
     return ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
+def current_device():
+    """The device that a program is traced for: of the mesh that is set, else of this process.
+
+    In ahead-of-time compilation the mesh's devices are not those of jax.devices().
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0] if mesh.empty else mesh.abstract_device
+
+
 def use_mesh(mesh: Mesh | None):
     """Context manager that sets the mesh; a no-op if it is None."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def tensor_shards() -> int:
+    """Number of shards of heads and columns in the mesh that is set; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(TENSOR_AXIS, 1)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -1,11 +1,12 @@
-"""Predicts, without a TPU, whether a run fits a TPU slice, with a lower bound of its step time.
+"""Predicts, without a TPU, whether a run fits a TPU slice, and the time of its step.
 
   python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8
   python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v6e:4x4 \\
       --mesh data=2,fsdp=8 --config.batch_size=64 --json plan.json
 
 The training step (the sampler with --mode=sample) is compiled ahead of time with libtpu, which
-`pip install 'monoformer_jax[plan]'` installs; memory is as reported by the compiler. If the run does
+`pip install 'monoformer_jax[plan]'` installs; memory is as reported by the compiler, and the step is
+predicted from the compiler's schedule. If the run does
 not fit, config changes that may make it fit are compiled too, those that fit are suggested, and the
 exit code is 2.
 """
@@ -16,19 +17,28 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from monoformer_jax.cli import load_config, run_command, storage_path
+from monoformer_jax.cli import (
+    finite,
+    integer,
+    load_config,
+    local_path,
+    run_command,
+    storage_path,
+)
 from monoformer_jax.config import Config
-from monoformer_jax.errors import BAD_INPUT, InputError
-from monoformer_jax.files import check_output, json_with, write_json
+from monoformer_jax.errors import BAD_INPUT, InputError, require
+from monoformer_jax.files import atomic_write, check_output, json_with, write_json
 
 if TYPE_CHECKING:
     from monoformer_jax.planning.estimate import Estimate
 
 SUGGESTIONS = 3
+LARGEST = 8  # collectives that are listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights that are sampled from, as in sample (default float32)",
     )  # fmt: skip
     parser.add_argument(
+        "--price", type=finite, metavar="DOLLARS", help="of a chip for an hour, to print the cost"
+    )
+    parser.add_argument(
+        "--picture", type=local_path, metavar="FILE.png",
+        help="draw the schedule of a block's backward pass: compute above, collectives below",
+    )  # fmt: skip
+    parser.add_argument(
+        "--choose", type=local_path, metavar="FILE",
+        help="compile several remat sets and meshes, and write the config values with the least "
+        "predicted step that leave a tenth of HBM free, as arguments of train",
+    )  # fmt: skip
+    parser.add_argument(
+        "--search",
+        type=integer(1),
+        default=6,
+        metavar="N",
+        help="of --choose: candidates (default 6)",
+    )
+    parser.add_argument(
+        "--rows", type=integer(1), nargs="+", default=[], metavar="N",
+        help="of --choose: rows a chip to try; they change batch_size (default: that of the config)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=finite, default=60.0, help="of --choose: its longest time (default 60)"
+    )
+    parser.add_argument(
         "--json", type=storage_path, metavar="FILE", help="write the estimate to this file"
     )
 
@@ -60,15 +96,31 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(args.config, overrides)
     if args.json:
         check_output(args.json, "--json", json_with("fits", "hbm_gib"))
+    require(
+        args.mode == "train" or not (args.price or args.picture or args.choose),
+        "--price, --picture and --choose are for --mode=train, whose step is predicted",
+    )
+    if args.choose:
+        check_output(args.choose, "--choose", _is_choice)
+    if args.picture:
+        check_output(args.picture, "--picture", lambda path: path.suffix == ".png")
+    require(args.price is None or args.price > 0, f"--price={args.price} must be above 0")
     from monoformer_jax.planning.estimate import argument_bytes, default_mesh, estimate
 
+    if args.choose:
+        _choose(args, config)
+        return 0
     if args.mode == "sample" and not args.mesh:
         mesh = default_mesh(config, args.topology, args.dtype)
         config = dataclasses.replace(config, mesh=mesh)
     found = estimate(config, args.topology, args.mode, args.dtype)
-    print("\n".join(describe(found, args.topology, args.mode)), flush=True)
+    print("\n".join(describe(found, args.topology, args.mode, args.price)), flush=True)
     if args.json:
         write_json(args.json, found.to_json())
+    if args.picture and found.prediction is not None:
+        from monoformer_jax.planning.picture import save_schedule
+
+        save_schedule(args.picture, found.prediction)
     if found.fits:
         return 0
     print("\nThe run does not fit. Trying config changes:", flush=True)
@@ -85,8 +137,36 @@ def main(args: argparse.Namespace) -> int:
     return BAD_INPUT
 
 
-def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
-    """Yields the lines of the report."""
+def _is_choice(path) -> bool:
+    return path.read_text(encoding="utf-8").startswith("--config.")
+
+
+def _choose(args: argparse.Namespace, config: Config) -> None:
+    """Searches, and writes the arguments of the best candidate to args.choose."""
+    from monoformer_jax.planning.choose import arguments, candidates, choose, search
+    from monoformer_jax.planning.estimate import estimate, slice_mesh
+
+    chips = slice_mesh(config, args.topology).size
+    changes = list(itertools.islice(candidates(config.to_dict(), chips, args.rows), args.search))
+    print(f"compiling up to {len(changes)} candidates for {args.topology}:", flush=True)
+    best = choose(
+        search(
+            config.to_dict(), changes, args.topology, minutes=args.minutes,
+            estimate=lambda changed: estimate(changed, args.topology).to_json(),
+            cache=args.choose.with_name(f"{args.choose.name}.compiled.json"),
+        )
+    )  # fmt: skip
+    values = arguments(best.change)
+    with atomic_write(args.choose) as staging:
+        staging.write_text("\n".join(values) + "\n", encoding="utf-8")
+    print(f"predicted {best.found['predicted_step_ms']:.1f} ms a step: {' '.join(values)}")
+    print(f"written; train with --config={args.config} $(cat {args.choose})")
+
+
+def describe(
+    found: Estimate, topology: str, mode: str, price: float | None = None
+) -> Iterator[str]:
+    """Yields the lines of the report; `price` is that of a chip for an hour."""
     from monoformer_jax.parallel import describe_mesh
     from monoformer_jax.sampling.sampler import IMAGES
 
@@ -119,6 +199,8 @@ def describe(found: Estimate, topology: str, mode: str) -> Iterator[str]:
     for (kind, over), size in totals.most_common():
         yield f"  {kind:<20}{over:<12}{calls[kind, over]:>7}{size:12.1f}"
     yield from _times(found, mode, unit)
+    if found.prediction is not None:
+        yield from _predicted(found, price)
 
 
 def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
@@ -127,7 +209,7 @@ def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
     yield f"a {unit} takes at least the largest of three, ms"
     yield f"  compute {compute:10.4g}   products of the blocks at {chip.tflops:g} TFLOP/s in bfloat16"
     yield f"  HBM     {hbm:10.4g}   state read and written once at {chip.hbm_gbs:g} GB/s"
-    yield f"  ICI     {ici:10.4g}   collectives over all links, {chip.ici_gbs:g} GB/s out"
+    yield f"  ICI     {ici:10.4g}   collectives over the links that each can use, at full speed"
     yield f"model FLOPs of a {unit}: {found.flops:.3e}"
     if mode == "sample":
         return
@@ -142,6 +224,34 @@ def _times(found: Estimate, mode: str, unit: str) -> Iterator[str]:
             f"{config.steps:,} steps in {hours:,.1f} h"
         )
     yield from _feed(found)
+
+
+def _predicted(found: Estimate, price: float | None) -> Iterator[str]:
+    """The predicted step: its parts, the collectives that are waited for, and the useful rates."""
+    config, one, rows = found.config, found.prediction, found.feed.content
+    yield f"predicted step, ms: {1e3 * one.seconds:.1f}   from the schedule; nothing was timed"
+    for name, seconds in sorted(one.compute.items(), key=lambda pair: -pair[1]):
+        yield f"  {name:<16}{1e3 * seconds:8.2f}"
+    yield f"  {'exposed ICI':<16}{1e3 * one.exposed:8.2f}   {1e3 * one.synchronous:.2f} synchronous"
+    yield "collectives by exposed time: kind, mesh axes, largest array, runs, MB, GB/s, ms, exposed"
+    transfers = sorted(one.transfers, key=lambda x: -x.exposed * x.collective.times)
+    for transfer in transfers[:LARGEST]:
+        c = transfer.collective
+        beside = f"beside {transfer.hidden_by}" if transfer.asynchronous else "synchronous"
+        yield (
+            f"  {c.kind:<15}{'+'.join(c.axes):<10}{c.shape:<18}{c.times:>5}{c.sent / 1e6:10.1f}"
+            f"{transfer.gbs:6.0f}{1e3 * transfer.seconds * c.times:8.2f}"
+            f"{1e3 * transfer.exposed * c.times:8.2f}  {beside}"
+        )
+    tokens = rows.real_token_share * config.batch_size * config.data.max_seq_len
+    yield (
+        f"useful: MFU {found.useful_mfu:.1%}, {tokens / one.seconds:,.0f} tokens/s, "
+        f"{found.useful_images_per_s:,.0f} images/s, of {rows.real_token_share:.0%} real tokens"
+        + (" (rows of images with short prompts are assumed)" if rows.assumed else "")
+    )
+    hours = config.steps * one.seconds / 3600
+    cost = f", ${hours * found.mesh.size * price:,.0f} at ${price:g} a chip-hour" if price else ""
+    yield f"  {config.steps:,} steps in {hours:,.1f} h{cost}"
 
 
 def _feed(found: Estimate) -> Iterator[str]:
@@ -201,13 +311,15 @@ def suggest(
     Returns:
       (command-line overrides, estimate) pairs.
     """
+    from monoformer_jax.planning.choose import with_values
+
     sizes = dict(found.mesh.shape)
     config = dataclasses.replace(found.config, mesh=dataclasses.replace(found.config.mesh, **sizes))
     fitting = []
     for change in changes(config, mode):
         text = " ".join(f"--config.{key}={value}" for key, value in change.items())
         try:
-            changed = _changed(config, change)
+            changed = with_values(config.to_dict(), change)
             arguments = arguments_of(changed)
             one = None
             if arguments + _least(found, changed, arguments) <= found.chip.hbm_gib * 2**30:
@@ -232,16 +344,6 @@ def _least(found: Estimate, changed: Config, arguments: int) -> float:
     # Gradients shrink with the state's shards, activations with the micro-batch.
     kept = found.temporaries - max(found.arguments - arguments, 0)
     return kept * old.optimizer.grad_accum_steps / changed.optimizer.grad_accum_steps
-
-
-def _changed(config: Config, change: dict[str, str | int]) -> Config:
-    from monoformer_jax.models import make_config
-
-    values = config.to_dict()
-    for key, value in change.items():
-        group, name = key.split(".")
-        values[group][name] = value
-    return make_config(values)
 
 
 if __name__ == "__main__":

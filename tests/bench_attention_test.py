@@ -11,13 +11,8 @@ from monoformer_jax.attention import IntervalMask, check_mask, mask_area
 from monoformer_jax.attention.tpu_kernel import Plan
 from monoformer_jax.bench.__main__ import main
 from monoformer_jax.bench.attention_rows import MIXES, sample_rows
-from monoformer_jax.bench.attention_static import (
-    Schedule,
-    bundles,
-    innermost_loops,
-    schedule_of,
-    static_rows,
-)
+from monoformer_jax.bench.attention_static import static_rows
+from monoformer_jax.planning.kernels import Schedule, bundles, innermost_loops, schedule_of
 
 # Two loops nested in one, the second with a matrix product in every bundle, an empty bundle between.
 LISTING = """

@@ -12,7 +12,7 @@ from monoformer_jax.batch import PAD, PATCH, TIME
 from monoformer_jax.models import monoformer, named_size
 from monoformer_jax.models.monoformer import MonoFormerConfig, bind, sincos_2d
 from monoformer_jax.nn.decoder import KVCache
-from monoformer_jax.nn.layers import RMSNorm, rope
+from monoformer_jax.nn.layers import RMSNorm, rope, rotate_by_product
 
 MODEL = MonoFormerConfig(**named_size("tiny"))
 LENGTH, IMAGES = 24, 4
@@ -184,6 +184,32 @@ def test_rope_is_a_rotation_by_position_times_frequency():
     turned = z * np.exp(1j * angle)
     got = rope(jnp.asarray(x), positions, 10_000.0)
     np.testing.assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=2e-5)
+
+
+@pytest.mark.parametrize("heads, dim", [(4, 64), (3, 64), (1, 128), (5, 8)])
+def test_the_rotation_by_a_product_and_its_gradient(heads, dim):
+    """Against float64, and bit for bit against the halves."""
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.uniform(-1, 1, (2, 2, 6, heads, dim)).astype(np.float32)
+    positions = rng.integers(0, 2048, (2, 6)).astype(np.int32)
+    frequency = 10_000.0 ** -(jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+
+    def rotated(x, turn):
+        z = (x[..., : dim // 2] + 1j * x[..., dim // 2 :].astype(np.float64)) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
+    got, pull = jax.vjp(lambda x: rotate_by_product(x, cos, sin), x)
+    np.testing.assert_allclose(got, rotated(x, turn), atol=1e-6)
+    np.testing.assert_allclose(pull(cotangent)[0], rotated(cotangent, turn.conj()), atol=1e-6)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, cotangent = x.astype(dtype), cotangent.astype(dtype)
+        theirs, pull_theirs = jax.vjp(lambda x: rope(x, positions, 10_000.0), x)
+        ours, pull_ours = jax.vjp(lambda x: rotate_by_product(x, cos, sin), x)
+        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_array_equal(pull_ours(cotangent)[0], pull_theirs(cotangent)[0])
 
 
 def test_rms_norm_by_hand():

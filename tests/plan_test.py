@@ -25,7 +25,8 @@ from monoformer_jax.planning.hardware import CHIPS, all_chips
 TINY = f"--config={ROOT / 'configs' / 'digits.py:tiny'}"
 KEYS = {"fits", "hbm_gib", "peak_gib", "arguments_gib", "temporaries_gib", "parameters",
         "flops_per_step", "compile_seconds", "step_seconds_floor", "hosts", "streams",
-        "host_images_per_s", "real_token_share"}  # fmt: skip
+        "host_images_per_s", "real_token_share", "predicted_step_ms", "exposed_collective_ms",
+        "useful_mfu", "useful_images_per_s"}  # fmt: skip
 
 
 def run(*arguments):
@@ -43,11 +44,13 @@ FSDP = "mesh data=1, fsdp=4, tensor=1"
 def fitting(tmp_path_factory):
     """The figures of a run on a mesh of fsdp=4, and what was printed."""
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
-    file = tmp_path_factory.mktemp("plan") / "plan.json"
+    folder = tmp_path_factory.mktemp("plan")
+    file, picture = folder / "plan.json", folder / "schedule.png"
+    options = ["--json", str(file), "--price=1.5", "--picture", str(picture)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = run("--topology=v5e:2x2", "--mesh", "fsdp=4,data=1", "--json", str(file))
-    assert code == 0
+        code = run("--topology=v5e:2x2", "--mesh", "fsdp=4,data=1", *options)
+    assert code == 0 and picture.read_bytes().startswith(b"\x89PNG")
     return json.loads(file.read_text()), said.getvalue()
 
 
@@ -68,6 +71,11 @@ def test_a_run_that_fits(fitting, config):
     # 4 rows in a step at half of the peak of 4 chips; most documents of the digits hold an image.
     rows = 4 * 4 * CHIPS["v5e"].tflops * 1e12 / 2 / found["flops_per_step"]
     assert 3 < found["host_images_per_s"] / rows < config.max_images
+    assert 0 < found["exposed_collective_ms"] < found["predicted_step_ms"] < 100
+    assert 0 < found["useful_mfu"] < 0.1 and "at $1.5 a chip-hour" in said
+    # The mean of the rows' images over the predicted time.
+    made = found["useful_images_per_s"] * found["predicted_step_ms"] / 1e3
+    assert 3 * config.batch_size < made < config.max_images * config.batch_size
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ pytest.importorskip("libtpu", reason="libtpu is for Linux only")
 
 
 def compile_step() -> None:
-    """Run by the test in a subprocess: a 4-chip v5e slice, fsdp 2 and tensor 2."""
+    """Run by the test in a subprocess: a 4-chip v5e slice, fsdp 2 and tensor 2, as `plan` compiles."""
     import math
 
     import jax
@@ -22,7 +22,9 @@ def compile_step() -> None:
     from monoformer_jax.parallel import BATCH, make_mesh
     from monoformer_jax.planning.collectives import collectives
     from monoformer_jax.planning.estimate import bytes_on_device
-    from monoformer_jax.planning.hardware import all_chips
+    from monoformer_jax.planning.hardware import CHIPS, all_chips
+    from monoformer_jax.planning.schedule import predict
+    from monoformer_jax.runtime.compiler import OPTIONS, compiler_options
     from monoformer_jax.training.state import abstract_train_state, make_train_step
 
     model = MonoFormerConfig(num_layers=2, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=64,
@@ -56,6 +58,20 @@ def compile_step() -> None:
     assert {one.kind for one in large} <= {"all-reduce", "reduce-scatter"}, large
     forward = [one for one in large if "transpose" not in one.where]
     assert sum(one.times for one in forward) == 2 * model.num_layers
+
+    # The schedule, with the options of the chip: see runtime/compiler.py.
+    assert compiler_options("", mesh.devices.flat[0]) == OPTIONS["TPU v5 lite"]
+    one = predict(text, mesh, CHIPS["v5e"], {"interval_attention": 1e-5})
+    layer = [x for x in one.transfers if "/while/body/" in x.collective.where]
+    weights = [x for x in layer if x.collective.axes == ("fsdp",)]
+    # No gather of a weight is run as a sum with zeros, which would also show as fills.
+    kinds = {x.collective.kind for x in weights if "transpose" not in x.collective.where}
+    assert "all-reduce" not in kinds and {"all-gather", "collective-permute"} & kinds, kinds
+    assert one.compute["fills"] < 0.01 * sum(one.compute.values())
+    # No gradient of 128 KiB is waited for.
+    waited = [x for x in weights if not x.asynchronous and x.collective.size > 2**17]
+    assert "all-reduce" not in {x.collective.kind for x in waited}, waited
+    assert {"forward", "backward", "attention", "rope", "optimizer"} <= set(one.compute)
 
 
 @pytest.mark.slow

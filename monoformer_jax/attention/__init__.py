@@ -19,7 +19,7 @@ from monoformer_jax.attention.mask import (
     mask_area,
 )
 from monoformer_jax.errors import require
-from monoformer_jax.parallel import BATCH_AXES, TENSOR_AXIS
+from monoformer_jax.parallel import BATCH_AXES, TENSOR_AXIS, current_device
 
 __all__ = [
     "EMPTY_LSE",
@@ -75,8 +75,7 @@ def interval_attention(
     if debug_checks:
         _check_ranges(masks, k.shape[1])
     mesh = jax.sharding.get_abstract_mesh()
-    # In ahead-of-time compilation the mesh's devices are not those of jax.devices().
-    device = jax.devices()[0] if mesh.empty else mesh.abstract_device
+    device = current_device()
     run = _runner(choose(q, k, impl, device.platform, device.device_kind), device.device_kind)
     if not mesh.empty and run is not dense_attention:
         run = _on_mesh(run, mesh, q, k)

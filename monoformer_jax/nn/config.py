@@ -15,8 +15,9 @@ REMAT_POLICIES = (
     "everything_saveable",
 )
 # Activations of a block that "save_names:" can save: q, k and v after RoPE; the attention output with
-# its softmax statistics; the two products before the gate of the feed-forward.
-SAVED_NAMES = ("qkv", "attention_out", "mlp_hidden")
+# its softmax statistics; the residual stream after attention; the two products before the gate of the
+# feed-forward.
+SAVED_NAMES = ("qkv", "attention_out", "residual", "mlp_hidden")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention import IntervalMask
 from monoformer_jax.nn.cache import KVCache
@@ -43,7 +44,7 @@ class Block(nnx.Module):
         out, cache = self.attention(
             h, positions, mask, cache, index, layer_adapters.get("attention")
         )
-        x = x + out
+        x = checkpoint_name(x + out, "residual")
         return (x + self.mlp(self.mlp_norm(x), layer_adapters.get("mlp"))).reshape(shape), cache
 
 

@@ -10,14 +10,16 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from monoformer_jax.attention import IntervalMask, interval_attention
-from monoformer_jax.attention.tpu_forward import matmul_precision
+from monoformer_jax.attention.tpu_forward import LANES, matmul_precision
 from monoformer_jax.nn import lora
 from monoformer_jax.nn.config import DecoderConfig
+from monoformer_jax.parallel import current_device, tensor_shards
 
 Axes = tuple[str | None, ...]
 
@@ -87,12 +89,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(dim), axes=("norm",))
         self.eps = eps
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         return (y * self.scale[...]).astype(x.dtype)
 
 
+@jax.named_scope("rope")
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding on halves of the head dim, as in LLaMA's Hugging Face weights.
 
@@ -104,8 +108,43 @@ def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency  # [B, L, 1, H/2]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Pairs of heads that are sharded over `tensor` would have to be gathered.
+    if current_device().platform == "tpu" and tensor_shards() == 1:
+        return rotate_by_product(x, cos, sin)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The rotation of `rope`, with the halves of a head exchanged by a product with 0 and ±1.
+
+    The result is the same, since the product is exact. The matrix units of a TPU do it beside the
+    projections, while a concatenation of halves of 128 lanes moves the array through memory.
+
+    Args:
+      x: [B, L, N, H].
+      cos, sin: float32 [B, L, 1, H/2]; not differentiated.
+    """
+    *rows, heads, dim = x.shape
+    most = max(1, LANES // dim)
+    pack = most if heads % most == 0 else 1  # heads that fill the lanes
+    half = dim // 2
+    turn = np.zeros((dim, dim), np.float32)  # [a, b] @ turn = [-b, a]
+    turn[np.arange(half) + half, np.arange(half)] = -1
+    turn[np.arange(half), np.arange(half) + half] = 1
+    turn = jnp.asarray(np.kron(np.eye(pack), turn), x.dtype)
+    z = x.reshape(*rows, heads // pack, pack * dim)
+    cos, sin = (jnp.concatenate([y] * (2 * pack), -1) for y in (cos, sin))
+    y = z.astype(jnp.float32) * cos + float32_matmul(z, turn) * sin
+    return y.astype(x.dtype).reshape(x.shape)
+
+
+# The gradient of a rotation is the rotation back.
+rotate_by_product.defvjp(
+    lambda x, cos, sin: (rotate_by_product(x, cos, sin), (cos, sin)),
+    lambda angles, cotangent: (rotate_by_product(cotangent, angles[0], -angles[1]), None, None),
+)
 
 
 class Attention(nnx.Module):

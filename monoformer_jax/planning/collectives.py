@@ -27,7 +27,7 @@ class Collective:
       shape: dtype and dimensions of the result; of the largest if there are several.
       size: bytes of the result per chip; for a reduce-scatter, bytes of its input.
       axes: names of the mesh axes that it communicates over.
-      group: chips per replica group.
+      group: a replica group, as indices of `mesh.devices.flat`; the others have the same shape.
       times: executions per step.
       where: the `op_name` metadata from JAX.
     """
@@ -36,14 +36,14 @@ class Collective:
     shape: str
     size: int
     axes: tuple[str, ...]
-    group: int
+    group: tuple[int, ...]
     times: int
     where: str
 
     @property
     def sent(self) -> float:
         """Lower bound of the bytes that a chip sends per step, with a ring algorithm."""
-        share = (self.group - 1) / self.group
+        share = (len(self.group) - 1) / len(self.group)
         if self.kind == "collective-permute":
             share = 1.0
         return self.times * self.size * share * (2 if self.kind == "all-reduce" else 1)
@@ -55,34 +55,40 @@ def collectives(text: str, mesh: Mesh, dynamic_trips: int = 1) -> list[Collectiv
     Args:
       dynamic_trips: iterations of a loop whose trip count is known only when it runs.
     """
-    computations = _computations(text)
+    computations = computations_of(text)
     times = _times(computations, dynamic_trips)
     found = []
     for name, lines in computations.items():
         body = "\n".join(lines)
         for line in lines:
-            if not (match := _COLLECTIVE.search(line)) or not times.get(name):
-                continue
             # For an asynchronous collective, TPU emits a chain of fusions that each contain it.
             if "chain_id=" in line and "AsyncCollectiveStart" not in body:
                 continue
-            kind = match[2]
-            if kind == "all-reduce" and "from-cross-replica-sharding" in line:
-                kind = "reduce-scatter"  # each chip keeps its shard of the sum
-            shape, size = _result(match[1], "-start(" in match[0])
-            group = _group(line, mesh.size)
-            if kind == "reduce-scatter" and match[2] == kind:
-                size *= len(group)
-            where = re.search(r'op_name="([^"]*)"', line)
-            if len(group) > 1:
-                found.append(
-                    Collective(kind, shape, size, _axes(group, mesh), len(group), times[name],
-                               where[1] if where else "")
-                )  # fmt: skip
+            if times.get(name) and (one := parse_collective(line, mesh, times[name])):
+                found.append(one)
     return found
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def parse_collective(line: str, mesh: Mesh, times: int = 1) -> Collective | None:
+    """The collective of an HLO instruction; None for any other one, and within one device."""
+    if not (match := _COLLECTIVE.search(line)):
+        return None
+    kind, group = match[2], _group(line, mesh.size)
+    if len(group) < 2:
+        return None
+    if kind == "all-reduce" and "from-cross-replica-sharding" in line:
+        kind = "reduce-scatter"  # each chip keeps its shard of the sum
+    shape, size = _result(match[1], "-start(" in match[0])
+    if kind == "reduce-scatter" and match[2] == kind:
+        size *= len(group)
+    where = re.search(r'op_name="([^"]*)"', line)
+    return Collective(
+        kind, shape, size, _axes(group, mesh), tuple(group), times, where[1] if where else ""
+    )
+
+
+def computations_of(text: str) -> dict[str, list[str]]:
+    """The lines of every computation of a module by name; the first one to run is "ENTRY"."""
     found, lines = {}, None
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
@@ -101,7 +107,7 @@ def _times(computations: dict[str, list[str]], dynamic_trips: int) -> dict[str, 
         for line in computations.get(name, ()):
             for called in _CALLED.findall(line):
                 is_loop = " while(" in line
-                turns = _turns(line, computations) or dynamic_trips if is_loop else 1
+                turns = loop_turns(line, computations) or dynamic_trips if is_loop else 1
                 for one in called.split(","):
                     visit(one.strip().lstrip("%"), count * turns)
 
@@ -109,7 +115,7 @@ def _times(computations: dict[str, list[str]], dynamic_trips: int) -> dict[str, 
     return times
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
+def loop_turns(line: str, computations: dict[str, list[str]]) -> int | None:
     """Trip count of a while loop that counts from 0 to a constant; None for any other loop."""
     condition = computations[re.search(r"condition=%?([\w.-]+)", line)[1]]
     root = next(one for one in condition if one.lstrip().startswith("ROOT"))

@@ -1,12 +1,14 @@
-"""Ahead-of-time estimates for a train step or the sampler on a TPU slice: memory, FLOPs, collectives
-and a lower bound of the step time."""
+"""Ahead-of-time estimates for a train step or the sampler on a TPU slice: memory, FLOPs, collectives,
+a lower bound of the step time and, for a train step, its predicted time."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -27,7 +29,11 @@ from monoformer_jax.parallel import (
     use_mesh,
 )
 from monoformer_jax.planning.collectives import Collective, collectives
-from monoformer_jax.planning.hardware import CHIPS, Chip, all_chips, chip_of
+from monoformer_jax.planning.hardware import CHIPS, Chip, all_chips, chip_of, link_gbs
+from monoformer_jax.planning.kernels import kernel_seconds
+from monoformer_jax.planning.rows import TRAINING, Rows, assumed_rows, rows_of
+from monoformer_jax.planning.schedule import Prediction, predict
+from monoformer_jax.runtime.compiler import compiler_options
 from monoformer_jax.sampling import image
 from monoformer_jax.sampling.sampler import (
     IMAGES,
@@ -41,7 +47,6 @@ from monoformer_jax.training.state import abstract_train_state, check_layout, ma
 
 GIB = 2**30
 FED = 0.5  # model FLOPs utilization at which the hosts must feed the chips
-TRAINING = 3  # forward plus backward in forward passes; remat is not model FLOPs
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -54,12 +59,14 @@ class Feed:
       rows: rows of a batch that each host makes.
       images_per_row: mean of packed rows; without the data, the most that fit.
       real_token_share: share of tokens that are not padding; None without the data.
+      content: packed rows of the data, or those that are assumed.
     """
 
     hosts: int
     rows: float
     images_per_row: float
     real_token_share: float | None
+    content: Rows
 
     def images_per_s(self, step_seconds: float) -> float:
         """Images that a host must make per second, for steps of this time."""
@@ -74,6 +81,7 @@ class Estimate:
       temporaries, peak: as reported by the compiler, also for a program that does not fit.
       sent: collectives; empty for a program that does not fit.
       feed: what the hosts must feed; None for sampling.
+      prediction: of the time of a train step that fits.
     """
 
     config: Config
@@ -90,6 +98,7 @@ class Estimate:
     sent: tuple[Collective, ...]
     compile_seconds: float
     feed: Feed | None = None
+    prediction: Prediction | None = None
 
     def floors(self) -> dict[str, float]:
         """Lower bounds of the step time in seconds, by resource.
@@ -97,13 +106,15 @@ class Estimate:
         compute: matrix products of all blocks, including remat, at the chip's peak FLOP/s; attention
         scores and the heads are left out, since they depend on the rows.
         hbm: reading the arguments once, and writing the donated arguments once.
-        ici: bytes sent by the collectives, over all links of the chip at once.
+        ici: bytes sent by the collectives, over the links that each can use.
         """
         chips = self.mesh.size
         return {
             "compute": self.repeated_flops / chips / (self.chip.tflops * 1e12),
             "hbm": (self.arguments + self.aliased) / (self.chip.hbm_gbs * 1e9),
-            "ici": sum(one.sent for one in self.sent) / (self.chip.ici_gbs * 1e9),
+            "ici": sum(
+                one.sent / (link_gbs(self.chip, self.mesh, one.group) * 1e9) for one in self.sent
+            ),
         }
 
     @property
@@ -114,6 +125,18 @@ class Estimate:
         """Seconds per step at a model FLOPs utilization (MFU)."""
         return self.flops / (self.mesh.size * self.chip.tflops * 1e12 * utilization)
 
+    @property
+    def useful_mfu(self) -> float:
+        """Predicted model FLOPs utilization: real tokens, visible pairs and text targets; no remat."""
+        config = self.config
+        useful = self.feed.content.flops(config.model, config.batch_size)
+        return useful / (self.mesh.size * self.chip.tflops * 1e12 * self.prediction.seconds)
+
+    @property
+    def useful_images_per_s(self) -> float:
+        images = self.config.batch_size * self.feed.content.images
+        return images / self.prediction.seconds
+
     def to_json(self) -> dict:
         feed = {}
         if self.feed is not None:
@@ -122,6 +145,13 @@ class Estimate:
                 "streams": self.config.streams,
                 "host_images_per_s": self.feed.images_per_s(self.seconds_at(FED)),
                 "real_token_share": self.feed.real_token_share,
+            }
+        if self.prediction is not None:
+            feed |= {
+                "predicted_step_ms": 1e3 * self.prediction.seconds,
+                "exposed_collective_ms": 1e3 * self.prediction.exposed,
+                "useful_mfu": self.useful_mfu,
+                "useful_images_per_s": self.useful_images_per_s,
             }
         return feed | {
             "fits": self.fits,
@@ -164,11 +194,16 @@ def measure_feed(config: Config, mesh: Mesh) -> Feed:
         iterator = Batches(config, tokenizer, range(group)).iterator
         made = [next(iterator) for _ in range(max(1, config.data.packing_bins // group))]
     except (InputError, ImportError):
-        return Feed(hosts, rows, config.max_images, None)
+        return Feed(hosts, rows, config.max_images, None, _assumed(config))
     real = sum(int((batch["token_types"] != contract.PAD).sum()) for batch in made)
     images = sum(int(batch["image_ids"].max(-1).sum()) for batch in made)
     count = group * len(made)
-    return Feed(hosts, rows, images / count, real / (count * config.data.max_seq_len))
+    share = real / (count * config.data.max_seq_len)
+    return Feed(hosts, rows, images / count, share, rows_of(made))
+
+
+def _assumed(config: Config) -> Rows:
+    return assumed_rows(config.data.max_seq_len, config.image_tokens, config.layout.time_tokens)
 
 
 def default_mesh(config: Config, topology: str, dtype: str) -> MeshConfig:
@@ -211,13 +246,16 @@ def estimate(
     mesh, chip = slice_mesh(config, topology, mode), CHIPS[chip_of(topology)]
     program, arguments = _PROGRAMS[mode](config, mesh, dtype)
     params = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
+    feed = measure_feed(config, mesh) if mode == "train" else None
     begin = time.perf_counter()
-    fits, aliased, sent = True, 0, ()
+    fits, aliased, sent, prediction = True, 0, (), None
     given = _bytes_of(arguments)
     try:
         with use_mesh(mesh):
             lowered = program.lower(*arguments)
-        compiled = lowered.compile()
+        with ThreadPoolExecutor(1) as pool:  # the kernels are compiled beside the program
+            kernels = pool.submit(_kernels, config, mesh, topology, feed, lowered)
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -230,14 +268,31 @@ def estimate(
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
         fits = peak <= chip.hbm_gib * 2**30
         trips = _solver_steps(config) if mode == "sample" else 1
-        sent = tuple(collectives(compiled.as_text(), mesh, trips))
+        text = compiled.as_text()
+        sent = tuple(collectives(text, mesh, trips))
+        if mode == "train":
+            prediction = predict(text, mesh, chip, kernels.result())
     seconds = time.perf_counter() - begin
     model, repeated = _FLOPS[mode](config, mesh)
     return Estimate(
         config, mesh, chip, fits, given, temporaries, peak, aliased,
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)), model, repeated, sent,
-        seconds, measure_feed(config, mesh) if mode == "train" else None,
+        seconds, feed, prediction,
     )  # fmt: skip
+
+
+def _kernels(
+    config: Config, mesh: Mesh, topology: str, feed: Feed | None, lowered: jax.stages.Lowered
+) -> dict[str, float]:
+    """Seconds of a call of each attention kernel in a train step; empty if it has none."""
+    if feed is None or "interval_attention_forward" not in lowered.as_text():
+        return {}
+    rows = config.batch_size // config.optimizer.grad_accum_steps // batch_shards(mesh)
+    try:
+        return kernel_seconds(config.model, mesh, topology, feed.content.mask, rows)
+    except RuntimeError as error:  # a compiler whose dump is another
+        print(f"WARNING: attention kernels count as 0 ms: {error}", file=sys.stderr, flush=True)
+        return {}
 
 
 def _parse_oom_bytes(message: str) -> int:
@@ -277,7 +332,8 @@ def _sample_program(config: Config, mesh: Mesh, dtype: str):
     keys = jax.eval_shape(lambda: row_keys(0, images))
     x = jax.ShapeDtypeStruct((images, spec.patches, config.layout.patch_dim), "float32")
     x, keys = _placed((x, keys), NamedSharding(mesh, BATCH))
-    return image.denoise, (params, state, x, keys, *image.denoise_settings(sampling), spec)
+    program = image.denoise_program(compiler_options(config.compiler_options, mesh.devices.flat[0]))
+    return program, (params, state, x, keys, *image.denoise_settings(sampling), spec)
 
 
 def _sample_flops(config: Config, mesh: Mesh) -> tuple[int, int]:

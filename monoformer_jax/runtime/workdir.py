@@ -26,7 +26,8 @@ from monoformer_jax.runtime.checkpoint import list_steps
 
 # Config keys that may change when a run is resumed; `claim_workdir` rejects any other change.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
-               "watchdog_seconds", "data_workers", "mesh", "sampling", "validation")  # fmt: skip
+               "watchdog_seconds", "data_workers", "compiler_options", "mesh", "sampling",
+               "validation")  # fmt: skip
 
 _TOKENIZER = "tokenizer.json"
 # Temporary names of the files that a trainer writes, see `files.atomic_write`.

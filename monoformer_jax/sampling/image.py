@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -122,8 +122,9 @@ def generate_images(
         state = prefill(sampler, flat).state
         keys = shard_batch(keys, sampler.mesh)
         return denoise_images(
-            sampler.params, state, keys, len(prompts), spec, sampling, preview=preview, every=every
-        )
+            sampler.params, state, keys, len(prompts), spec, sampling,
+            options=sampler.compiler_options, preview=preview, every=every,
+        )  # fmt: skip
 
 
 def make_image_spec(
@@ -162,6 +163,7 @@ def denoise_images(
     spec: ImageSpec,
     sampling: SamplingConfig,
     *,
+    options: Mapping[str, str] | None = None,
     preview: Preview | None = None,
     every: int = 0,
 ) -> np.ndarray:
@@ -171,6 +173,7 @@ def denoise_images(
       state: prefixes [B * branches] that end in <|im_start|>; the branches of an image are adjacent.
       keys: PRNG keys of the images, [B].
       count: number of images to return; the remaining ones are padding of the batch.
+      options: see `denoise_program`.
       preview, every: `preview` is called every `every` steps (0: only after the last one) with the
         estimated clean images.
     """
@@ -178,11 +181,11 @@ def denoise_images(
     x = draw_noise(keys, spec.patches, spec.layout.patch_dim)
     # The sharding must be that of the output of `denoise`, or the second call would recompile.
     x = jax.device_put(x, state.lengths.sharding)
-    done = 0
+    run, done = denoise_program(options or {}), 0
     while done < sampling.steps:
         stop = min(done + every, sampling.steps) if every else sampling.steps
         ends = np.int32(done), np.int32(stop)
-        x, clean = denoise(params, state, x, keys, grid, guidance, *ends, spec)
+        x, clean = run(params, state, x, keys, grid, guidance, *ends, spec)
         done = stop
         images = to_images(to_host(x if done == sampling.steps else clean)[:count], spec)
         if preview is not None:
@@ -236,6 +239,16 @@ def denoise(
 
     predict = make_denoiser(params, state, spec, guidance)
     return solve(spec.solver, predict, x, grid, draw=draw, clip=spec.clip, start=start, stop=stop)
+
+
+def denoise_program(options: Mapping[str, str]) -> Callable:
+    """`denoise`, compiled with options of the compiler, see `Sampler.compiler_options`."""
+    return _with_options(tuple(options.items())) if options else denoise
+
+
+@functools.cache
+def _with_options(options: tuple[tuple[str, str], ...]) -> Callable:
+    return jax.jit(denoise.__wrapped__, static_argnames="spec", compiler_options=dict(options))
 
 
 def make_denoiser(params: dict, state: Any, spec: ImageSpec, guidance: Guidance) -> ddpm.Predictor:

@@ -14,6 +14,7 @@ from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import get_model
 from monoformer_jax.parallel import abstract_arrays, bytes_on_device, make_mesh
+from monoformer_jax.runtime.compiler import compiler_options
 
 IMAGES, PROMPT = 8, 64  # per data shard: images in a batch, and tokens per prompt
 SPARE = 0.9  # fraction of memory for weights and cache; the rest is for activations
@@ -34,6 +35,12 @@ class Sampler:
     params: dict = dataclasses.field(repr=False)
     tokenizer: Tokenizer = dataclasses.field(repr=False)
     mesh: Mesh | None = None
+
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """Options that denoising is compiled with, see `runtime.compiler`."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        return compiler_options(self.config.compiler_options, device)
 
 
 def abstract_weights(c: Any, dtype: str, mesh: Mesh) -> dict:

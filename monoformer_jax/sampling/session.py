@@ -203,7 +203,7 @@ class Session:
             prefix = self._branches(chosen, spec)
             images = denoise_images(
                 sampler.params, prefix, shard_batch(keys, sampler.mesh), len(rows), spec,
-                self.sampling, preview=preview, every=every,
+                self.sampling, options=sampler.compiler_options, preview=preview, every=every,
             )  # fmt: skip
         self._extend({b: [self._reencode(image)] for b, image in zip(rows, images)})
         self._generated[list(rows)] += 1

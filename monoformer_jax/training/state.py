@@ -21,6 +21,7 @@ from monoformer_jax.errors import InputError
 from monoformer_jax.models import trainable
 from monoformer_jax.nn.layers import full_precision
 from monoformer_jax.parallel import check_batch_size, fitting_layout, make_mesh
+from monoformer_jax.runtime.compiler import compiler_options
 from monoformer_jax.training.losses import (
     Noise,
     draw_latents,
@@ -130,7 +131,10 @@ def make_train_step(
         ):
             return _train_step(state, batch, config)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    options = compiler_options(config.compiler_options, mesh.devices.flat[0])
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
 
 
 def _train_step(state: TrainState, batch: Batch, config: Config):
@@ -156,12 +160,13 @@ def apply_step(
     """Applies one optimizer step with the given noise."""
     c = config.optimizer
     loss, parts, grads = _gradients(state.params, state.frozen, batch, noise, config)
-    updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = c.ema_decay
-    if c.ema_ramp:
-        decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = _optimizer(config).update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = c.ema_decay
+        if c.ema_ramp:
+            decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = TrainMetrics.single_from_model_output(
         loss=loss,
         **parts,

@@ -3,7 +3,8 @@
 A device sorts its tokens so that those with a target come first and processes them in chunks: logits,
 loss and both gradients of a chunk are computed together, in the forward pass, and its logits are freed
 before the next chunk. Chunks without any target (patches, prompts, padding) are skipped, so the cost
-of the head is proportional to the text in the batch; and nothing is recomputed, as it would be under
+of the head is proportional to the text in the batch; the first chunk is smaller, since rows of images
+hold few targets; and nothing is recomputed, as it would be under
 `jax.checkpoint`.
 """
 
@@ -68,6 +69,7 @@ def _backward(vocab_size, z_loss, most_logits, residuals, cotangent):
 text_loss.defvjp(_forward, _backward)
 
 
+@jax.named_scope("text_loss")
 def _run(hidden, head, targets, weights, vocab_size, z_loss, most_logits, with_grads):
     """Loss [] and, if `with_grads`, gradients of hidden [B, L, D] and head [D, V], over all devices."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -99,13 +101,13 @@ def _on_device(
     targets, weights = targets.reshape(-1), weights.reshape(-1)
 
     count = weights.size
-    chunk = min(count, max(1, most_logits // head.shape[1]))
-    chunk -= chunk % 128 if chunk > 128 else 0  # full tiles
+    first_chunk, chunk = (_chunk(count, most_logits // part, head.shape[1]) for part in (4, 1))
     order = jnp.argsort(weights == 0, stable=True)
-    padded = jnp.pad(order, (0, -count % chunk), constant_values=count)  # out of bounds: weight 0
+    # Out of bounds: weight 0.
+    padded = jnp.pad(order, (0, (first_chunk - count) % chunk), constant_values=count)
 
-    def body(number, sums):
-        at = jax.lax.dynamic_slice_in_dim(padded, number * chunk, chunk)
+    def add(begin, size, sums):
+        at = jax.lax.dynamic_slice_in_dim(padded, begin, size)
         h, target, weight = (
             x.at[at].get(mode="fill", fill_value=0) for x in (hidden, targets, weights)
         )
@@ -117,7 +119,7 @@ def _on_device(
             return (sums[0] + loss,)
         d_logits = d_logits.astype(dtype)
         d_h = float32_matmul(d_logits, head.T).astype(dtype)
-        d_hidden = jax.lax.dynamic_update_slice(sums[1], d_h, (number * chunk, 0))
+        d_hidden = jax.lax.dynamic_update_slice(sums[1], d_h, (begin, 0))
         d_head = sums[2] + float32_matmul(h.T, d_logits)
         return sums[0] + loss, d_hidden, d_head
 
@@ -126,7 +128,12 @@ def _on_device(
     sums = [jnp.zeros(())]
     if with_grads:
         sums += [jnp.zeros((padded.size, head.shape[0]), dtype), jnp.zeros(head.shape)]
-    sums = jax.lax.fori_loop(0, -(-used // chunk), body, tuple(sums))
+    sums = add(0, first_chunk, tuple(sums))
+    if first_chunk < count:
+        turns = -(-(used - first_chunk) // chunk)
+        sums = jax.lax.fori_loop(
+            0, turns, lambda n, sums: add(first_chunk + n * chunk, chunk, sums), sums
+        )
     loss = _reduce(sums[0], BATCH_AXES if mesh else None)
     if not with_grads:
         return (loss,)
@@ -136,6 +143,12 @@ def _on_device(
         d_head = jax.lax.psum_scatter(d_head, FSDP_AXIS, scatter_dimension=0, tiled=True)
         d_head = jax.lax.psum(d_head, DATA_AXIS)
     return loss, d_hidden, d_head
+
+
+def _chunk(count: int, most_logits: int, columns: int) -> int:
+    """Tokens of a chunk, at most `count`."""
+    chunk = min(count, max(1, most_logits // columns))
+    return chunk - (chunk % 128 if chunk > 128 else 0)  # full tiles
 
 
 def _cross_entropy(logits, target, weight, ids, vocab_size, z_loss, over_columns):
