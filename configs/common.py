@@ -4,26 +4,38 @@ from monoformer_jax.errors import require
 from monoformer_jax.models import base_config, named_size
 
 
-def paper_config(name: str, target: str, batch: dict[str, int], paper_batch: int, mixture: dict):
+def paper_config(
+    name: str,
+    target: str,
+    mixture: dict[str, float],
+    *,
+    rows: dict[str, tuple[int, int]],
+    document: int,
+    paper_batch: int,
+):
     """The config of a run of the paper on a TPU slice.
 
-    Learning rate, EMA, clipping, mixture and loss weights are the original's.
+    EMA, clipping, mixture and loss weights are the original's, and so is the learning rate with the
+    original's batch. With a batch of n times as many documents it is √n times as high, as Adam's noise
+    asks for (arXiv 2205.10287), and there are 1/n as many steps, which see as many documents.
 
     Args:
       name: name of the run.
-      target: a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test. With
-        ",modern" after it `modern_recipe` replaces the original's; "modern" is "v5e-64,modern".
-      batch: packed rows per step for each target.
-      paper_batch: batch size of the original. With a larger batch, the learning rate is scaled by
-        the square root of the ratio, and the number of steps is divided by the ratio.
+      target: a slice, "v5e-64", "v5e-256" or "v6e-64"; "paper", the original's batch, on v5e-32; "7b",
+        for v5e-256; or "tiny", a test. With ",modern" after it `modern_recipe` replaces the
+        original's; "modern" is "v5e-64,modern".
       mixture: weight of each source; its records are in records/SOURCE.
+      rows: packed rows per step and tokens per row, for each target.
+      document: tokens of a document in the mean.
+      paper_batch: documents per step of the original.
     """
     target, modern = split_target(target)
-    require(target in batch, f"there is no target {target!r}; there are {', '.join(batch)}, modern")
+    require(target in rows, f"there is no target {target!r}; there are {', '.join(rows)}, modern")
     c = base_config()
     c.name = name
-    c.batch_size = batch[target]
-    c.steps = 500_000 * paper_batch // c.batch_size
+    c.batch_size, c.data.max_seq_len = rows[target]
+    larger = c.batch_size * max(c.data.max_seq_len // document, 1) / paper_batch
+    c.steps = round(500_000 / larger)
     c.checkpoint_every = 5000
     c.log_every = 100
     c.model.update(named_size("tinyllama_1b"))
@@ -34,21 +46,19 @@ def paper_config(name: str, target: str, batch: dict[str, int], paper_batch: int
     c.data.sample_latents = True
     c.data.tokenizer = "tokenizer.json"
     c.data.image_size = 32
-    c.data.max_seq_len = 2048
     c.data.prompt_dropout = 0.1
     c.loss.text_weight = 0.01
     c.optimizer.update(
-        learning_rate=1e-4 * (c.batch_size / paper_batch) ** 0.5, schedule="constant",
-        warmup_steps=0, b1=0.9, b2=0.999, weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999,
+        learning_rate=1e-4 * larger**0.5, schedule="constant", warmup_steps=0, b1=0.9, b2=0.999,
+        weight_decay=0.0, clip_norm=2.0, ema_decay=0.9999,
     )  # fmt: skip
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.sampling.update(steps=50, guidance=4.0)
     if target == "7b":
         c.model.update(named_size("7b"), remat="save_names:attention_out")
-        c.data.max_seq_len = 4096
     if target == "tiny":
         c.model.update(named_size("tiny"), vocab_size=262)
-        c.data.update(tokenizer="bytes", image_size=8, max_seq_len=64)
+        c.data.update(tokenizer="bytes", image_size=8)
         c.steps, c.log_every, c.checkpoint_every = 20, 1, 10
     return modern_recipe(c) if modern else c
 

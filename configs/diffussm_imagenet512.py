@@ -7,9 +7,8 @@
 `python -m monoformer_jax.plan --config=configs/diffussm_imagenet512.py --topology=v5e:4x4` (compiled
 beside other programs on 2 cores; nothing was timed):
 
-    diffussm_imagenet512 on v5e:4x4: 668.8 M parameters, 16 devices, mesh data=1, fsdp=16,
-    tensor=1, train
-    compiled in 1116 s
+    diffussm_imagenet512 on v5e:4x4: 668.8 M parameters, 16 devices, mesh data=1, fsdp=16, tensor=1,
+            train
     memory of a device, GiB
       arguments       0.764
       temporaries     8.456
@@ -27,6 +26,9 @@ beside other programs on 2 cores; nothing was timed):
     model FLOPs of a step: 1.830e+15
       at 40% of peak: 1452 ms a step, 727,964 tokens/s, up to 176 images/s, 1,179,688 steps in 475.7 h
       at 50% of peak: 1161 ms a step, 909,955 tokens/s, up to 220 images/s, 1,179,688 steps in 380.6 h
+    hosts: 4, streams: 64
+      at 50% of peak a host must make 64 rows in 1161 ms: up to 55 images/s
+      real tokens are not known: the records or the tokenizer are not here
 
 Compute counts the dense products and their recomputation; the convolutions, in the form "chunked" on
 TPU, add 6 % to the dense products (docs/backbones.md).

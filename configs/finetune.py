@@ -1,10 +1,15 @@
 """LoRA fine-tuning on your own images on one 16 GB chip, from a TinyLlama-size image model.
 
-python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
-python -m monoformer_jax.prepare_data --from=pictures/captions.jsonl --to=records/pictures \\
-    --codec=sd_vae --vae=sd-vae-ft-mse
-python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures
-python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=orbax
+    python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
+    python -m monoformer_jax.prepare_data --from=pictures/captions.jsonl --to=records/pictures \\
+        --codec=sd_vae --vae=sd-vae-ft-mse
+    python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures
+    python -m monoformer_jax.sample --workdir=runs/pictures --vae=sd-vae-ft-mse --paint \\
+        --prompt="a red chair" --out=chair.png
+    python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=orbax
+    python -m monoformer_jax.convert --from=runs/pictures --to=export --check
+
+The last two merge the adapters: into a workdir, and into the original's format.
 """
 
 import json

@@ -1,52 +1,67 @@
 """Class-conditional ImageNet at 256 pixels, on latents: the model of the paper's first table.
 
-    python -m monoformer_jax.train --config=configs/imagenet256.py:v5e-64 --workdir=gs://… \\
+    python -m monoformer_jax.convert --from=TinyLlama-1.1B-Chat-v1.0 --to=runs/tinyllama
+    python -m monoformer_jax.prepare_data --from=imagenet/train --labels=labels.json \\
+        --codec=sd_vae --vae=sd-vae-ft-mse --to=records/imagenet
+    python -m monoformer_jax.train --config=configs/imagenet256.py:v5e-64 --workdir=runs/imagenet256 \\
         --config.init_from=runs/tinyllama
+    python -m monoformer_jax.sample --workdir=runs/imagenet256 --vae=sd-vae-ft-mse --paint \\
+        --prompt="an image of goldfish." --out=goldfish.png
+    python -m monoformer_jax.convert --from=runs/imagenet256 --to=export --check
 
-TinyLlama's size and weights (`convert` makes the workdir for init_from), 32×32×4 latents of Stable
-Diffusion's autoencoder in 256 patches, rows of 512 tokens. Learning rate, EMA, clipping and loss
-weights are the original's, and `:modern` has today's recipe (`modern_recipe` in common.py, with the
+On a slice, launch/tpu.sh starts `train`, with folders on gs:// (docs/tpu.md). The last command writes
+the original's format.
+
+TinyLlama's size and weights, 32×32×4 latents of Stable Diffusion's autoencoder in 256 patches, rows of
+2176 tokens with eight images each. EMA, clipping and loss weights are the original's, and so are the
+256 images a step, the learning rate and the steps of `:paper`, for v5e-32; `paper_config` in common.py
+has the rule for larger batches. `:modern` has today's recipe (`modern_recipe` in common.py, with the
 source of each value); the original trained DDPM, which is --config.objective.kind=ddpm
 --config.objective.learn_sigma=True --config.sampling.solver=ddpm. It has not been run at this size.
 
-`python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8` (nothing was timed):
+`python -m monoformer_jax.plan --config=configs/imagenet256.py --topology=v5e:8x8` (nothing was timed;
+the rows are of documents as long as ImageNet's, see tests/stand_in.py):
 
     imagenet256 on v5e:8x8: 1,122.1 M parameters, 64 devices, mesh data=1, fsdp=64, tensor=1, train
-    compiled in 56 s
     memory of a device, GiB
       arguments       0.320
-      temporaries     0.917
-      peak            1.266
-      HBM            15.750   92% free
+      temporaries     1.001
+      peak            1.350
+      HBM            15.750   91% free
     collectives of a step: kind, mesh axes, runs, MB that a device sends
-      all-reduce          fsdp             98      6707.7
+      all-reduce          fsdp             97      7016.8
       all-gather          fsdp            133      3127.0
-      all-to-all          fsdp             14        16.7
+      all-to-all          fsdp             10        17.8
     a step takes at least the largest of three, ms
-      compute      60.43   products of the blocks at 197 TFLOP/s in bfloat16
-      HBM         0.8381   state read and written once at 819 GB/s
-      ICI          49.26   collectives over all links, 200 GB/s out
-    model FLOPs of a step: 8.317e+14
-      at 40% of peak: 164.9 ms a step, 794,750 tokens/s, up to 1,552 images/s, 500,000 steps in 22.9 h
-      at 50% of peak: 131.9 ms a step, 993,437 tokens/s, up to 1,940 images/s, 500,000 steps in 18.3 h
+      compute      64.21   products of the blocks at 197 TFLOP/s in bfloat16
+      HBM         0.8382   state read and written once at 819 GB/s
+      ICI          50.81   collectives over all links, 200 GB/s out
+    model FLOPs of a step: 9.464e+14
+      at 40% of peak: 187.7 ms a step, 742,140 tokens/s, up to 2,728 images/s, 250,000 steps in 13.0 h
+      at 50% of peak: 150.1 ms a step, 927,675 tokens/s, up to 3,411 images/s, 250,000 steps in 10.4 h
+    hosts: 16, streams: 16
+      at 50% of peak a host must make 4 rows in 150.1 ms: 213 images/s
+      packed rows: 99% real tokens, 8.00 images
 
 The 7 B model, `--config=configs/imagenet256.py:7b --topology=v5e:16x16`: peak 4.231 GiB a chip,
 73% free, at least 807.9 ms a step.
 """
 
-from common import paper_config, split_target
+from common import paper_config
 
-# Rows per step. The paper's 256 are too few for 256 chips: the collectives of the weights would take
-# longer than the matrix products. See `paper_config` for the learning rate and the steps.
-BATCH = {"v5e-64": 256, "v6e-64": 512, "v5e-256": 1024, "7b": 256, "tiny": 8}
+# Rows per step, and tokens per row. A document has 268 tokens in the mean: eight fill a row. About one
+# row a chip, which hides the collectives of the weights behind the matrix products; v6e computes 4.7
+# times as fast with links that are twice as fast. See `paper_config` for learning rate and steps.
+ROWS = {"v5e-64": (64, 2176), "v6e-64": (128, 2176), "v5e-256": (256, 2176), "paper": (32, 2176),
+        "7b": (256, 4096), "tiny": (8, 64)}  # fmt: skip
 
 
 def get_config(target: str = "v5e-64"):
-    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "7b", for v5e-256; or "tiny", a test.
+    """`target` is a slice, "v5e-64", "v5e-256" or "v6e-64"; "paper", its 256 images a step, for v5e-32;
+    "7b", for v5e-256; or "tiny", a test.
 
     "modern" is the modern recipe for v5e-64, and ",modern" after a target that for another one.
     """
-    c = paper_config("imagenet256", target, BATCH, paper_batch=256, mixture={"imagenet": 1.0})
-    if split_target(target)[0] not in ("7b", "tiny"):
-        c.data.max_seq_len = 512  # fits an image (256 patches) and its prompt
-    return c
+    return paper_config(
+        "imagenet256", target, {"imagenet": 1.0}, rows=ROWS, document=268, paper_batch=256
+    )  # fmt: skip

@@ -128,7 +128,7 @@ class DataConfig:
     max_seq_len: int = (
         128  # L, packed row length; in sampling, the context of prompt plus completion
     )
-    packing_bins: int = 64  # rows that each stream packs concurrently
+    packing_buffer: int = 64  # documents from which each stream chooses those that fill a row
     # The batch is packed by this many independent streams, for any number of hosts. Each host runs the
     # streams of its rows; there must be at least one for each. 0: see `Config.streams`.
     streams: int = 0
@@ -141,9 +141,6 @@ class DataConfig:
     # run stops if they are more than this share of 1000 consecutive examples of a stream.
     max_bad_fraction: float = 0.1
     shift_pixels: int = 1  # maximum random shift of digits in the read task
-    truncate_text: bool = (
-        False  # truncate text documents longer than a row instead of dropping them
-    )
     # Share of every source that is never trained and is measured instead, see `validation`. A hash of
     # the example decides, so the split is the same on every host and stays when data is added.
     validation_split: float = 0.0
@@ -151,7 +148,7 @@ class DataConfig:
     validation_records: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        positive(self, "data", "max_seq_len", "packing_bins", "image_size")
+        positive(self, "data", "max_seq_len", "packing_buffer", "image_size")
         for name in ("prompt_dropout", "max_bad_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} is not between 0 and 1")
@@ -427,8 +424,8 @@ class Config:
         up to 64, rounded down to a power of two that divides batch_size / 4.
 
         The default depends on nothing else, so that any number of hosts resumes the run. A host of a
-        TPU slice has at least four chips, so at least four rows. More streams would cost: each packs
-        `data.packing_bins` rows before its first one, and keeps them in memory.
+        TPU slice has at least four chips, so at least four rows. More streams would cost: each reads
+        `data.packing_buffer` documents before its first row, and keeps them in memory.
         """
         return self.data.streams or max(math.gcd(self.batch_size, 4 * 64) // 4, 1)
 

@@ -16,6 +16,7 @@ RENAMED = {
     "checkpoints_kept": "max_to_keep",
     "checkpoint_keep_every": "keep_period",
     "data.row_length": "data.max_seq_len",
+    "data.packing_bins": "data.packing_buffer",
     "data.moments": "data.sample_latents",
     "optimizer.accumulation": "optimizer.grad_accum_steps",
     "model.learn_sigma": "objective.learn_sigma",

@@ -138,18 +138,24 @@ def test_the_config_of_pictures_follows_from_the_records(tmp_path):
 
 @pytest.mark.parametrize("name", ["imagenet256", "journeydb_ultrachat", "llava_journeydb"])
 def test_the_large_configs_differ_by_slice_and_size(name):
-    """More chips: more rows, and the same total tokens; the 7 B model has rows of 4096."""
+    """More chips: more rows, fewer steps and a higher rate; "paper" has the original's."""
     made = {
         target: load_config(f"{ROOT}/configs/{name}.py:{target}", [])
-        for target in ("v5e-64", "v6e-64", "v5e-256", "7b")
+        for target in ("v5e-64", "v6e-64", "v5e-256", "7b", "paper")
     }
-    assert len({c.batch_size * c.steps for c in made.values()}) == 1
+    paper = made.pop("paper")
+    assert (paper.batch_size, paper.steps, paper.optimizer.learning_rate) == (32, 500_000, 1e-4)
+    for c in made.values():
+        assert c.data.max_seq_len % 128 == 0
+        larger = paper.steps / c.steps
+        tokens = c.batch_size * c.data.max_seq_len / (32 * paper.data.max_seq_len)
+        assert larger == pytest.approx(tokens, rel=0.05)
+        assert c.optimizer.learning_rate == pytest.approx(1e-4 * larger**0.5, rel=1e-4)
     small, large = made["v5e-64"], made["7b"]
     size = named_size("7b") | {"remat": large.model.remat}  # it has less memory to save in
     assert dataclasses.replace(small.model, **size) == large.model
     assert large.data.max_seq_len == 4096
     assert set(small.data.mixture) == set(small.data.records)
-    assert made["v5e-256"].optimizer.learning_rate == pytest.approx(2e-4)
 
 
 def test_every_key_is_used():

@@ -75,7 +75,7 @@ def damaged(tmp_path_factory):
 
 def test_bad_records_are_skipped_counted_and_named(damaged, change):
     data = {"mixture": {"mine": 1.0}, "records": {"mine": str(damaged)}, "max_bad_fraction": 0.5}
-    config, said = change(data=data | {"packing_bins": 4, "max_seq_len": 64}), []
+    config, said = change(data=data | {"packing_buffer": 4, "max_seq_len": 64}), []
     batches = Batches(config, ByteTokenizer(), log=said.append)
     for _ in range(20):
         next(batches.iterator)
@@ -207,7 +207,7 @@ def test_every_source_resumes_as_it_was_without_and_with_workers(damaged, tmp_pa
         write_records(tmp_path / name, examples)
         records[name] = str(tmp_path / name)
     mixture = dict.fromkeys(["draw", "read", "say", *records], 1.0)
-    data = {"mixture": mixture, "records": records, "streams": 3, "packing_bins": 4,
+    data = {"mixture": mixture, "records": records, "streams": 3, "packing_buffer": 4,
             "max_seq_len": 96, "sample_latents": True}  # fmt: skip
     config, want, got, state = change(batch_size=6, data=data), [], [], None
     batches = Batches(config, ByteTokenizer())

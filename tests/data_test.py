@@ -1,8 +1,10 @@
 """Documents, packing and the data pipeline: no lost or split documents, deterministic order."""
 
 import contextlib
+import itertools
 import json
 
+import grain
 import numpy as np
 import pytest
 
@@ -10,7 +12,17 @@ from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH, TEXT, TIME
 from monoformer_jax.data import sources
 from monoformer_jax.data.digits import digits, draw_prompt, sentences
-from monoformer_jax.data.documents import Image, build_document, describe, truncate
+from monoformer_jax.data.documents import (
+    EndOfTurn,
+    Image,
+    Prompt,
+    UntrainedText,
+    build_document,
+    describe,
+    draw_prompts,
+    split_document,
+)
+from monoformer_jax.data.packing import Pack, fill
 from monoformer_jax.data.pipeline import Batches, check_streams
 from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
@@ -57,13 +69,77 @@ def test_the_originals_rule_drops_text_beside_denoised_images_only():
     assert painted["target_weights"].sum() == 0 and shown["target_weights"].sum() == 4
 
 
-def test_text_is_truncated_and_images_are_not():
-    text = build_document(["abcdef"], TOKENIZER, MODEL.layout)
-    cut = truncate(text, 4)
-    assert len(cut["tokens"]) == 4 and cut["target_weights"].tolist() == [1, 1, 1, 0]
-    assert len(text["tokens"]) == 8 and truncate(text, 8) is text
-    image = build_document([Image(PIXELS, True)], TOKENIZER, MODEL.layout)
-    assert truncate(image, 4) is image
+def turn(question, answer):
+    return [UntrainedText(question), answer, EndOfTurn()]
+
+
+def test_a_long_chat_is_split_between_turns_and_keeps_its_image():
+    """Each piece is the document that its turns alone would make."""
+    turns = [
+        turn("a?", "bc"),
+        turn("de?", "f"),
+        turn("g?", "h" * 9),
+        turn("ij?", "k"),
+        turn("l", "m"),
+    ]
+    shown = Image(PIXELS, denoise=False)
+    for head in ([], [shown], [shown, Image(-PIXELS, denoise=False)]):
+
+        def build(*chosen, head=head):
+            return build_document([*head, *itertools.chain(*chosen)][:-1], TOKENIZER, MODEL.layout)
+
+        room = 1 + 7 * len(head)
+        whole = build(*turns)
+        assert split_document(whole, len(whole["tokens"]), TOKENIZER) == [whole]
+        for length, chosen in ((room + 12, [turns[:2], turns[2:3], turns[3:]]),
+                               (room + 17, [turns[:2], turns[2:4], turns[4:]])):  # fmt: skip
+            pieces = split_document(whole, length, TOKENIZER)
+            assert len(pieces) == len(chosen)
+            for piece, some in zip(pieces, chosen):
+                want = build(*some)
+                for name in want:
+                    real = slice(-1) if name == "targets" else slice(None)
+                    np.testing.assert_array_equal(piece[name][real], want[name][real], name)
+                    assert piece[name].dtype == want[name].dtype
+        # The third turn is longer than this row: its end is lost, the others are not.
+        cut = split_document(whole, room + 8, TOKENIZER)
+        assert [len(piece["tokens"]) - room for piece in cut] == [5, 5, 8, 8]
+        assert cut[2]["target_weights"][-2:].tolist() == [1, 0]
+        # Of these only the short answers fit, and of the second none is seen.
+        assert (
+            len(split_document(build(turn("a" * 30, "b"), turn("c", "d")), room + 3, TOKENIZER))
+            == 1
+        )
+        assert not split_document(whole, room - 1, TOKENIZER)
+
+
+def test_a_later_image_is_renumbered_and_never_cut():
+    late = Image(-PIXELS, denoise=False)
+    parts = [
+        Image(PIXELS, denoise=False),
+        *turn("a?", "bcd"),
+        UntrainedText("e"),
+        late,
+        *turn("", "f"),
+    ]
+    whole = build_document(parts[:-1], TOKENIZER, MODEL.layout)
+    first, second = split_document(whole, 19, TOKENIZER)
+    want = build_document([parts[0], *parts[4:-1]], TOKENIZER, MODEL.layout)
+    np.testing.assert_array_equal(second["image_ids"], want["image_ids"])
+    np.testing.assert_array_equal(second["patches"], want["patches"])
+    assert first["image_ids"].max() == 1 and second["image_ids"].max() == 2
+    assert not split_document(whole, 16, TOKENIZER)
+
+
+def test_a_prompt_stays_with_what_it_asks_for():
+    rng = np.random.default_rng(0)
+    asked = draw_prompts([Prompt(("ab",)), "cdefg"], rng, 0.0, end_of_prompt=True)
+    text = build_document(asked, TOKENIZER, MODEL.layout)
+    (cut,) = split_document(text, 6, TOKENIZER)  # <s> a b </s> c d
+    assert cut["tokens"].tolist() == text["tokens"][:6].tolist()
+    assert cut["target_weights"].tolist() == [1, 1, 1, 1, 1, 0]
+    image = draw_prompts([Prompt(("ab",)), Image(PIXELS, True)], rng, 0.0, end_of_prompt=True)
+    assert not split_document(build_document(image, TOKENIZER, MODEL.layout), 8, TOKENIZER)
 
 
 def test_an_image_with_other_channels_is_refused():
@@ -156,9 +232,51 @@ def test_the_mixture_is_that_of_the_config(change):
     assert dropped / counts["draw"] == pytest.approx(0.25, abs=0.06)
 
 
-def test_nine_tenths_of_the_tokens_are_real(config):
+def test_nearly_all_tokens_are_real(config):
     made, _ = take(config, 100)
-    assert np.mean([batch["token_types"] > 0 for batch in made]) >= 0.9
+    assert np.mean([batch["token_types"] > 0 for batch in made]) >= 0.98
+
+
+def test_a_row_takes_the_oldest_document_and_those_that_fill_it_best():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        lengths = rng.integers(1, 40, rng.integers(1, 10)).tolist()
+        room = max(int(rng.integers(40, 120)), lengths[0])
+        chosen = fill(lengths, room)
+        sums = [
+            lengths[0] + sum(some)
+            for count in range(len(lengths))
+            for some in itertools.combinations(lengths[1:], count)
+        ]
+        assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert sum(lengths[i] for i in chosen) == max(x for x in sums if x <= room)
+    assert fill([5, 3, 3, 3], 11) == [0, 1, 2]  # the older of equal ones
+
+
+def test_every_document_is_packed_once_and_soon(change):
+    """Documents of one text each, in the order in which they are read."""
+    few = sources.Source(range(1000), lambda i, rng: [f"{i}:" + "x" * (i * 7 % 23)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "few", lambda c: few)
+        data = {"mixture": {"few": 1.0}, "packing_buffer": 16, "max_seq_len": 64}
+        made, _ = take(change(batch_size=1, data=data), 100)
+        data = data | {"packing_buffer": 1}
+        order, _ = take(change(batch_size=1, data=data), 600)
+    order = {next(documents_of(batch))["tokens"].tobytes(): i for i, batch in enumerate(order)}
+    places = [[order[d["tokens"].tobytes()] for d in documents_of(batch)] for batch in made]
+    flat = [place for row in places for place in row]
+    assert len(set(flat)) == len(flat) and len(places[0]) > 1 and flat != sorted(flat)
+    tokenized = [build_document(["x" * n], TOKENIZER, MODEL.layout) for n in (3, 9, 4, 8)]
+    finite = Pack(
+        grain.MapDataset.source(tokenized).to_iter_dataset(), MODEL.layout, rows=2, length=12,
+        buffer=3, pad_id=TOKENIZER.pad_id, max_images=1,
+    )  # fmt: skip
+    assert [(b["token_types"] > 0).sum(1).tolist() for b in finite] == [[11, 11], [10, 0]]
+    done = set()
+    for row in places:
+        oldest = next(i for i in itertools.count() if i not in done)
+        assert oldest in row  # so that no document is left behind
+        done |= set(row)
 
 
 def same(a, b):
@@ -166,7 +284,7 @@ def same(a, b):
 
 
 def test_the_pipeline_is_deterministic_and_resumes(change):
-    config = change(data={"packing_bins": 4})
+    config = change(data={"packing_buffer": 4})
     first, _ = take(config, 9)
     again, batches = take(config, 4)
     state = batches.iterator.get_state()
@@ -180,7 +298,7 @@ def test_the_pipeline_is_deterministic_and_resumes(change):
 def test_rows_do_not_depend_on_the_number_of_processes(change):
     """Any split of the rows over processes, also within a stream, yields the same global batches; any
     process can resume a stream."""
-    config = change(data={"streams": 2, "packing_bins": 4})
+    config = change(data={"streams": 2, "packing_buffer": 4})
     whole, batches = take(config, 5)
     state = batches.iterator.get_state()
     later = [next(batches.iterator) for _ in range(3)]
@@ -197,8 +315,8 @@ def test_rows_do_not_depend_on_the_number_of_processes(change):
 
 def test_streams_partition_every_epoch(change):
     """Two streams together read each of the 190 sentences once per epoch."""
-    config = change(data={"streams": 2, "mixture": {"say": 1.0}, "packing_bins": 1})
-    made, _ = take(config, 40)
+    config = change(data={"streams": 2, "mixture": {"say": 1.0}, "packing_buffer": 1})
+    made, _ = take(config, 50)
     seen = [[], []]
     for batch in made:
         for row in range(4):
@@ -211,7 +329,7 @@ def test_streams_partition_every_epoch(change):
 
 def test_fewer_examples_than_streams_are_read_equally_often(change):
     """Ten streams of five sentences: their first documents together are two epochs."""
-    data = {"streams": 10, "mixture": {"few": 1.0}, "packing_bins": 1, "max_seq_len": 21}
+    data = {"streams": 10, "mixture": {"few": 1.0}, "packing_buffer": 1, "max_seq_len": 21}
     few = sources.Source([letter * 17 for letter in "abcde"], lambda text, rng: [text])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sources.SOURCES, "few", lambda c: few)
@@ -238,7 +356,7 @@ def test_the_default_streams_depend_on_the_batch_alone(change):
 
 def test_worker_processes_make_the_same_batches_and_resume(change):
     """None, two workers for three streams, and none, each from the state of the one before."""
-    config = change(batch_size=6, data={"streams": 3, "packing_bins": 4, "max_seq_len": 64})
+    config = change(batch_size=6, data={"streams": 3, "packing_buffer": 4, "max_seq_len": 64})
     want, _ = take(config, 9)
     got, state = [], None
     for workers in (0, 2, 0):
@@ -248,18 +366,19 @@ def test_worker_processes_make_the_same_batches_and_resume(change):
                 batches.iterator.set_state(state)
             got += [next(batches.iterator) for _ in range(3)]
             state = json.loads(json.dumps(batches.iterator.get_state()))
-            assert batches.skipped["too_long"] > 0
+            assert batches.skipped["cut"] > 0
     assert same(got, want)
 
 
 def test_documents_that_are_too_long_are_dropped_and_counted(change):
-    """Rows of 32 tokens hold an image but not the draw prompt with it."""
+    """Rows of 31 tokens hold an image but not the draw prompt with it; sentences are cut."""
     mixture = {"draw": 0.5, "say": 0.5}
     made, batches = take(change(data={"max_seq_len": 31, "mixture": mixture}), 12)
     found = [d for b in made for d in documents_of(b)]
-    assert batches.skipped["too_long"] > 0
+    assert batches.skipped["too_long"] > 0 and batches.skipped["cut"] > 0
     assert all((d["token_types"] == PATCH).sum() in (0, 16) for d in found)
-    assert all(d["tokens"][-1] == TOKENIZER.eos_id for d in found)
+    whole = [d["tokens"][-1] == TOKENIZER.eos_id for d in found]
+    assert any(whole) and all(w or len(d["tokens"]) == 31 for w, d in zip(whole, found))
 
 
 def test_more_images_than_max_images_are_refused(change):
@@ -275,12 +394,25 @@ def test_more_images_than_max_images_are_refused(change):
             take(config, 1)
 
 
-def test_text_is_truncated_only_where_the_config_says_so(change):
-    data = {"max_seq_len": 24, "mixture": {"say": 1.0}, "truncate_text": True}
-    made, batches = take(change(data=data), 12)
-    ends = [d["tokens"][-1] for b in made for d in documents_of(b)]
-    assert batches.skipped["too_long"] == 0
-    assert TOKENIZER.eos_id in ends and any(end != TOKENIZER.eos_id for end in ends)
+def test_every_turn_of_a_long_chat_is_in_some_row_and_a_resumed_run_repeats_none(change):
+    """Chats of 26 turns are two or three rows each; a state may lie between two pieces of one chat."""
+    chats = [
+        [p for y in map(chr, range(97, 123)) for p in turn(f"{x}{y}?", f"{y}{x}.")][:-1]
+        for x in "abc"
+    ]
+    source = sources.Source(chats, lambda parts, rng: parts)
+    data = {"mixture": {"chats": 1.0}, "packing_buffer": 2, "max_seq_len": 90}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sources.SOURCES, "chats", lambda c: source)
+        made, batches = take(change(data=data), 9)
+        for step in (1, 2, 3):
+            state = take(change(data=data), step)[1].iterator.get_state()
+            resumed = Batches(change(data=data), TOKENIZER)
+            resumed.iterator.set_state(json.loads(json.dumps(state)))
+            assert same(made[step:], [next(resumed.iterator) for _ in range(9 - step)])
+    assert set(batches.skipped) == {"cut"}
+    said = "".join(TOKENIZER.decode(d["tokens"].tolist()) for b in made for d in documents_of(b))
+    assert all(f"{x}{y}?{y}{x}." in said for x in "abc" for y in map(chr, range(97, 123)))
 
 
 def test_documents_that_are_all_too_long_raise_an_error(change):

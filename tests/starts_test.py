@@ -6,13 +6,11 @@ import json
 import shlex
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from conftest import REFERENCE, ROOT
 from convert_test import write_words
 
-import monoformer_jax
 from monoformer_jax.cli import load_config
 from monoformer_jax.data.documents import Image, Prompt
 from monoformer_jax.data.records import write_file
@@ -20,7 +18,7 @@ from monoformer_jax.errors import InputError
 from monoformer_jax.models import make_config, trainable
 from monoformer_jax.parallel import make_mesh
 from monoformer_jax.pretrained.conversion import find_source, open_source, write_workdir
-from monoformer_jax.runtime.weights import check_init_from, load_trained, load_weights
+from monoformer_jax.runtime.weights import check_init_from, load_weights
 from monoformer_jax.runtime.workdir import claim_workdir, mark_done, read_config
 from monoformer_jax.training.loop import train
 from monoformer_jax.training.optimizer import learning_rate
@@ -72,27 +70,6 @@ def start_of(name, llama, records, *overrides):
     return load_config(
         str(ROOT / "configs" / f"{name}.py"), [f"--config.init_from={llama}", *tiny, *overrides]
     )
-
-
-def test_the_command_of_a_pod_config_starts_from_a_converted_llama(llama, records, tmp_path):
-    """Its text layers are loaded, its tokenizer is found and kept; the image layers are the run's."""
-    config = start_of("imagenet256", llama, records, "--config.optimizer.learning_rate=1e-12")
-    train(config, tmp_path / "run")
-    _, got, meta = load_trained(tmp_path / "run")
-    base = load_trained(llama)[1]
-    for name in ("token_embedding", "decoder", "text_head"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got[name], base[name]
-        )
-    assert meta["step"] == 1 and got["image_head"]["out"]["kernel"].shape == (64, 16)
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == (
-        llama / "tokenizer.json"
-    ).read_text()
-    llama.rename(llama.with_name("moved"))
-    try:
-        assert monoformer_jax.load(tmp_path / "run").tokenizer.im_start_id == 133
-    finally:
-        llama.with_name("moved").rename(llama)
 
 
 @pytest.mark.parametrize(

@@ -94,18 +94,13 @@ def stages(source: Source, to_document: Callable, seconds: float) -> dict[str, f
     }
 
 
-def batches(iterator: RowIterator, whole: int, seconds: float) -> dict[str, float]:
-    """What comes out per second, and the time of a batch; closes the iterator.
-
-    Args:
-      whole: batches after which every stream has packed its open rows once; multiples are timed.
-    """
+def batches(iterator: RowIterator, seconds: float) -> dict[str, float]:
+    """What comes out per second, and the time of a batch; closes the iterator."""
     with contextlib.closing(iterator):
-        for _ in range(whole):
-            next(iterator)
+        next(iterator)
         counts, times = np.zeros(4), []
         begin, busy = time.perf_counter(), time.process_time()
-        while time.perf_counter() - begin < seconds or len(times) % whole:
+        while time.perf_counter() - begin < seconds:
             asked = time.perf_counter()
             counts += count(next(iterator))
             times.append(time.perf_counter() - asked)
@@ -231,15 +226,15 @@ def _measure(folder: Path, options, overrides: list[str]) -> dict[str, float]:
         f"{config.streams} streams, {options.workers} workers, {cores()} cores",
         flush=True,
     )
-    group = config.batch_size // config.streams
-    whole = max(1, config.data.packing_bins // group)
 
     def make(rows: int, workers: int = 0) -> RowIterator:
         return Batches(config, tokenizer, range(rows), workers).iterator
 
-    found = batches(make(rows, options.workers), whole, options.seconds)
-    alone = batches(make(rows), whole, options.seconds)
+    found = batches(make(rows, options.workers), options.seconds)
+    alone = batches(make(rows), options.seconds)
     found |= {name: alone[name] for name in ("documents_per_core_s", "batch_core_ms")}
     found |= stages(*open_stages(config, tokenizer), options.seconds)
-    found["bytes_per_document_slope"] = memory_slope(make(group), options.documents)
+    found["bytes_per_document_slope"] = memory_slope(
+        make(config.batch_size // config.streams), options.documents
+    )
     return found | jpegs(folder, max(options.workers, 1), repeats=4)

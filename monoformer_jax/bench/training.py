@@ -32,7 +32,7 @@ from monoformer_jax.bench.others import print_others, read_others
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import Config
 from monoformer_jax.data.documents import Image, build_document
-from monoformer_jax.data.packing import pack
+from monoformer_jax.data.packing import Pack
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer, open_tokenizer
 from monoformer_jax.errors import require
@@ -76,10 +76,10 @@ def random_rows(config: Config) -> Iterator[Batch]:
 
     documents = grain.MapDataset.range(1 << 20).map(make)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(pack(
+    return iter(Pack(
         documents.to_iter_dataset(options), config.layout, rows=config.batch_size,
-        length=config.data.max_seq_len, seed=config.seed, bins=config.data.packing_bins,
-        pad_id=tokenizer.pad_id, max_images=config.max_images,
+        length=config.data.max_seq_len, buffer=1, pad_id=tokenizer.pad_id,
+        max_images=config.max_images,
     ))  # fmt: skip
 
 

@@ -18,7 +18,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from monoformer_jax.batch import PATCH, TEXT, TIME, Document, assemble, patchify, select
+from monoformer_jax.batch import (
+    PATCH,
+    TEXT,
+    TIME,
+    Document,
+    assemble,
+    concatenate,
+    patchify,
+    select,
+)
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.tokenizer import Tokenizer, encode_after
 from monoformer_jax.errors import require
@@ -173,13 +182,52 @@ def open_text(parts: Sequence[Part], tokenizer: Tokenizer, before: Sequence[int]
     return [*before, *encode_after(tokenizer, before, joined[-1])]
 
 
-def truncate(document: Document, length: int) -> Document:
-    """Truncates a text document to `length` tokens; a document with an image is returned unchanged."""
-    if len(document["tokens"]) <= length or (document["token_types"] != TEXT).any():
-        return document
-    document = select(document, slice(length))
-    document["target_weights"] = np.append(document["target_weights"][:-1], np.float32(0))
-    return document
+def split_document(document: Document, length: int, tokenizer: Tokenizer) -> list[Document]:
+    """Splits a document longer than `length` tokens between turns, into as few pieces as possible.
+
+    A turn is a user's text and the answer, up to its </s>. Every piece begins with <s> and the images
+    before the first text. A turn that alone is longer is truncated, and left out if nothing of its
+    answer fits.
+
+    Returns:
+      The pieces; none if an image does not fit or would be truncated, or if it is to be generated,
+      since its prompt must stay whole.
+    """
+    tokens, text = document["tokens"], document["token_types"] == TEXT
+    if len(tokens) <= length:
+        return [document]
+    marks = np.isin(tokens, [tokenizer.bos_id, tokenizer.im_start_id, tokenizer.im_end_id])
+    head = int(np.argmin(marks | ~text))  # tokens before the first text
+    room = length - head
+    if document["denoise"].any() or room < 1:
+        return []
+    # A user's text, which has no loss, follows the </s> of an answer, but not that of a prompt.
+    last = text & (tokens == tokenizer.eos_id) & (document["target_weights"] == 0)
+    ends = np.flatnonzero(last) + 1
+    pieces, begin = [], head
+    while begin < len(tokens):
+        turns = ends[(ends > begin) & (ends <= begin + room)]
+        end = turns[-1] if len(turns) else ends[ends > begin][0]
+        stop = min(end, begin + room)
+        if stop < end and not text[begin:end].all():
+            return []
+        if document["target_weights"][begin : stop - 1].any():
+            pieces.append(_piece(document, head, begin, stop))
+        begin = end
+    return pieces
+
+
+def _piece(document: Document, head: int, begin: int, end: int) -> Document:
+    """The first `head` tokens of a document, continued by its tokens from `begin` to `end`."""
+    first, rest = select(document, slice(head)), select(document, slice(begin, end))
+    skipped = document["image_ids"][:begin].max() - first["image_ids"].max()
+    rest["image_ids"] = rest["image_ids"] - skipped * (rest["image_ids"] > 0)
+    piece = concatenate([first, rest])
+    piece["positions"] = np.arange(len(piece["tokens"]), dtype=np.int32)
+    piece["targets"][head - 1] = piece["tokens"][head]
+    piece["target_weights"][head - 1] = document["target_weights"][begin - 1]
+    piece["target_weights"][-1] = 0  # the next token, if there is one, is in another piece
+    return piece
 
 
 def describe(tokens: np.ndarray, token_types: np.ndarray, tokenizer: Tokenizer) -> str:

@@ -30,9 +30,9 @@ from monoformer_jax.data.documents import (
     UntrainedText,
     build_document,
     draw_prompts,
-    truncate,
+    split_document,
 )
-from monoformer_jax.data.packing import pack
+from monoformer_jax.data.packing import Pack
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import BadExample, InputError, require
@@ -160,11 +160,12 @@ def open_held_out(
             c, source, tokenizer, layout, text_beside_images=text_beside_images,
             keep=lambda x, whole=whole: whole or not is_trained(x, c.validation_split),
         ):  # fmt: skip
-            if len(document["tokens"]) > c.max_seq_len:
+            pieces = split_document(document, c.max_seq_len, tokenizer)
+            if not pieces:
                 continue
             examples[name].append(parts)
-            documents.append(document)
-            tokens -= len(document["tokens"])
+            documents += pieces
+            tokens -= sum(len(piece["tokens"]) for piece in pieces)
             if tokens <= 0:
                 break
     require(
@@ -172,9 +173,9 @@ def open_held_out(
         f"data.validation_split={c.validation_split} holds out none of the examples: raise it, or give "
         "a folder with data.validation_records",
     )
-    packed = pack(
+    packed = Pack(
         grain.MapDataset.source(documents).to_iter_dataset(), layout, rows=1, length=c.max_seq_len,
-        bins=c.packing_bins, pad_id=tokenizer.pad_id, max_images=max_images,
+        buffer=c.packing_buffer, pad_id=tokenizer.pad_id, max_images=max_images,
     )  # fmt: skip
     made = [contract.select(row, 0) for row in itertools.islice(packed, rows)]
     return HeldOut(examples, made)
@@ -216,7 +217,7 @@ def build_documents(
         except (BadExample, OSError):  # training skips and counts it
             continue
         document = build_document(parts, tokenizer, layout, text_beside_images=text_beside_images)
-        yield parts, truncate(document, c.max_seq_len) if c.truncate_text else document
+        yield parts, document
 
 
 def stack_rows(rows: Sequence[Document], layout: TokenLayout, size: int, pad_id: int) -> list[dict]:

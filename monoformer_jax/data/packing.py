@@ -1,17 +1,20 @@
-"""Packing of complete documents into rows: first-fit, with several rows open at a time."""
+"""Packing of documents into rows: each row takes those of a buffer that fill it best."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from monoformer_jax.batch import FIELDS, Document, shift
+from monoformer_jax.batch import Batch, Document, empty, shift
 from monoformer_jax.config import TokenLayout
+from monoformer_jax.data.documents import split_document
+from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import require
 
 _WINDOW = 1000  # examples of a stream in which the unusable ones are counted
@@ -32,20 +35,34 @@ class Skipped:
     message: str
 
 
+class SplitToRows(grain.experimental.FlatMapTransform):
+    """Splits documents longer than a row, see `documents.split_document`."""
+
+    max_fan_out = sys.maxsize  # the number of pieces is not limited
+
+    def __init__(self, length: int, tokenizer: Tokenizer):
+        self.length, self.tokenizer = length, tokenizer
+
+    def flat_map(self, document: Document) -> list[Document]:
+        return split_document(document, self.length, self.tokenizer)
+
+
 class UsableDocuments(grain.IterDataset):
-    """The documents that fit in a row; counts the others by reason, "too_long" among them.
+    """The documents of which something fits in a row; counts the others by reason, "too_long" among
+    them.
 
     The counts are part of the state of an iterator, so that a resumed run continues them.
 
     Attributes:
-      counts: {"kept" or a reason: number of examples} of the iterator that was used last.
+      counts: {"kept", "cut" (see `SplitToRows`) or a reason: number of examples} of the iterator that
+        was used last.
       skipped: the examples that it skipped since this list was cleared, without the documents that are
         too long.
     """
 
-    def __init__(self, documents: grain.IterDataset, length: int, max_bad_fraction: float):
+    def __init__(self, documents: grain.IterDataset, to_rows: SplitToRows, max_bad_fraction: float):
         super().__init__(documents)
-        self.length, self.max_bad_fraction = length, max_bad_fraction
+        self.to_rows, self.max_bad_fraction = to_rows, max_bad_fraction
         self.counts: dict[str, int] = {}
         self.skipped: list[Skipped] = []
 
@@ -66,7 +83,7 @@ class _UsableIterator(grain.DatasetIterator):
             reason = self._reason(document)
             self._counts[reason] += 1
             self._dataset.counts = self._counts
-            if reason == "kept":
+            if reason in ("kept", "cut"):
                 return document
             if reason == "too_long":
                 self._check_lengths(document)
@@ -77,7 +94,8 @@ class _UsableIterator(grain.DatasetIterator):
             self._seen, self._bad = 0, 0
         self._seen, self._bad = self._seen + 1, self._bad + bad
         if not bad:
-            return "kept" if len(document["tokens"]) <= self._dataset.length else "too_long"
+            pieces = self._dataset.to_rows.flat_map(document)
+            return "too_long" if not pieces else "kept" if pieces[0] is document else "cut"
         self._dataset.skipped.append(document)
         most = self._dataset.max_bad_fraction
         require(
@@ -88,11 +106,11 @@ class _UsableIterator(grain.DatasetIterator):
         return document.reason
 
     def _check_lengths(self, document: Document) -> None:
-        none = self._counts["kept"] == 0 and self._counts["too_long"] == _WINDOW
+        none = self._counts["kept"] + self._counts["cut"] == 0
         require(
-            not none,
-            f"none of the first {_WINDOW} documents fits into data.max_seq_len={self._dataset.length} "
-            f"tokens; the last has {len(document['tokens'])}",
+            not none or self._counts["too_long"] < _WINDOW,
+            f"none of the first {_WINDOW} documents fits into data.max_seq_len="
+            f"{self._dataset.to_rows.length} tokens; the last has {len(document['tokens'])}",
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -106,87 +124,128 @@ class _UsableIterator(grain.DatasetIterator):
         self._seen, self._bad = state.get("window", (0, 0))
 
 
-def pack(
-    documents: grain.IterDataset,
-    layout: TokenLayout,
-    *,
-    rows: int,
-    length: int,
-    bins: int,
-    pad_id: int,
-    max_images: int,
-    seed: int = 0,
-) -> grain.IterDataset:
+class Pack(grain.IterDataset):
     """Packs documents into batches [rows, length, …] of the batch contract.
 
-    Args:
-      layout: token layout of the model.
-      rows: rows per batch.
-      length: tokens per row.
-      bins: number of open rows; a document is added to the first one with space.
-      max_images: maximum number of images per row.
-
-    Raises:
-      InputError: when iterated, if a row has more images.
+    A row takes the oldest document of the buffer, and those of the others that leave the fewest tokens
+    empty. So a document waits for at most `buffer` rows. The last batch may have rows of PAD alone.
     """
-    # grain spends most of its time on fields, not on their bytes: two arrays instead of twelve.
-    columns = _columns(layout)
-    padding = {name: pad_id if field.pad is None else field.pad for name, field in FIELDS.items()}
-    packed = grain.experimental.FirstFitPackIterDataset(
-        documents.map(functools.partial(_join, columns=columns)),
-        length_struct=dict.fromkeys(columns, length),
-        num_packing_bins=bins,
-        seed=seed,
-        meta_features=["float32"],  # packed alike; segment ids are derived from the integers only
-        padding_struct={
-            kind: np.concatenate([np.full(width, padding[name]) for name, width in widths.items()])
-            for kind, widths in columns.items()
-        },
-    )
-    finish = functools.partial(_split, columns=columns, max_images=max_images)
-    return packed.batch(rows).map(finish)
+
+    def __init__(
+        self,
+        documents: grain.IterDataset,
+        layout: TokenLayout,
+        *,
+        rows: int,
+        length: int,
+        buffer: int,
+        pad_id: int,
+        max_images: int,
+    ):
+        """Args:
+        documents: documents of at most `length` tokens.
+        layout: token layout of the model.
+        rows: rows per batch.
+        length: tokens per row.
+        buffer: number of documents from which a row is filled.
+        max_images: maximum number of images per row; more raise InputError when iterated.
+        """
+        super().__init__(documents)
+        self.rows, self.length, self.buffer, self.max_images = rows, length, buffer, max_images
+        self._empty = empty(layout, rows, length, pad_id=pad_id)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackIterator(iter(self._parent), self)
+
+    def assemble(self, chosen: Sequence[Sequence[Document]]) -> Batch:
+        """A batch of rows of these documents."""
+        batch = {name: values.copy() for name, values in self._empty.items()}
+        for number, documents in enumerate(chosen):
+            row = {name: values[number] for name, values in batch.items()}
+            segments, stop = np.zeros(self.length, np.int32), 0
+            for index, document in enumerate(documents, 1):
+                start, stop = stop, stop + len(document["tokens"])
+                segments[start:stop] = index
+                for name, values in document.items():
+                    row[name][start:stop] = values
+            shift(row, segments)
+        images = batch["image_ids"].max()
+        require(
+            images <= self.max_images,
+            f"{images} images are packed in one row, but data.max_seq_len={self.length} and "
+            f"data.image_size allow {self.max_images}: image_size must be that of the smallest image",
+        )
+        return batch
 
 
-def _columns(layout: TokenLayout) -> dict[str, dict[str, int]]:
-    """The fields of each of the two arrays that are packed, with their widths."""
-    columns: dict[str, dict[str, int]] = {"int32": {}, "float32": {}}
-    for name, field in FIELDS.items():
-        kind = "float32" if field.dtype == np.float32 else "int32"
-        columns[kind][name] = 1 if field.width is None else field.width(layout)
-    return columns
+class _PackIterator(grain.DatasetIterator):
+    """Its state is where the documents were when the oldest of the buffer was read, and which of those
+    read since have been packed."""
+
+    def __init__(self, parent: grain.DatasetIterator, pack: Pack):
+        super().__init__(parent)
+        self._pack = pack
+        self._restart([])
+
+    def _restart(self, packed: Iterable[int]) -> None:
+        # Number of the document, counted from here; state of the parent before it; document.
+        self._buffer: list[tuple[int, Any, Document]] = []
+        self._read, self._packed = 0, set(packed)
+
+    def __next__(self) -> Batch:
+        rows = [self._next_row() for _ in range(self._pack.rows)]
+        if not rows[0]:
+            raise StopIteration
+        return self._pack.assemble(rows)
+
+    def _next_row(self) -> list[Document]:
+        """The documents of a row; none after the last one."""
+        while len(self._buffer) < self._pack.buffer:
+            state, document = self._parent.get_state(), next(self._parent, None)
+            if document is None:
+                break
+            if self._read not in self._packed:
+                self._buffer.append((self._read, state, document))
+            self._read += 1
+        if not self._buffer:
+            return []
+        lengths = [len(document["tokens"]) for _, _, document in self._buffer]
+        chosen = fill(lengths, self._pack.length)
+        row = [self._buffer[i] for i in chosen]
+        self._packed.update(number for number, _, _ in row)
+        self._buffer = [one for i, one in enumerate(self._buffer) if i not in chosen]
+        return [document for _, _, document in row]
+
+    def get_state(self) -> dict[str, Any]:
+        if not self._buffer:
+            return {"parent": self._parent.get_state(), "packed": []}
+        oldest, state, _ = self._buffer[0]
+        self._packed = {number for number in self._packed if number > oldest}
+        return {"parent": state, "packed": sorted(number - oldest for number in self._packed)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._restart(state["packed"])
 
 
-def _join(document: Document, columns: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
-    """Document -> {"int32": [n, columns], "float32": [n, columns]}."""
-    joined, length = {}, len(document["tokens"])
-    for kind, widths in columns.items():
-        joined[kind] = np.empty((length, sum(widths.values())), kind)
-        start = 0
-        for name, width in widths.items():
-            joined[kind][:, start : start + width] = document[name].reshape(length, width)
-            start += width
-    return joined
+def fill(lengths: Sequence[int], room: int) -> list[int]:
+    """Chooses documents that leave the fewest of `room` tokens empty, the first one included.
 
+    Args:
+      lengths: tokens of each document, the oldest first.
 
-def _split(
-    packed: dict[str, np.ndarray], columns: dict[str, dict[str, int]], max_images: int
-) -> dict[str, np.ndarray]:
-    """Inverse of `_join` for a batch, with the values of each row shifted."""
-    batch = {}
-    for kind, widths in columns.items():
-        start = 0
-        for name, width in widths.items():
-            values = packed[kind][..., start : start + width]
-            values = values[..., 0] if FIELDS[name].width is None else values
-            batch[name] = values.astype(FIELDS[name].dtype)
-            start += width
-    batch = {name: batch[name] for name in FIELDS}
-    for number, segments in enumerate(packed["int32_segment_ids"]):
-        shift({name: values[number] for name, values in batch.items()}, segments)
-    images = batch["image_ids"].max()
-    require(
-        images <= max_images,
-        f"{images} images are packed in one row, but data.max_seq_len={batch['tokens'].shape[1]} and "
-        f"data.image_size allow {max_images}: image_size must be that of the smallest image",
-    )
-    return batch
+    Returns:
+      Indices in ascending order; older documents are preferred.
+    """
+    room -= lengths[0]
+    # Bit n of a sum says whether some of the documents so far have n tokens together.
+    sums, mask = [1], (1 << room + 1) - 1
+    for length in reversed(lengths[1:]):
+        sums.append((sums[-1] | sums[-1] << length) & mask)
+    chosen, left = [0], sums.pop().bit_length() - 1
+    for index in range(1, len(lengths)):
+        before, without = sums.pop(), left - lengths[index]
+        if without >= 0 and before >> without & 1:
+            chosen.append(index)
+            left = without
+    return chosen

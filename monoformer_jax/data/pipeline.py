@@ -20,12 +20,14 @@ from absl import flags
 
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
-from monoformer_jax.data.documents import build_document, describe, draw_prompts, truncate
+from monoformer_jax.data.documents import build_document, describe, draw_prompts
 from monoformer_jax.data.held_out import check_split, trained_examples
-from monoformer_jax.data.packing import Skipped, UsableDocuments, pack
+from monoformer_jax.data.packing import Pack, Skipped, SplitToRows, UsableDocuments
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import BadExample, InputError, require
+
+AHEAD = 4  # batches that each worker makes in advance
 
 
 class Batches:
@@ -69,19 +71,20 @@ class Batches:
         streams = {}
         for number in needed:
             documents = _documents(sources, to_document, config, number)
-            usable = UsableDocuments(documents, c.max_seq_len, c.max_bad_fraction)
-            streams[number] = usable, pack(
-                usable, layout, rows=group, length=c.max_seq_len, seed=config.seed,
-                bins=c.packing_bins, pad_id=tokenizer.pad_id, max_images=config.max_images,
+            to_rows = SplitToRows(c.max_seq_len, tokenizer)
+            usable = UsableDocuments(documents, to_rows, c.max_bad_fraction)
+            streams[number] = usable, Pack(
+                grain.experimental.FlatMapIterDataset(usable, to_rows), layout, rows=group,
+                length=c.max_seq_len, buffer=c.packing_buffer, pad_id=tokenizer.pad_id,
+                max_images=config.max_images,
             )  # fmt: skip
         made = [number * group + i for number in needed for i in range(group)]
         kept = slice(None) if made == list(rows) else [made.index(row) for row in rows]
-        ahead = 1 + c.packing_bins // group
-        self.iterator = RowIterator(streams, kept, workers, ahead, log)
+        self.iterator = RowIterator(streams, kept, workers, log)
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Number of examples of the run that this process's streams skipped, by reason."""
+        """Number of examples of the run that this process's streams skipped or cut, by reason."""
         return self.iterator.skipped
 
 
@@ -93,18 +96,17 @@ class RowIterator:
     can resume a stream, in this process or in worker processes."""
 
     def __init__(
-        self, streams: dict[int, Stream], kept: list[int] | slice, workers: int = 0, ahead: int = 1,
+        self, streams: dict[int, Stream], kept: list[int] | slice, workers: int = 0,
         log: Callable[[str], None] | None = None,
     ):  # fmt: skip
         """Args:
         streams: documents and batches of each stream, by its number.
         kept: the rows to return of those that the streams make.
         workers: processes among which the streams are divided; 0: this one.
-        ahead: batches that each worker makes in advance.
         """
         self.skipped: Counter[str] = Counter()
         self._log, self._logged = log, set()
-        self._kept, self._workers, self._ahead = kept, min(workers, len(streams)), ahead
+        self._kept, self._workers = kept, min(workers, len(streams))
         # Each worker has consecutive streams.
         parts = np.array_split(list(streams), max(self._workers, 1))
         self._parts = [_Streams({int(n): streams[n] for n in part}) for part in parts]
@@ -137,8 +139,7 @@ class RowIterator:
     def _start(self, part: _Streams) -> grain.IterDataset:
         if not self._workers:
             return part
-        # A stream packs `packing_bins` rows at once: room for them keeps the worker busy meanwhile.
-        return in_workers(part, 1, self._ahead)
+        return in_workers(part, 1, AHEAD)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the states of this process's streams, {stream number: JSON values}."""
@@ -350,4 +351,4 @@ class _ToDocument:
                 f"{describe(tokens, token_types, self.tokenizer)!r} has none to generate: give the "
                 "sources of such documents weight 0 in data.mixture"
             )
-        return truncate(document, c.max_seq_len) if c.truncate_text else document
+        return document

@@ -53,7 +53,7 @@ def write_inspection(path: epath.Path, sampler: Sampler) -> None:
     group = config.batch_size // config.streams
     batches = Batches(config, tokenizer, range(group)).iterator
     # As many rows as a stream packs at once, to estimate the documents of a row.
-    made = [next(batches) for _ in range(max(1, config.data.packing_bins // group))]
+    made = [next(batches) for _ in range(max(1, config.data.packing_buffer // group))]
     documents = sum(int(batch["segment_ids"].max(-1).sum()) for batch in made)
     per_row = documents / (group * len(made))
     rows = [select(made[0], number) for number in range(min(group, _ROWS))]
@@ -65,7 +65,7 @@ def write_inspection(path: epath.Path, sampler: Sampler) -> None:
         _sources(sampler, per_row * config.batch_size * config.steps),
         f'<p class="note">Tokens and "too long" are of up to {_PROBED} examples of each source, with '
         "whole prompts; the others follow from the config and the rows below. A document longer than a "
-        "row is dropped, or cut if data.truncate_text is set and it has no image.</p>",
+        "row is dropped if it has an image to generate, and else cut, between turns if it can be.</p>",
         f"<h2>First rows</h2><p>{_LEGEND} The line below a token is its type; a yellow token is "
         "learned, from the token before it.</p>",
         *(_row(number, row, config.layout, tokenizer) for number, row in enumerate(rows, 1)),

@@ -173,7 +173,9 @@ def _open_base(sampler: Sampler) -> HeldOut:
     )
     if not base.holds_out:
         data = dataclasses.replace(data, validation_split=_BASE_SPLIT)
-    data = dataclasses.replace(data, max_seq_len=ours.max_seq_len, packing_bins=ours.packing_bins)
+    data = dataclasses.replace(
+        data, max_seq_len=ours.max_seq_len, packing_buffer=ours.packing_buffer
+    )
     return open_rows(sampler, data, config.validation.rows)
 
 

@@ -46,6 +46,7 @@ from monoformer_jax.sampling.text import row_keys
 from monoformer_jax.training.state import abstract_train_state, check_layout, make_train_step
 
 GIB = 2**30
+SAMPLE = 64  # rows that are packed to measure their content
 FED = 0.5  # model FLOPs utilization at which the hosts must feed the chips
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -192,7 +193,7 @@ def measure_feed(config: Config, mesh: Mesh) -> Feed:
         tokenizer = open_tokenizer(config.data, Path(), config.layout.vocab_size)
         group = config.batch_size // config.streams
         iterator = Batches(config, tokenizer, range(group)).iterator
-        made = [next(iterator) for _ in range(max(1, config.data.packing_bins // group))]
+        made = [next(iterator) for _ in range(max(1, SAMPLE // group))]
     except (InputError, ImportError):
         return Feed(hosts, rows, config.max_images, None, _assumed(config))
     real = sum(int((batch["token_types"] != contract.PAD).sum()) for batch in made)

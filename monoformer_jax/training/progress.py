@@ -144,8 +144,9 @@ class Progress:
             f"real tokens {x['real_token_share']:.1%}{speed}  {x['memory_gib']:.1f} GiB  "
             f"{self.seconds:.0f} s" + (f", {_duration(left)} left" if left else "")
         )
-        if x["dropped_documents"]:
-            line += f"  documents dropped as too long: {x['dropped_documents']}"
+        for name in ("dropped", "cut"):
+            if x[f"{name}_documents"]:
+                line += f"  documents {name} as too long: {x[f'{name}_documents']}"
         if x["skipped_examples"]:
             line += f"  examples skipped: {x['skipped_examples']}"
         return line
@@ -184,9 +185,10 @@ class Progress:
 
 def _counts(skipped: Mapping[str, int]) -> dict[str, int]:
     """What was skipped, by the names in metrics.jsonl."""
-    others = {f"skipped_{reason}": n for reason, n in skipped.items() if reason != "too_long"}
+    others = {f"skipped_{r}": n for r, n in skipped.items() if r not in ("too_long", "cut")}
     totals = {
         "dropped_documents": skipped.get("too_long", 0),
+        "cut_documents": skipped.get("cut", 0),
         "skipped_examples": sum(others.values()),
     }
     return totals | others
