@@ -3,11 +3,13 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 from docstrings import files, find, layout, report
 
 from monoformer_jax.planning import estimate
+from monoformer_jax.planning.hardware import abstract
 
 FILES = files()
 # Lines that do not depend on what the compiler made.
@@ -19,7 +21,7 @@ def test_reports_are_true(path, monkeypatch):
     pytest.importorskip("libtpu", reason="libtpu is for Linux only")
 
     def program(config, mesh, dtype):
-        return jax.jit(lambda: 0.0), ()
+        return jax.jit(lambda x: x @ x), (abstract(mesh, (256, 256), jnp.float32),)
 
     monkeypatch.setitem(estimate._PROGRAMS, "train", program)
     monkeypatch.chdir(ROOT)
