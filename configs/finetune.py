@@ -3,7 +3,9 @@
     python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
     python -m monoformer_jax.prepare_data --from=pictures/captions.jsonl --to=records/pictures \\
         --codec=sd_vae --vae=sd-vae-ft-mse
-    python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures
+    python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures \\
+        --config.data.validation_split=0.1
+    python -m monoformer_jax.evaluate --workdir=runs/pictures --json=losses.json
     python -m monoformer_jax.sample --workdir=runs/pictures --vae=sd-vae-ft-mse --paint \\
         --prompt="a red chair" --out=chair.png
     python -m monoformer_jax.convert --from=runs/pictures --to=runs/merged --format=orbax

@@ -9,6 +9,9 @@
         --workdir=runs/llava_journeydb --config.init_from=runs/tinyllama
     python -m monoformer_jax.sample --workdir=runs/llava_journeydb --vae=sd-vae-ft-mse --paint \\
         --prompt="Please generate an image of a lighthouse in a storm" --out=lighthouse.png
+    python -m monoformer_jax.prepare_data --from=journeydb/valid_anno_repath.jsonl \\
+        --ignore=Task1,Task2,Task3 --codec=sd_vae --vae=sd-vae-ft-mse --to=records/journeydb_val
+    python -m monoformer_jax.evaluate --workdir=runs/llava_journeydb --records=records/journeydb_val
     python -m monoformer_jax.convert --from=runs/llava_journeydb --to=export --check
 
 On a slice, launch/tpu.sh starts `train`, with folders on gs:// (docs/tpu.md). The last command writes

@@ -96,8 +96,10 @@ def write_data(folder):
     classes = [f"n{1440764 + 11 * i:08d}" for i in range(1000)]
     for name in classes:
         (folder / "imagenet" / "train" / name).mkdir(parents=True)
+        (folder / "imagenet" / "val" / name).mkdir(parents=True)
     pictures = [f"{name}/{name}_{i}.JPEG" for i, name in enumerate(classes[::90])]
-    write_pictures(folder / "imagenet" / "train", pictures)
+    for split in ("train", "val"):
+        write_pictures(folder / "imagenet" / split, pictures)
     (folder / "labels.json").write_text(json.dumps([f"thing {i}" for i in range(1000)]))
 
     pictures = [f"./{i // 6:03d}/{i:08d}.jpg" for i in range(12)]
@@ -106,7 +108,8 @@ def write_data(folder):
         {"img_path": name, "prompt": f"a thing, number {i} --v 4", "Task2": {"Caption": "a thing"}}
         for i, name in enumerate(pictures)
     ]
-    write_lines(folder / "journeydb" / "train_anno_realease_repath.jsonl", rows)
+    for name in ("train_anno_realease_repath", "valid_anno_repath"):
+        write_lines(folder / "journeydb" / f"{name}.jsonl", rows)
 
     # Some are longer than a row of 128 tokens.
     talk = ["What is it?", "It is one.", "And two?", "Two plus three is five."]
@@ -125,7 +128,7 @@ def write_data(folder):
     rows.append({"id": "wgByO4Y_0", "model": "", "conversations": asked})
     (folder / "llava" / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
 
-    rows = [{"image": f"{i}.jpg", "captions": ["a red chair", f"chair {i}"]} for i in range(12)]
+    rows = [{"image": f"{i}.jpg", "captions": ["a red chair", f"chair {i}"]} for i in range(40)]
     write_pictures(folder / "pictures", [row["image"] for row in rows])
     write_lines(folder / "pictures" / "captions.jsonl", rows)
 
@@ -228,13 +231,13 @@ def test_the_commands_of_a_config(name, checkout, done):
         if command == "sample":
             assert np.asarray(PIL.Image.open(to)).std() > 0
         if command == "evaluate":
-            assert json.loads((checkout / option(arguments, "--json")).read_text())
+            assert re.search(r"image +\d+\.\d+ +loss of held-out|draw +\d+\.\d%", said)
         if to == checkout / "export":
             check_export(to, checkout / option(arguments, "--from"))
             shutil.rmtree(to)  # the next config writes its own
         else:
             done.add((command, *arguments))
-    assert ran.count("train") == 1 and {"sample", "convert"} <= set(ran)
+    assert ran.count("train") == 1 and {"sample", "evaluate", "convert"} <= set(ran)
 
 
 def check_start(folder, arguments):
