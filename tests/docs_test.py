@@ -64,7 +64,7 @@ SHELL = ("cat", "cp", "echo", "head", "ls", "mkdir", "printf")
 # Paths that a reader makes.
 EXAMPLES = {"configs/mine.py", "models/toy.py"}
 SOURCES = (".py", ".sh", ".md", ".yaml", ".yml", ".ipynb", ".lock", ".toml", ".cff")
-FILES = (".safetensors", ".json", ".jsonl", ".npz", ".png", ".txt", ".bin")
+FILES = (".safetensors", ".json", ".jsonl", ".npz", ".png", ".txt", ".bin", ".html")
 OURS = ("monoformer_jax/", "tests/", "configs/", "launch/", "docs/")
 GROUPS = ("data", "model", "optimizer", "objective", "sampling", "loss", "lora", "mesh")
 
