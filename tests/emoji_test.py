@@ -1,4 +1,4 @@
-"""Emoji: names and their parts, pictures, merged twins, held-out combinations, and the judge of them."""
+"""Emoji: names and their parts, pictures, merged twins, held-out combinations."""
 
 import collections
 import sys
@@ -104,7 +104,7 @@ def test_a_split_that_would_leave_a_part_untrained_is_an_error():
 
     alone = [of(("a", ("x",))), of(("b", ("y",)))]
     with pytest.raises(
-        InputError, match="data.emoji_split=3 can hold out 0 of 2 combinations, not 1"
+        InputError, match=r"data\.emoji_split=3 can hold out 0 of 2 combinations, not 1"
     ):
         split_combinations(alone, 3, share=0.5)
     whole = [of((base, (tone,))) for base in "ab" for tone in "xy"]

@@ -18,6 +18,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         if len(x) < 2 or not np.isfinite(x).all():
             raise ValueError("the Fréchet distance needs two sets of at least two finite vectors")
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape[1] > len(a) + len(b):  # all vectors lie in a smaller space: its coordinates will do
+        axes = np.linalg.svd(np.concatenate([a, b]), full_matrices=False)[2]
+        a, b = a @ axes.T, b @ axes.T
     mean = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
