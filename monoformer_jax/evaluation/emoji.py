@@ -37,6 +37,7 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], tuple
     """
     c = model.config.data
     drawings = emoji(c.emoji_subset, c.image_size, c.emoji_split)
+    log(str(drawings))
     known = captioned_set(drawings)
     held_out, trained = np.flatnonzero(~known.trained), np.flatnonzero(known.trained)
     trained = np.random.default_rng(0).permutation(trained)[:_TRAINED]
