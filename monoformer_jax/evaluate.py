@@ -45,12 +45,7 @@ _EMOJI = (
     ("  attribute", "heldout_attribute_right", "attributes of the nearest picture right", "{:.1%}"),
     ("  top-1", "heldout_top1", "the truth is the nearest picture", "{:.1%}"),
     ("  top-5", "heldout_top5", "the truth is among the five nearest pictures", "{:.1%}"),
-    (
-        "  error",
-        "heldout_pixel_error",
-        "mean absolute difference from the truth, of [-1, 1]",
-        "{:.3f}",
-    ),
+    ("  error", "heldout_pixel_error", "mean absolute difference from the truth", "{:.3f}"),
     ("memorised", "memorised_share", "nearer to a trained picture than to the truth", "{:.1%}"),
     ("Fréchet", "heldout_frechet", "distance to the held-out pictures, of pixels", "{:.2f}"),
     ("  trained", "heldout_frechet_train", "distance to the trained pictures", "{:.2f}"),

@@ -19,6 +19,7 @@ from monoformer_jax import evaluate
 from monoformer_jax.cli import load_config
 from monoformer_jax.data.documents import EndOfTurn, Image, Prompt
 from monoformer_jax.data.emoji import Drawing, Label, emoji, label_of, split_combinations
+from monoformer_jax.data.held_out import is_trained
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
@@ -197,6 +198,9 @@ def test_sources_draw_and_name(change):
         assert (asked, end, name) == ("name this: ", EndOfTurn(), example.names[0])
         assert isinstance(image, Image) and not image.denoise
     assert "542 drawings without a name are left out" in sources["draw_emoji"].notice
+    # data.validation_split holds out by the picture, alike in both sources.
+    sides = [[is_trained(x, 0.5) for x in sources[name].examples] for name in sources]
+    assert sides[0] == sides[1] and 0 < sum(sides[0]) < 28
 
 
 @pytest.mark.parametrize(
