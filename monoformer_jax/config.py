@@ -118,7 +118,7 @@ class DataConfig:
 
     mixture: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"draw": 0.45, "read": 0.4, "say": 0.15}
-    )  # source -> weight, by documents; draw, read and say are the digits tasks
+    )  # source -> weight, by documents; tasks of digits and emoji, see `data.sources`
     # Folder of each other source, written by `prepare_data`: {"imagenet": "gs://…/imagenet"}.
     records: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sample_latents: bool = (
@@ -141,6 +141,8 @@ class DataConfig:
     # run stops if they are more than this share of 1000 consecutive examples of a stream.
     max_bad_fraction: float = 0.1
     shift_pixels: int = 1  # maximum random shift of digits in the read task
+    emoji_subset: str = "gestures"  # "people", "all" or "fists"; see `data.emoji`
+    emoji_split: int = 0  # seed of the combinations of emoji that are held out
     # Share of every source that is never trained and is measured instead, see `validation`. A hash of
     # the example decides, so the split is the same on every host and stays when data is added.
     validation_split: float = 0.0
@@ -162,7 +164,7 @@ class DataConfig:
                 f"data.validation_records.{name} is of no source: data.mixture has "
                 f"{', '.join(self.mixture)}",
             )
-        at_least(self, "data", 0, "shift_pixels", "streams")
+        at_least(self, "data", 0, "shift_pixels", "streams", "emoji_split")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
             require(weight >= 0, f"data.mixture.{name}={weight} must be 0 or more")

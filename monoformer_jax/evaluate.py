@@ -1,4 +1,4 @@
-"""Measures a trained model: its losses on held-out examples, and the digits of a model of digits.
+"""Measures a trained model: its losses on held-out examples, its digits, and its emoji.
 
   python -m monoformer_jax.evaluate --workdir=runs/digits --json=runs/digits/scores.json
   python -m monoformer_jax.evaluate --workdir=runs/pictures --checkpoint=best
@@ -13,8 +13,12 @@ unguided ones, accuracy in reading the 360 test digits and completing the traini
 share of prompts to draw that are answered with exactly one image; of a model without a text head, the
 generated digits alone.
 
-Writes loss.png, and samples.png of digits, into the workdir or --out. A file of that name is replaced
-only if this command wrote it.
+Emoji, of a run with the source draw_emoji: drawings of the held-out captions and of 80 trained ones,
+and the names of those pictures. A drawing is right if the nearest of all pictures of the subset has the
+base and the attributes of its caption.
+
+Writes loss.png, samples.png of digits and emoji.png, into the workdir or --out. A file of that name is
+replaced only if this command wrote it.
 """
 
 from __future__ import annotations
@@ -35,6 +39,23 @@ _TABLE = (
     ("say", "say_accuracy", "sentences completed exactly", "{:.1%}"),
     ("opens", "opens_image", "prompts to draw answered with exactly one image", "{:.1%}"),
 )
+_EMOJI = (
+    ("drawn", "heldout_both_right", "held-out captions: base and attributes right", "{:.1%}"),
+    ("  base", "heldout_base_right", "base of the nearest picture right", "{:.1%}"),
+    ("  attribute", "heldout_attribute_right", "attributes of the nearest picture right", "{:.1%}"),
+    ("  top-1", "heldout_top1", "the truth is the nearest picture", "{:.1%}"),
+    ("  top-5", "heldout_top5", "the truth is among the five nearest pictures", "{:.1%}"),
+    ("  error", "heldout_pixel_error", "mean absolute difference from the truth", "{:.3f}"),
+    ("memorised", "memorised_share", "nearer to a trained picture than to the truth", "{:.1%}"),
+    ("Fréchet", "heldout_frechet", "distance to the held-out pictures, of pixels", "{:.2f}"),
+    ("  trained", "heldout_frechet_train", "distance to the trained pictures", "{:.2f}"),
+    ("named", "heldout_names_exact", "names of held-out pictures exact", "{:.1%}"),
+    ("  base", "heldout_names_base", "base of the named picture right", "{:.1%}"),
+    ("  attribute", "heldout_names_attribute", "attributes of the named picture right", "{:.1%}"),
+    ("trained", "train_top1", "trained captions: the truth is the nearest picture", "{:.1%}"),
+    ("  named", "train_names_exact", "names of trained pictures exact", "{:.1%}"),
+)
+_BASELINES = ("nearest_train", "random", "mean", "noisy_truth")
 _LOSSES = (
     ("text", "val_text_loss", "cross-entropy of held-out text, nats per token", "{:.4f}"),
     ("image", "val_image_loss", "loss of held-out images, mean over noise levels", "{:.4f}"),
@@ -63,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     import monoformer_jax
     from monoformer_jax.data.digits import NAMES
-    from monoformer_jax.evaluation import digits, plots
+    from monoformer_jax.evaluation import digits, emoji, plots
     from monoformer_jax.files import check_output, json_with, write_json
     from monoformer_jax.runtime.workdir import read_config
     from monoformer_jax.sampling.outputs import pictures_of, write_picture
@@ -72,13 +93,14 @@ def main(args: argparse.Namespace) -> None:
         check_output(args.json, "--json", json_with("steps", "train_seconds"))
     config = read_config(args.workdir)
     is_digits = config.data.mixture.get("draw", 0) > 0 and "draw" not in config.data.records
+    is_emoji = config.data.mixture.get("draw_emoji", 0) > 0
     require(
-        is_digits or config.holds_out or args.records is not None,
+        is_digits or is_emoji or config.holds_out or args.records is not None,
         f"{args.workdir} held out no example: give --records=DIR, examples that it was not trained on",
     )
     folder = args.out or args.workdir
-    samples, curves = folder / "samples.png", folder / "loss.png"
-    for figure in (samples, curves) if is_digits else (curves,):
+    samples, compared, curves = (folder / f"{x}.png" for x in ("samples", "emoji", "loss"))
+    for figure in [samples] * is_digits + [compared] * is_emoji + [curves]:
         check_output(figure, "--out", pictures_of(_WRITER))
     model = monoformer_jax.load(args.workdir, checkpoint=args.checkpoint)
     scores, figures = {}, []
@@ -90,6 +112,11 @@ def main(args: argparse.Namespace) -> None:
         grid = plots.digit_grid(drawn[:80], 10, NAMES[:10])
         write_picture(samples, plots.to_picture(grid), _WRITER)
         figures.append(samples)
+    if is_emoji:
+        measured, shown = emoji.evaluate(model, print)
+        scores |= measured
+        write_picture(compared, plots.to_picture(plots.comparison(*shown)), _WRITER)
+        figures.append(compared)
     scores |= {"steps": model.step, "train_seconds": model.train_seconds}
     if (args.workdir / "metrics.jsonl").exists():  # not of converted weights
         text = (args.workdir / "metrics.jsonl").read_text(encoding="utf-8")
@@ -98,15 +125,25 @@ def main(args: argparse.Namespace) -> None:
         figures.append(curves)
     if args.json:
         write_json(args.json, scores)
-    shown = [row for row in _LOSSES if row[1] in scores] + list(_TABLE if is_digits else ())
-    for name, key, meaning, form in [*shown, *_RUN]:
+    rows = [row for row in _LOSSES if row[1] in scores]
+    rows += [*_TABLE] * is_digits + [*_EMOJI] * is_emoji
+    for name, key, meaning, form in [*rows, *_RUN]:
         value, why = (
             ("-", ": not measured, no text head")
             if key not in scores
             else (form.format(scores[key]), "")
         )
-        print(f"{name:<10} {value:>8}   {meaning}{why}")
+        print(f"{name:<11} {value:>8}   {meaning}{why}{_beside(scores, key, form)}")
     print(f"figures: {'  '.join(map(str, figures))}")
+
+
+def _beside(scores: dict[str, float], key: str, form: str) -> str:
+    """The figures of what needs no model, beside that of the model."""
+    plain = key.removeprefix("heldout_")
+    found = {name: scores.get(f"{name}_{plain}") for name in _BASELINES}
+    said = [f"{name} {form.format(value)}" for name, value in found.items() if value is not None]
+    shown = said and (plain != key or key == "memorised_share")
+    return f" ({', '.join(said)})" if shown else ""
 
 
 def _held_out(model, args: argparse.Namespace) -> dict[str, float]:

@@ -40,6 +40,7 @@ class Batches:
 
     Attributes:
       iterator: iterator over batches of these rows, see `batch.spec` and `RowIterator`.
+      notices: lines about the sources, such as licences.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Batches:
         )
         sources, to_document = open_sources(c, layout.channels), _to_documents(config, tokenizer)
         check_split(c, sources)
+        self.notices = list(dict.fromkeys(s.notice for s in sources.values() if s.notice))
         group = config.batch_size // config.streams
         rows = range(config.batch_size) if rows is None else rows
         needed = sorted({row // group for row in rows})

@@ -1,8 +1,10 @@
 """Data sources: a source is a sequence of examples, and a function from an example to parts.
 
 Digits tasks (see `digits`): "draw" generates the requested digit, "read" names the digit in an image,
-"say" is counting and addition in words. Every other source is a folder of records, whose examples are
-lists of parts: captions with an image to generate, conversations with or without images, or others.
+"say" is counting and addition in words. Tasks of `emoji`: "draw_emoji" generates the named drawing,
+"name_emoji" names one; held-out combinations are in neither. Every other source is a folder of records,
+whose examples are lists of parts: captions with an image to generate, conversations with or without
+images, or others.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import numpy as np
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
 from monoformer_jax.data.documents import Image, Part, Prompt
+from monoformer_jax.data.emoji import NAME_PROMPT, emoji
 from monoformer_jax.data.records import Records, check_example, check_shape
+from monoformer_jax.data.templates import complete_prompt
 from monoformer_jax.errors import require
 
 
@@ -29,6 +33,7 @@ class Source:
 
     examples: Sequence[Any]
     to_parts: Callable[[Any, np.random.Generator], Sequence[Part | Prompt]]
+    notice: str = ""  # a line that training prints, such as a licence
 
 
 def _draw(c: DataConfig) -> Source:
@@ -57,6 +62,25 @@ def _say(c: DataConfig) -> Source:
     return Source([a + b for a, b in sentences()], lambda sentence, rng: [sentence])
 
 
+def _draw_emoji(c: DataConfig) -> Source:
+    def to_parts(drawing, rng):
+        wordings = [f"draw {name}" for name in (*drawing.names, *drawing.wordings)]
+        return [Prompt(tuple(wordings)), Image(drawing.pixels, denoise=True)]
+
+    drawings = emoji(c.emoji_subset, c.image_size, c.emoji_split)
+    return Source(drawings.train, to_parts, str(drawings))
+
+
+def _name_emoji(c: DataConfig) -> Source:
+    def to_parts(drawing, rng):
+        prompt = [NAME_PROMPT, Image(drawing.pixels, denoise=False)]
+        name = drawing.names[rng.integers(len(drawing.names))]
+        return [*complete_prompt(prompt, c.end_of_prompt), name]
+
+    drawings = emoji(c.emoji_subset, c.image_size, c.emoji_split)
+    return Source(drawings.train, to_parts, str(drawings))
+
+
 def _shifted(image: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     """Shifts an image by up to `most` pixels in each direction, filled with background."""
     height, width, _ = image.shape
@@ -76,7 +100,9 @@ def _records(c: DataConfig, name: str, channels: int) -> Source:
     return Source(records, to_parts)
 
 
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {"draw": _draw, "read": _read, "say": _say}
+SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "draw": _draw, "read": _read, "say": _say, "draw_emoji": _draw_emoji, "name_emoji": _name_emoji,
+}  # fmt: skip
 
 
 def open_sources(c: DataConfig, channels: int) -> dict[str, Source]:

@@ -1,4 +1,4 @@
-"""Matplotlib figures of a run: a labelled grid of generated digits, and curves of its losses."""
+"""Matplotlib figures of a run: generated digits, generated pictures beside others, and its losses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,31 @@ def digit_grid(images: np.ndarray, columns: int, names: tuple[str, ...]) -> Figu
         if i < columns:
             axis.set_title(names[i], fontsize=9)
     figure.tight_layout(pad=0.4)
+    return figure
+
+
+def comparison(names: Sequence[str], columns: Mapping[str, np.ndarray], note: str) -> Figure:
+    """A row for each name, with a picture of every column.
+
+    Args:
+      columns: title -> pictures [n, h, w, 3] in [-1, 1].
+      note: a line below them, such as their licence.
+    """
+    rows = len(names)
+    figure = Figure((6.5, 0.8 * rows + 0.9))
+    axes = figure.subplots(
+        rows, 1 + len(columns), squeeze=False, width_ratios=[3.5] + [1] * len(columns)
+    )
+    for name, row in zip(names, axes):
+        row[0].text(1, 0.5, name, ha="right", va="center", wrap=True, fontsize=9)
+    for column, (title, pictures) in enumerate(columns.items(), 1):
+        axes[0, column].set_title(title, fontsize=9)
+        for axis, picture in zip(axes[:, column], pictures):
+            axis.imshow(np.clip(picture / 2 + 0.5, 0, 1), interpolation="nearest")
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.subplots_adjust(0.01, 0.45 / (rows + 1), 0.99, 1 - 0.35 / (rows + 1), 0.1, 0.1)
+    figure.text(0.01, 0.1 / (rows + 1), note, fontsize=6)
     return figure
 
 

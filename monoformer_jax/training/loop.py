@@ -124,6 +124,8 @@ def train(
                 seconds=seconds, share=share,
             ) as progress:  # fmt: skip
                 _announce(config, workdir, mesh, state, progress)
+                for notice in batches.notices:
+                    progress.log(notice)
                 try:
                     step = _run(config, mesh, state, batches, checkpoints, progress, tokenizer,
                                 validation, preemption, watchdog, lock)  # fmt: skip
