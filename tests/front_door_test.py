@@ -99,7 +99,10 @@ OVERRIDES = [
     ("model.patch_size=3", "is not divisible by model.patch_size=3"),
     ("model.dtype=float16", "model.dtype='float16' is none of"),
     ("model.attention=fast", "model.attention='fast' is none of"),
-    ("model.attention=gpu --processes=1", "attention impl 'gpu' cannot run on platform 'cpu': use 'auto'"),
+    (
+        "model.attention=gpu --processes=1",
+        "attention impl 'gpu' cannot run on platform 'cpu': use 'auto'",
+    ),
     ("model.remat=all", "model.remat='all' is none of"),
     ("model.norm_eps=1e999", "is not a finite number"),
     ("model.predict_variance=True", "is derived from objective.learn_sigma"),
