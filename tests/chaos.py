@@ -44,7 +44,7 @@ def arguments(workdir, *overrides, process=None, port=0):
     return argparse.Namespace(
         config=str(ROOT / "configs" / "digits.py:tiny"), overrides=[*OVERRIDES, *overrides],
         workdir=epath.Path(workdir), coordinator=None if process is None else f"localhost:{port}",
-        processes=1 if process is None else 2, process=process,
+        processes=1 if process is None else 2, process=process, inspect=None,
     )  # fmt: skip
 
 

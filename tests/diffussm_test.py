@@ -19,7 +19,7 @@ from monoformer_jax.batch import TEXT
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import MeshConfig
 from monoformer_jax.data.documents import Image, build_document
-from monoformer_jax.data.packing import pack
+from monoformer_jax.data.packing import Pack
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
@@ -112,7 +112,7 @@ def packed(config):
         for prompt, size in (("ab", (8, 8, 1)), ("cde", (4, 6, 1)))
     ]  # fmt: skip
     documents = grain.MapDataset.source(documents).to_iter_dataset()
-    (batch,) = pack(documents, config.layout, rows=1, length=176, bins=1, pad_id=0, max_images=2)
+    (batch,) = Pack(documents, config.layout, rows=1, length=176, buffer=2, pad_id=0, max_images=2)
     return batch, random.normal(size=batch["patches"].shape).astype(np.float32)
 
 

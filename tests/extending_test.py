@@ -17,7 +17,7 @@ from monoformer_jax import batch as contract
 from monoformer_jax import convert, plan, sample, train
 from monoformer_jax.batch import PATCH, Field
 from monoformer_jax.data.documents import Image, build_document
-from monoformer_jax.data.packing import pack
+from monoformer_jax.data.packing import Pack
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.diffusion.objectives import OBJECTIVES, Objective
 from monoformer_jax.errors import InputError
@@ -155,7 +155,7 @@ def test_a_new_field_is_one_line(monkeypatch):
         return made
 
     documents = grain.MapDataset.source([document(n) for n in (2, 3, 4)]).to_iter_dataset()
-    (rows,) = pack(documents, layout, rows=1, length=48, bins=1, pad_id=0, max_images=4)
+    (rows,) = Pack(documents, layout, rows=1, length=48, buffer=3, pad_id=0, max_images=4)
     row = {name: values[0] for name, values in rows.items()}
     assert row["segment_ids"].max() == 3
     for number, text in ((1, 2), (2, 3), (3, 4)):

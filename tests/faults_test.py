@@ -40,6 +40,7 @@ def train(workdir, *overrides):
         argparse.Namespace(
             config=str(ROOT / "configs" / "digits.py:tiny"), overrides=list(overrides),
             workdir=epath.Path(workdir), coordinator=None, processes=1, process=None,
+            inspect=None,
         )
     )  # fmt: skip
 

@@ -93,7 +93,9 @@ def test_run_reuses_a_ready_slice(cloud):
     assert "worker 0:3 stopped" in cloud.tpu("status", *short).stdout
     before = len(cloud.trained)
     assert cloud.tpu("run", *RUN).returncode == 0
-    time.sleep(0.05)
+    end = time.monotonic() + 30
+    while len(cloud.trained) <= before and time.monotonic() < end:
+        time.sleep(0.01)
     assert cloud.tpu("delete", *short).returncode == 0 and cloud.alive() == []
     assert cloud.trained == list(range(1, len(cloud.trained) + 1)) and len(cloud.trained) > before
     assert len(cloud.made()) == 1
