@@ -9,7 +9,8 @@
 
 1152 s for 1,400 steps on 2 CPU cores beside other programs, 203 s on idle cores, including
 compilation. `evaluate`: draw 100.0 %, Fréchet 0.74 (real digits 0.57), read 97.8 %, say 100.0 %, one
-image for each of 100 draw prompts.
+image for each of 100 draw prompts. Measured before rows were filled as they are now (99 % real tokens
+instead of 94 %); not trained again since.
 """
 
 from monoformer_jax.models import base_config, named_size
