@@ -84,7 +84,8 @@ def forward_kernel(
     tile = _tile(q + wide * L * N * H + head * H, token, L, N * H, H, DOT, True)
     k_base = k + wide * S * K * H + head // (N // K) * H
     v_base = v + wide * S * K * H + head // (N // K) * H
-    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, tl.cdiv(L, QB))
+    # Not tl.cdiv: in Triton 3.6 its result is not a constant.
+    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, (L + QB - 1) // QB)
     acc = tl.zeros((QB, H), tl.float32)
     total = tl.zeros((QB,), tl.float32)
     top = tl.full((QB,), LOWEST, tl.float32)
@@ -150,7 +151,7 @@ def dq_kernel(
     dtile = _tile(dout + wide * L * N * H + head * H, token, L, N * H, H, DOT, True)
     k_base = k + wide * S * K * H + head // (N // K) * H
     v_base = v + wide * S * K * H + head // (N // K) * H
-    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, tl.cdiv(L, QB))
+    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, (L + QB - 1) // QB)
     acc = tl.zeros((QB, H), tl.float32)
     acc = _dq_blocks(acc, tile, dtile, top, shift, k_base, v_base, first, last, lo, full_lo,
                      S, K * H, H, KB, DOT, PRECISION, True)  # fmt: skip
@@ -209,7 +210,7 @@ def dkv_kernel(
     offset = wide * S * K * H + kv_head * H
     k_tile = _tile(k + offset, key, S, K * H, H, DOT, True)
     v_tile = _tile(v + offset, key, S, K * H, H, DOT, True)
-    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, tl.cdiv(S, KB))
+    lo, full_lo, full_hi, hi = _bounds(bounds, row, block, B, (S + KB - 1) // KB)
     dk_acc = tl.zeros((KB, H), tl.float32)
     dv_acc = tl.zeros((KB, H), tl.float32)
     for group in range(N // K):
