@@ -251,6 +251,12 @@ def check_start(folder, arguments):
     assert (workdir / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
 
 
+def real_tokens(params):
+    """Without the rows that pad the vocabulary, which the original's format does not have."""
+    embedding, head = params["token_embedding"], params["text_head"]
+    return params | {"token_embedding": embedding[:VOCAB], "text_head": head[:, :VOCAB]}
+
+
 def check_export(export, workdir):
     """The original's format, as the recorded fixtures are read, has the numbers of the run."""
     ours = monoformer_jax.load(
@@ -262,5 +268,5 @@ def check_export(export, workdir):
         for params in (ours.params, theirs)
     ]
     np.testing.assert_array_equal(*images)
-    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs)
+    jax.tree.map(np.testing.assert_array_equal, real_tokens(ours.params), real_tokens(theirs))
     assert (export / "tokenizer.json").exists() == (read_config(workdir).data.tokenizer != "bytes")
