@@ -94,7 +94,7 @@ def check_chip(chip):
             assert every and not rounded, (name, rounded[:3])
             continue
         # Logits, gradients of the hidden states and of the head.
-        text_head = [kind for kind, line in every if "shard_map/while/body/" in line]
+        text_head = [kind for kind, line in every if "(text_loss)/shard_map/" in line]
         assert len(text_head) == 3 and all(kind.startswith("f32[") for kind in text_head), text_head
         # Output of the image head, gradients of its kernel and of its input.
         image_head = [kind for kind, line in every if re.search(r"\b32\b", kind)]
