@@ -69,6 +69,7 @@ setup(
             "mypy>=1.13",
             "nbclient>=0.10",
             "pytest>=8",
+            "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
             "setuptools>=68",

@@ -19,6 +19,8 @@ from conftest import ROOT
 
 from monoformer_jax import sample
 from monoformer_jax.cli import load_config
+from monoformer_jax.data.documents import Image
+from monoformer_jax.data.records import write_records
 from monoformer_jax.errors import PREEMPTED
 from monoformer_jax.evaluation.validation import Validation
 from monoformer_jax.training.loop import train
@@ -152,10 +154,16 @@ def test_two_processes_resume_four_and_survive_sigterm_and_sigkill_bit_exact(one
 
 
 def test_two_processes_measure_and_draw_what_one_does_and_the_first_writes(tmp_path):
-    """Held-out losses, samples and answers, with parameters sharded over the processes."""
+    """Held-out losses, samples and answers, with parameters sharded over the processes; and what the
+    streams of both skipped, here every second example of a source."""
+    sides = [8, 4] * 10
+    images = ([Image(np.zeros((side, side, 1), np.uint8), True)] for side in sides)
+    write_records(tmp_path / "mine", images)
     given = ["--config.steps=4", "--config.checkpoint_every=4", "--config.validation.every=4",
              "--config.data.validation_split=0.2", "--config.validation.samples=3",
-             "--config.validation.rows=6", "--config.sampling.steps=2"]  # fmt: skip
+             "--config.validation.rows=6", "--config.sampling.steps=2",
+             f"--config.data.records.mine={tmp_path / 'mine'}", "--config.data.mixture.mine=1",
+             "--config.data.max_bad_fraction=0.9"]  # fmt: skip
     config = load_config(str(ROOT / TINY), [*OVERRIDES, *given])
     train(config, tmp_path / "one", open_validation=Validation)
     codes, said = run(2, tmp_path / "two", *given, "--config.mesh.fsdp=2")
@@ -165,6 +173,7 @@ def test_two_processes_measure_and_draw_what_one_does_and_the_first_writes(tmp_p
         [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     )
+    assert two[-1]["skipped_size"] == one[-1]["skipped_size"] > 0
     for a, b in zip(one, two, strict=True):
         for key in (key for key in a if key.startswith("val_")):
             assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)

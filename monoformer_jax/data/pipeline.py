@@ -87,7 +87,14 @@ class Batches:
     @property
     def skipped(self) -> dict[str, int]:
         """Number of examples of the run that this process's streams skipped or cut, by reason."""
-        return self.iterator.skipped
+        return count_skipped(self.iterator.skipped)
+
+
+def count_skipped(streams: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """Sums what streams skipped or cut, by reason; see `RowIterator.skipped`."""
+    counts: Counter[str] = sum((Counter(stream) for stream in streams.values()), Counter())
+    del counts["kept"]
+    return dict(counts)
 
 
 Stream = tuple[UsableDocuments, grain.IterDataset]
@@ -106,7 +113,6 @@ class RowIterator:
         kept: the rows to return of those that the streams make.
         workers: processes among which the streams are divided; 0: this one.
         """
-        self.skipped: Counter[str] = Counter()
         self._log, self._logged = log, set()
         self._kept, self._workers = kept, min(workers, len(streams))
         # Each worker has consecutive streams.
@@ -125,18 +131,19 @@ class RowIterator:
         self._states = {
             n: state for part in made for n, state in json.loads(part["states"]).items()
         }
-        self._count([json.loads(part["skipped"]) for part in made])
-        groups = [part["batch"] for part in made]
-        return {name: np.concatenate([g[name] for g in groups])[self._kept] for name in groups[0]}
-
-    def _count(self, parts: list[dict[str, Any]]) -> None:
-        """Takes over what the parts skipped, and logs each example once."""
-        self.skipped = sum((Counter(part["counts"]) for part in parts), Counter())
-        del self.skipped["kept"]
-        for reason, name, message in (one for part in parts for one in part["examples"]):
+        for reason, name, message in (one for part in made for one in json.loads(part["skipped"])):
             if self._log and name not in self._logged:
                 self._logged.add(name)
                 self._log(f"skipped {name} ({reason}): {message}")
+        groups = [part["batch"] for part in made]
+        return {name: np.concatenate([g[name] for g in groups])[self._kept] for name in groups[0]}
+
+    @property
+    def skipped(self) -> dict[str, dict[str, int]]:
+        """{stream number: {reason: number of examples of the run}}. Two processes that share a stream
+        skip the same examples."""
+        # Checkpoints of before December 2026 hold no counts.
+        return {number: state.get("skipped", {}) for number, state in self.get_state().items()}
 
     def _start(self, part: _Streams) -> grain.IterDataset:
         if not self._workers:
@@ -192,13 +199,12 @@ class _StreamsIterator(grain.DatasetIterator):
             "skipped": json.dumps(self._take_skipped()),
         }
 
-    def _take_skipped(self) -> dict[str, Any]:
-        """The counts of all streams, and the examples that were skipped since the last batch."""
-        counts = sum((Counter(documents.counts) for documents in self._documents), Counter())
+    def _take_skipped(self) -> list[tuple[str, ...]]:
+        """The examples that were skipped since the last batch."""
         examples = [dataclasses.astuple(x) for d in self._documents for x in d.skipped]
         for documents in self._documents:
             documents.skipped.clear()
-        return {"counts": counts, "examples": examples}
+        return examples
 
     def get_state(self) -> dict[str, Any]:
         # The state of a stream is from before it packed its open rows, and so are the counts in it:

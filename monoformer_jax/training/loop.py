@@ -18,7 +18,7 @@ from tqdm import tqdm
 from monoformer_jax import batch as contract
 from monoformer_jax.config import Config, LoraConfig
 from monoformer_jax.data.documents import describe
-from monoformer_jax.data.pipeline import Batches, default_workers
+from monoformer_jax.data.pipeline import Batches, count_skipped, default_workers
 from monoformer_jax.data.records import fingerprint
 from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.errors import require
@@ -229,10 +229,13 @@ def _run(
         preempted = preemption.reached(step) and step < config.steps
         saves = preempted or step % config.checkpoint_every == 0 or step == config.steps
         measures = bool(validation) and validation.due(step)
-        if saves or measures or progress.due(step):
+        reports = preempted or measures or progress.due(step)
+        if saves or reports:
             nan_guard.finish()  # before this step is saved or reported
         measured = validate(step) if measures else {}
-        progress.add(step, metrics, batch, batches.skipped, measured, last=preempted)
+        progress.add(metrics, batch)
+        if reports:
+            progress.report(step, _skipped(batches), measured)
         if measures:
             report()
         if saves:
@@ -242,6 +245,12 @@ def _run(
         if preempted:
             raise Preempted(f"preempted at step {step}, which is saved")
     return max(start, config.steps)
+
+
+def _skipped(batches: Batches) -> dict[str, int]:
+    """What the streams of all processes skipped so far; all must call it together."""
+    parts = allgather_json(batches.iterator.skipped)
+    return count_skipped({number: counts for part in parts for number, counts in part.items()})
 
 
 def _sampler(config: Config, state: TrainState, tokenizer: Tokenizer, mesh) -> Sampler:

@@ -83,21 +83,8 @@ class Progress:
         yield
         self._begin += time.monotonic() - begin
 
-    def add(
-        self,
-        step: int,
-        metrics: TrainMetrics,
-        batch: Batch,
-        skipped: Mapping[str, int],
-        measured: Mapping[str, float] | None = None,
-        last: bool = False,
-    ) -> None:
-        """Adds a step; reports if due, if something was measured, or if it is the last before exit.
-
-        Args:
-          skipped: number of examples that were skipped so far, by reason.
-          measured: further values of this step, see `evaluation.validation.Validation`.
-        """
+    def add(self, metrics: TrainMetrics, batch: Batch) -> None:
+        """Adds a step to the next report."""
         if not self._is_first:
             return
         self._bar.update()
@@ -105,22 +92,31 @@ class Progress:
         self._timed += 1
         self._tokens += batch["tokens"].size
         self._images += int(batch["image_ids"].max(-1).sum())
-        if self.due(step) or measured or last:
-            averages = functools.reduce(TrainMetrics.merge, jax.device_get(self._window)).compute()
-            self._window = []
-            scalars = {name: float(value) for name, value in averages.items()}
-            scalars |= self._speed() | _counts(skipped) | {"train_seconds": self.seconds}
-            self.writer.write_scalars(step, scalars | dict(measured or {}))
-            self.log(self._line(step, scalars))
-            self._reset()
-        elif not self._compiled:
+        if not self._compiled:
             jax.block_until_ready(metrics)
             self._reset()
-        self._compiled = True
+            self._compiled = True
+
+    def report(self, step: int, skipped: Mapping[str, int], measured: Mapping[str, float]) -> None:
+        """Reports on the steps since the last report.
+
+        Args:
+          skipped: number of examples that were skipped so far, by reason.
+          measured: further values of this step, see `evaluation.validation.Validation`.
+        """
+        if not self._is_first:
+            return
+        averages = functools.reduce(TrainMetrics.merge, jax.device_get(self._window)).compute()
+        self._window = []
+        scalars = {name: float(value) for name, value in averages.items()}
+        scalars |= self._speed() | _counts(skipped) | {"train_seconds": self.seconds}
+        self.writer.write_scalars(step, scalars | dict(measured))
+        self.log(self._line(step, scalars))
+        self._reset()
 
     def _speed(self) -> dict[str, float]:
         found = {"memory_gib": peak_memory() / 2**30}
-        if self._compiled and self._timed:
+        if self._timed:
             seconds = time.monotonic() - self._begin
             found |= {
                 "step_ms": 1e3 * seconds / self._timed,
