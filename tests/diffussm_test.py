@@ -239,7 +239,7 @@ def test_a_mesh_gives_the_same_loss_and_gradients():
 
 
 @pytest.mark.slow
-def test_the_commands(tmp_path, capsys, monkeypatch):
+def test_the_commands(tmp_path, capsys):
     """Trained, stopped and resumed with the losses of one run, sampled, evaluated, converted."""
     runs = [tmp_path / name for name in ("once", "twice")]
     small = [TINY, "--processes=1", "--config.checkpoint_every=2", "--config.optimizer.warmup_steps=0",
@@ -256,7 +256,6 @@ def test_the_commands(tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"model\.kind='diffussm' generates images only.*--paint"):
         run(sample, f"--workdir={runs[0]}", "--prompt=two plus three is", "--processes=1")
 
-    monkeypatch.setattr("monoformer_jax.evaluation.plots.save_loss_curves", lambda *_: None)
     capsys.readouterr()
     run(evaluate, f"--workdir={runs[0]}", f"--json={tmp_path / 'scores.json'}")
     said, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
