@@ -1,6 +1,6 @@
 """LoRA fine-tuning on your own images on one 16 GB chip, from a TinyLlama-size image model.
 
-    python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet
+    python -m monoformer_jax.convert --from=MonoFormer_ImageNet_256 --to=runs/imagenet --check
     python -m monoformer_jax.prepare_data --from=pictures/captions.jsonl --to=records/pictures \\
         --codec=sd_vae --vae=sd-vae-ft-mse
     python -m monoformer_jax.train --config=configs/finetune.py:runs/imagenet --workdir=runs/pictures \\

@@ -1,4 +1,5 @@
-"""Rehearsal: the commands in the docstrings of the shipped configs, word for word and in order.
+"""Rehearsal: the commands in the docstrings of the shipped configs, word for word and in order, and
+those of the pages of docs/ that need weights or data.
 
 Each runs as a process in a folder with the files that it names, tiny, in the true form on disk: a LLaMA
 and a MonoFormer with a tokenizer.json, an autoencoder, ImageNet's class folders, and the files of
@@ -62,6 +63,15 @@ def commands(name):
     lines = re.sub(r"\\\\\n\s*", "", text).splitlines()
     found = [re.fullmatch(r"    python -m monoformer_jax\.(\w+) (.+)", line) for line in lines]
     return [(match[1], shlex.split(match[2])) for match in found if match]
+
+
+def page_commands(name):
+    """[(command, arguments)] of the blocks of a page that docs_test.py does not run."""
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"<!-- not run here: needs [^\n]*-->\n```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    found = [re.fullmatch(r"python -m monoformer_jax\.(\w+) (.+)", line) for line in lines]
+    return [(match[1], shlex.split(match[2])) for match in found]
 
 
 def write_model(folder, name, specials):
@@ -131,6 +141,8 @@ def write_data(folder):
     rows = [{"image": f"{i}.jpg", "captions": ["a red chair", f"chair {i}"]} for i in range(40)]
     write_pictures(folder / "pictures", [row["image"] for row in rows])
     write_lines(folder / "pictures" / "captions.jsonl", rows)
+    for i in range(40):
+        (folder / "pictures" / f"{i}.txt").write_text(f"chair {i}\n")
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +236,7 @@ def test_the_commands_of_a_config(name, checkout, done):
             assert (lines[-1]["cut_documents"] > 0) == (name == "journeydb_ultrachat")
             if option(arguments, "--config.init_from"):
                 check_start(checkout, arguments)
+            done.add((command, *arguments))
             continue
         said = finish([start(checkout, command, arguments)])
         if command == PREPARE:
@@ -238,6 +251,19 @@ def test_the_commands_of_a_config(name, checkout, done):
         else:
             done.add((command, *arguments))
     assert ran.count("train") == 1 and {"sample", "evaluate", "convert"} <= set(ran)
+
+
+@pytest.mark.parametrize("name", ["fine-tuning", "weights", "your-data"])
+def test_the_commands_of_a_page(name, checkout, done):
+    """What the configs have run already is not repeated."""
+    given = page_commands(name)
+    assert given
+    for command, arguments in given:
+        if (command, *arguments) not in done:
+            single = ["--processes=1"] if command == "train" else []
+            finish([start(checkout, command, [*arguments, *single])])
+        if out := option(arguments, "--out"):
+            assert np.asarray(PIL.Image.open(checkout / out)).std() > 0
 
 
 def check_start(folder, arguments):

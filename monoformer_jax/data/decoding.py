@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -57,7 +58,11 @@ def decode_examples(
     made = decoded.to_iter_dataset(grain.ReadOptions(threads, 4 * threads))
     with contextlib.closing(iter(in_workers(made, workers, 4) if workers else made)) as chunks:
         for chunk in chunks:
-            yield from chunk
+            pixels, begin = np.asarray(chunk["pixels"]), 0
+            for example in chunk["examples"]:
+                end = begin + sum(isinstance(part, RawImage) for part in example.parts)
+                yield dataclasses.replace(example, pixels=pixels[begin:end])
+                begin = end
 
 
 class _Chunks(Sequence):
@@ -83,12 +88,21 @@ class Decode:
     size: int
     channels: int = 3
 
-    def __call__(self, examples: Sequence) -> list[Decoded]:
-        return [self.decode(example) for example in examples]
+    def __call__(self, examples: Sequence) -> dict[str, Any]:
+        """The pixels of all examples are one array, which grain passes on in shared memory; it pickles
+        the rest."""
+        decoded = [self.decode(example) for example in examples]
+        images = [image for _, pixels in decoded for image in pixels]
+        none = np.zeros((0, self.size, self.size, self.channels), np.uint8)
+        return {
+            "pixels": np.stack(images) if images else none,
+            "examples": [example for example, _ in decoded],
+        }
 
-    def decode(self, example) -> Decoded:
-        """An error is a value, so that one bad image costs one example."""
-        name, none = "", np.zeros((0, self.size, self.size, self.channels), np.uint8)
+    def decode(self, example) -> tuple[Decoded, list[np.ndarray]]:
+        """Returns the example without its pixels, and its pixels, an array per image. An error is a
+        value, so that one bad image costs one example."""
+        name = ""
         try:
             raw = example()
             name = raw.name
@@ -102,10 +116,10 @@ class Decode:
             where = "" if name in str(error) else f"{name}: "
             reason = "schema" if kind == "" else "unreadable"
             reason = getattr(error, "reason", reason)
-            return Decoded(pixels=none, error=f"{where}{kind}{error}", reason=reason)
+            return Decoded(error=f"{where}{kind}{error}", reason=reason), []
         # Without its function, which may hold the bytes of the file.
         parts = [
             dataclasses.replace(part, open=None) if isinstance(part, RawImage) else part
             for part in raw.parts
         ]
-        return Decoded(parts, np.stack(pixels) if pixels else none, name=name)
+        return Decoded(parts, name=name), pixels
