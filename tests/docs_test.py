@@ -56,7 +56,7 @@ ALLOWED = {
     r"cd \S+": "after git clone",
     r"apt-get .*": "needs a network and root",
     r"python -m pytest.*": "these are the tests",
-    r"python tests/browser_check\.py .*": "needs chromium; demo_test.py uses the page over HTTP",
+    r"python tests/page_load\.py.*": "minutes; demo_test.py runs it",
     r"python tests/chaos\.py .*": "minutes; chaos_test.py runs it",
 }
 # Small commands that write the input of others, run by bash.

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "monoformer_jax"
 ORDER = [
     "errors", "files", "config", "config_values", "batch", "parallel", "data", "diffusion", "attention",
     "nn", "models", "runtime", "pretrained", "codecs", "sampling", "training", "evaluation", "planning",
-    "api", "cli", "bench",
+    "api", "cli", "bench", "page",
 ]  # fmt: skip
 COMMANDS = {"train", "sample", "demo", "plan", "convert", "prepare_data", "evaluate", "check",
             "encode_latents", "config_keys"}  # fmt: skip

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,10 +17,10 @@ from monoformer_jax import prepare_data, sample
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.documents import EndOfTurn, Image, UntrainedText, open_text
 from monoformer_jax.data.pipeline import Batches
-from monoformer_jax.demo import Conversations
 from monoformer_jax.errors import InputError
 from monoformer_jax.evaluation import digits
 from monoformer_jax.models import monoformer
+from monoformer_jax.page.conversations import Conversations
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.workdir import claim_workdir
 from monoformer_jax.sampling import text
@@ -77,7 +78,7 @@ def trained_prompt(model):
     return batch["tokens"][0, : first + 1].tolist()
 
 
-def test_every_way_to_a_prompt_gives_the_tokens_of_training(model, workdir, monkeypatch):
+def test_every_way_to_a_prompt_gives_the_tokens_of_training(model, workdir, monkeypatch, tmp_path):
     asked, append, prefill = [], Session.append, text.prefill
 
     def appended(self, parts):
@@ -96,8 +97,10 @@ def test_every_way_to_a_prompt_gives_the_tokens_of_training(model, workdir, monk
     whole = f"### Human: {QUESTION}### Assistant: "
     model.generate_text([whole], max_tokens=1)
     model.generate_text([[whole[:5], whole[5:]]], max_tokens=1)
-    talks = Conversations(model)
-    list(talks.say(talks.open(None), [QUESTION], remember=False, max_tokens=1, seed=0, steps=1))
+    talks = Conversations(model, tmp_path, "")
+    talks.say(number := talks.open(None), [QUESTION], max_tokens=1, seed=0, steps=1)
+    while talks.view(number).status:
+        time.sleep(0.01)
     for options in ((f"--prompt={QUESTION}", "--chat"), (f"--prompt={whole}",)):
         arguments = [f"--workdir={workdir}", "--processes=1", "--max_tokens=1", *options]
         monkeypatch.setattr(sys, "argv", ["sample", *arguments])
@@ -208,7 +211,7 @@ def test_evaluation_compares_texts(model):
     assert digits.exact(ends, [[PROMPT]] * 2, [answer[1:], answer + "!"]) == 0
 
 
-def test_text_that_is_not_unicode_is_refused_alone(model, workdir, monkeypatch, capsys):
+def test_text_that_is_not_unicode_is_refused_alone(model, workdir, monkeypatch, capsys, tmp_path):
     """A prompt from a terminal in another encoding; the other prompt is answered."""
     arguments = [f"--workdir={workdir}", "--processes=1", "--max_tokens=1"]
     prompts = ["--prompt=caf\udce9", f"--prompt={PROMPT}"]
@@ -218,7 +221,7 @@ def test_text_that_is_not_unicode_is_refused_alone(model, workdir, monkeypatch, 
     said = capsys.readouterr()
     assert stopped.value.code == sample.FAILED_ROWS and f"'{PROMPT}' -> ' " in said.out
     assert "prompt 1, 'caf\\udce9': the prompt is not Unicode text" in said.err
-    talks = Conversations(model)
+    talks = Conversations(model, tmp_path, "")
     for ask in (
         lambda: model.chat([{"role": "user", "content": "nice \ud83d"}]),
         lambda: model.generate_text("nice \ud83d"),

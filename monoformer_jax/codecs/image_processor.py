@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import PIL.Image
 
 from monoformer_jax.codecs import open_codec
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.documents import Features, Image, Part
-from monoformer_jax.data.image_io import open_image, to_pil, to_pixels
+from monoformer_jax.data.image_io import crop, open_image, to_pil, to_pixels
 from monoformer_jax.errors import require
 from monoformer_jax.nn import clip
 from monoformer_jax.pretrained import clip as clip_weights
@@ -50,22 +51,36 @@ class ImageProcessor:
         self.codec.check()
         return self.codec.decode(generated)
 
+    def crop(self, picture: PIL.Image.Image) -> PIL.Image.Image:
+        """What the model sees of a picture from `open_image`: `encode` gives the same for both."""
+        if self.layout.feature_dim:
+            return clip.crop(picture, self._vision[0])
+        pixels = crop(picture, self.size * self.codec.factor, self._colours)
+        return PIL.Image.fromarray(pixels.squeeze(-1) if self._colours == 1 else pixels)
+
     def encode(self, source, name: str = "the image") -> Part:
         """Encodes an image (see `image_io.open_image`) to a part of a prompt."""
         picture = open_image(source, name)
         if self.layout.feature_dim:
-            require(
-                self._clip is not None,
-                "the model encodes images with a vision encoder: give its folder with "
-                "vision=FOLDER (--vision=FOLDER)",
-            )
-            c, params = self._clip
+            c, params = self._vision
             return Features(np.asarray(_features(params, clip.preprocess(picture, c)[None], c))[0])
         self.codec.check()
-        colours = 1 if self.layout.channels == 1 else 3
-        pixels = to_pixels(picture, self.size * self.codec.factor, colours)
+        pixels = to_pixels(picture, self.size * self.codec.factor, self._colours)
         mean, _ = self.codec.encode(pixels[None])
         return Image(mean[0], denoise=False)
+
+    @property
+    def _colours(self) -> int:
+        return 1 if self.layout.channels == 1 else 3
+
+    @property
+    def _vision(self):
+        require(
+            self._clip is not None,
+            "the model encodes images with a vision encoder: give its folder with vision=FOLDER "
+            "(--vision=FOLDER)",
+        )
+        return self._clip
 
     def reencode(self, generated: np.ndarray) -> Part:
         """Converts a generated image [h, w, C] to a part of the context of later tokens."""

@@ -22,7 +22,9 @@ MOST_STRETCHED = 32  # longest side of an image, in shortest sides
 _SIDE = 128  # pixels up to which small images in a grid, such as 8×8 digits, are enlarged
 
 
-def open_image(source, name: str = "the image") -> PIL.Image.Image:
+def open_image(
+    source, name: str = "the image", formats: Sequence[str] | None = None
+) -> PIL.Image.Image:
     """Decodes an image to mode RGB; `np.asarray` of it is uint8 [h, w, 3].
 
     Every image that comes from outside is opened here, in training as in sampling. The EXIF
@@ -33,6 +35,7 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
       source: a path, bytes, an open binary file, a PIL image, or an array [h, w], [h, w, 1] or
         [h, w, 3] of uint8, or of floats in [-1, 1] (values up to ±1.5 are clipped).
       name: name of the image in error messages.
+      formats: names of the file formats that are read; default: all that Pillow reads.
 
     Raises:
       InputError: the file does not exist or is not an image, or it has more than `MOST_PIXELS` or a
@@ -49,7 +52,11 @@ def open_image(source, name: str = "the image") -> PIL.Image.Image:
         name = f"{name} ({source})"
         source = io.BytesIO(path.read_bytes()) if "://" in str(source) else str(source)
     try:
-        image = source if isinstance(source, PIL.Image.Image) else PIL.Image.open(source)
+        image = (
+            source
+            if isinstance(source, PIL.Image.Image)
+            else PIL.Image.open(source, formats=formats)
+        )
         _check_size(image.width, image.height, name)
         image.load()
         if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
@@ -102,7 +109,7 @@ def _from_array(values: np.ndarray, name: str) -> PIL.Image.Image:
 
 def crop(image: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
     """Resizes the shorter side to `size` and center-crops (as in ADM): uint8 [size, size, 1 or 3]."""
-    image = image.convert("L").convert("RGB") if channels == 1 else image
+    image = image.convert("L") if channels == 1 else image
     # Halve with a box filter first, to avoid aliasing.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), PIL.Image.BOX)
@@ -111,7 +118,8 @@ def crop(image: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
     if image.size != sides:
         image = image.resize(sides, PIL.Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size, :channels]
+    cropped = image.crop((left, top, left + size, top + size))
+    return np.asarray(cropped).reshape(size, size, channels)
 
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:

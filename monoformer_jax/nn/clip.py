@@ -122,14 +122,19 @@ class ClipVision(nnx.Module):
         return self.states(images)[-2][:, 1:]
 
 
-def preprocess(image: PIL.Image.Image, c: ClipConfig) -> np.ndarray:
-    """Resizes (shorter side, bicubic), center-crops and normalizes to float32 [size, size, 3]."""
+def crop(image: PIL.Image.Image, c: ClipConfig) -> PIL.Image.Image:
+    """Resizes (shorter side, bicubic) and center-crops; a crop stays as it is."""
     image = image.convert("RGB")
     size, (width, height) = c.image_size, image.size
     short = min(width, height)
     image = image.resize((size * width // short, size * height // short), PIL.Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image, np.float32)[top : top + size, left : left + size] / 255
+    return image.crop((left, top, left + size, top + size))
+
+
+def preprocess(image: PIL.Image.Image, c: ClipConfig) -> np.ndarray:
+    """`crop`, normalized to float32 [size, size, 3]."""
+    pixels = np.asarray(crop(image, c), np.float32) / 255
     return (pixels - np.float32(MEAN)) / np.float32(STD)
 
 

@@ -1,0 +1,1 @@
+"""The web page: its conversations, how they are shown, and what protects the server."""
