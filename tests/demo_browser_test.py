@@ -28,7 +28,7 @@ PICTURES = ROOT / "docs" / "demo"
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--hide-scrollbars", "--force-color-profile=srgb"]  # fmt: skip
-PATIENCE = 20  # seconds
+PATIENCE = 60  # seconds, beside other tests
 NAMED = {"button", "textbox", "searchbox", "slider", "spinbutton", "checkbox", "link", "combobox"}
 
 if not (CHROMIUM and DRIVER and importlib.util.find_spec("selenium")):
