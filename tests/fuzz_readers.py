@@ -211,6 +211,9 @@ CSV = b'file_name,text\r\n"a.png","a ""cat"""\r\nb.png,a dog\r\n'
 READERS = {
     "safetensors": (_safetensors(), mutate, lambda path: _load(open_safetensors(path))),
     "torch": ((DATA / "torch_save.bin").read_bytes(), mutate, lambda p: _load(open_torch_file(p))),
+    "torch_old": (
+        (DATA / "torch_save_old.bin").read_bytes(), mutate, lambda p: _load(open_torch_file(p)),
+    ),
     "index": (INDEX, mutate_json, _read_index),
     "llama": (_config("llama_tiny"), mutate_json, _reads_config(llama.read_config)),
     "monoformer": (_config("tiny_a"), mutate_json, _reads_config(monoformer.read_config)),

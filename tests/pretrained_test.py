@@ -1,5 +1,6 @@
 """Reading weights: every supported folder layout, and every kind of damage."""
 
+import io
 import json
 import os
 import pickle
@@ -192,8 +193,12 @@ def test_a_bin_with_shared_and_strided_storages(tmp_path):
     assert_equal(loaded(tmp_path), want)
 
 
-def test_a_bin_saved_by_torch():
-    """From torch.save of torch 2.13: a transposed view, a bfloat16 Parameter, half of a storage."""
+@pytest.mark.parametrize("name", ["torch_save.bin", "torch_save_old.bin"])
+def test_a_bin_saved_by_torch(name, tmp_path):
+    """From torch.save: a transposed view, a bfloat16 Parameter, half of a storage.
+
+    By torch 2.13, and by torch 2.14 in the format of torch before 1.6.
+    """
     values = np.arange(12, dtype=np.float32)
     want = {
         "transposed": values.reshape(3, 4).T,
@@ -201,7 +206,26 @@ def test_a_bin_saved_by_torch():
         "second_half": values[6:],
         "count": np.array(7),
     }
-    assert_equal({k: v.load() for k, v in open_torch_file(DATA / "torch_save.bin").items()}, want)
+    assert_equal({k: v.load() for k, v in open_torch_file(DATA / name).items()}, want)
+    for end in (-1, -30, 200, 20):
+        (tmp_path / "cut.bin").write_bytes((DATA / name).read_bytes()[:end])
+        with pytest.raises(InputError, match=r"cut\.bin is damaged"):
+            open_torch_file(tmp_path / "cut.bin")
+
+
+def test_an_old_bin_with_code_is_rejected_without_running_it(tmp_path):
+    planted = tmp_path / "planted"
+    whole = (DATA / "torch_save_old.bin").read_bytes()
+    start = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    system = pickle.dumps({"little_endian": True}, 2)
+    assert whole.startswith(start)
+    code = io.BytesIO()
+    _Pickler(code, protocol=2).dump({"b": Call(Global("os", "system"), f"touch {planted}")})
+    for pickles in (start + system + code.getvalue(), start + code.getvalue()):
+        (tmp_path / "old.bin").write_bytes(pickles)
+        with pytest.raises(InputError, match=r"its pickle refers to os\.system"):
+            open_torch_file(tmp_path / "old.bin")
+    assert not planted.exists()
 
 
 @pytest.mark.parametrize("module, name", [("os", "system"), ("posix", "system"),
