@@ -1,8 +1,10 @@
-"""Measures a trained model: its losses on held-out examples, its digits, and its emoji.
+"""Measures a trained model: its losses on held-out examples, its digits, its emoji; and any pictures.
 
   python -m monoformer_jax.evaluate --workdir=runs/digits --json=runs/digits/scores.json
   python -m monoformer_jax.evaluate --workdir=runs/pictures --checkpoint=best
   python -m monoformer_jax.evaluate --workdir=runs/pictures --records=records/others
+  python -m monoformer_jax.evaluate --images=fid/samples.npz --inception=inception.pth \\
+      --reference=VIRTUAL_imagenet256_labeled.npz
 
 Losses, of any run: text (nats per token) and images (mean over noise levels, with fixed noise), on the
 examples that the run held out (data.validation_split or data.validation_records), or on those of
@@ -17,8 +19,13 @@ Emoji, of a run with the source draw_emoji: drawings of the held-out captions an
 and the names of those pictures. A drawing is right if the nearest of all pictures of the subset has the
 base and the attributes of its caption.
 
-Writes loss.png, samples.png of digits and emoji.png, into the workdir or --out. A file of that name is
-replaced only if this command wrote it.
+Pictures (--images) are compared with those of --reference, each a folder or a .npz file: with the
+weights of FID's InceptionV3 (--inception) FID, sFID, KID, precision, recall and Inception Score;
+without them the same distances of pixels, which are not FID. Several --images are sets of several
+seeds: the figures are their mean and spread. With --workdir they are added to its evaluations.jsonl.
+
+Of a run it writes loss.png, samples.png of digits and emoji.png, into the workdir or --out. A file of
+that name is replaced only if this command wrote it.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import argparse
 import dataclasses
 import json
 
-from monoformer_jax.cli import checkpoint_step, integer, run_command, storage_path
+from monoformer_jax.cli import checkpoint_step, integer, local_path, run_command, storage_path
 from monoformer_jax.errors import require
 
 _WRITER = "monoformer_jax evaluate"
@@ -60,6 +67,15 @@ _LOSSES = (
     ("text", "val_text_loss", "cross-entropy of held-out text, nats per token", "{:.4f}"),
     ("image", "val_image_loss", "loss of held-out images, mean over noise levels", "{:.4f}"),
 )
+_PICTURES = (
+    ("FID", "frechet", "Fréchet distance of {extractor}", "{:.3f}"),
+    ("sFID", "sfid", "the same of its spatial features", "{:.3f}"),
+    ("KID", "kid", "kernel distance, mean of subsets of up to 1,000", "{:.6f}"),
+    ("IS", "inception_score", "Inception Score, mean of parts of 5,000", "{:.2f}"),
+    ("precision", "precision", "near a picture of the reference, k = 3", "{:.4f}"),
+    ("recall", "recall", "of the reference, near a picture, k = 3", "{:.4f}"),
+)
+_OF_PIXELS = {"FID": "Fréchet", "KID": "kernel"}  # names of figures that are not Inception's
 _RUN = (
     ("steps", "steps", "optimizer steps", "{}"),
     ("seconds", "train_seconds", "training time, compilation included", "{:.0f}"),
@@ -68,7 +84,7 @@ _RUN = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", type=storage_path, required=True, help="folder of the trained run")
+    add("--workdir", type=storage_path, help="folder of the trained run")
     add("--checkpoint", type=checkpoint_step, metavar="N|best",
         help="its step, or best: that with the lowest held-out loss (default: the newest)")  # fmt: skip
     add("--records", type=storage_path, metavar="DIR",
@@ -79,9 +95,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=storage_path, metavar="DIR", help="folder of the figures (default: --workdir)"
     )
     add("--json", type=storage_path, metavar="FILE", help="write the scores to this file")
+    add("--images", type=storage_path, action="append", metavar="DIR|FILE.npz",
+        help="pictures that are measured, in place of a model; may be repeated")  # fmt: skip
+    add("--reference", type=storage_path, metavar="DIR|FILE.npz",
+        help="pictures, or statistics of Inception features, that they are compared with")  # fmt: skip
+    add("--inception", type=local_path, metavar="FILE",
+        help="weights of FID's InceptionV3, such as pt_inception-2015-12-05-6726825d.pth")  # fmt: skip
+    add("--resize", choices=("adm", "pytorch_fid", "clean_fid"), default="adm",
+        help="whose resize to 299 pixels: part of the name of every FID (default adm)")  # fmt: skip
+    add("--pixels", type=integer(1, 256), metavar="SIDE",
+        help="side of the small pictures whose pixels are compared (default 16)")  # fmt: skip
+    add("--statistics", type=storage_path, metavar="FILE.npz",
+        help="write the statistics of --reference to this file, which --reference takes")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
+    require(
+        args.workdir is not None or args.images is not None,
+        "give --workdir, a trained run, or --images and --reference",
+    )
+    if args.images is not None:
+        _compare(args)
+    else:
+        _measure(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """Figures of the sets --images beside --reference."""
+    from monoformer_jax.evaluation import features, record
+    from monoformer_jax.evaluation.image_set import open_image_set
+    from monoformer_jax.files import check_output, check_writable, json_with, write_json
+
+    require(args.reference is not None, "--images needs --reference, what they are compared with")
+    names = ("checkpoint", "records", "rows", "out")
+    unused = [name for name in names if getattr(args, name) is not None]
+    require(
+        not unused, f"--{unused and unused[0]} is of a model: leave it out, or leave out --images"
+    )
+    if args.json:
+        check_output(args.json, "--json", json_with("extractor", "count"))
+    if args.statistics:
+        require(
+            args.statistics.suffix == ".npz", f"--statistics={args.statistics} must end in .npz"
+        )
+        check_output(args.statistics, "--statistics", features.are_our_statistics)
+    if args.workdir:
+        check_writable(args.workdir, "--workdir")
+    sets, reference = [open_image_set(path) for path in args.images], open_image_set(args.reference)
+    for images in sets:
+        require(images.has_images, f"--images={images.source} has statistics and no pictures")
+        features.check_sizes(images, sets[0])
+        features.check_sizes(images, reference)
+    extractor = features.open_extractor(sets[0], args.inception, args.resize, args.pixels)
+    against = features.extract(reference, extractor, "reference")
+    if args.statistics:
+        features.write_statistics(args.statistics, against, reference, extractor)
+    found, facts = [], []
+    for images in sets:
+        measured = features.extract(images, extractor, images.source.name)
+        found.append(features.compare(measured, against))
+        facts.append({"images": str(images.source), "images_sha256": measured.digest}
+                     | record.made_by_sample(images.source))  # fmt: skip
+    scores = record.with_spread(found)
+    provenance = {
+        "extractor": extractor.name, "count": measured.count, "reference": str(args.reference),
+        "reference_sha256": against.digest, "reference_count": against.count,
+        **record.common(facts),
+    }  # fmt: skip
+    for sentence in features.cautions(measured, against):
+        print(f"note: {sentence}")
+    _print_pictures(scores, provenance)
+    if args.json:
+        write_json(args.json, scores | provenance)
+    if args.workdir:
+        record.append(args.workdir, scores, provenance)
+
+
+def _print_pictures(scores: dict[str, float], provenance: dict) -> None:
+    is_inception = provenance["extractor"].startswith("Inception")
+    for name, key, meaning, form in _PICTURES:
+        if key in scores:
+            name = name if is_inception else _OF_PIXELS.get(name, name)
+            spread = (
+                f" ± {form.format(scores[f'{key}_spread'])}" if f"{key}_spread" in scores else ""
+            )
+            print(
+                f"{name:<11} {form.format(scores[key]):>8}{spread}   {meaning.format(**provenance)}"
+            )
+    print(", ".join(f"{key} {value}" for key, value in provenance.items()))
+
+
+def _measure(args: argparse.Namespace) -> None:
     import monoformer_jax
     from monoformer_jax.data.digits import NAMES
     from monoformer_jax.evaluation import digits, emoji, plots
