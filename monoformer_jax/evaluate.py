@@ -3,12 +3,16 @@
   python -m monoformer_jax.evaluate --workdir=runs/digits --json=runs/digits/scores.json
   python -m monoformer_jax.evaluate --workdir=runs/pictures --checkpoint=best
   python -m monoformer_jax.evaluate --workdir=runs/pictures --records=records/others
+  python -m monoformer_jax.evaluate --workdir=runs/digits --seeds=3
   python -m monoformer_jax.evaluate --images=fid/samples.npz --inception=inception.pth \\
       --reference=VIRTUAL_imagenet256_labeled.npz
 
 Losses, of any run: text (nats per token) and images (mean over noise levels, with fixed noise), on the
 examples that the run held out (data.validation_split or data.validation_records), or on those of
 --records. They are those of its metrics.jsonl at the same step.
+
+Drawings, of any run with held-out prompts and pictures: up to --drawings prompts are drawn, and
+compared with the pictures, as below. What cannot be measured is said.
 
 Digits, of a run with the source draw: SVM accuracy on 500 generated digits, Fréchet distance of 500
 unguided ones, accuracy in reading the 360 test digits and completing the training sentences, and the
@@ -22,7 +26,10 @@ base and the attributes of its caption.
 Pictures (--images) are compared with those of --reference, each a folder or a .npz file: with the
 weights of FID's InceptionV3 (--inception) FID, sFID, KID, precision, recall and Inception Score;
 without them the same distances of pixels, which are not FID. Several --images are sets of several
-seeds: the figures are their mean and spread. With --workdir they are added to its evaluations.jsonl.
+seeds: the figures are their mean and spread. With --workdir they are recorded there, as of a run.
+
+Every evaluation of a run becomes a line of evaluations.jsonl in the workdir (or --out), with what the
+figures stand on, and is shown in report.html.
 
 Of a run it writes loss.png, samples.png of digits and emoji.png, into the workdir or --out. A file of
 that name is replaced only if this command wrote it.
@@ -33,53 +40,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 from monoformer_jax.cli import checkpoint_step, integer, local_path, run_command, storage_path
 from monoformer_jax.errors import require
 
 _WRITER = "monoformer_jax evaluate"
-_TABLE = (
-    ("draw", "draw_accuracy", "generated digits that an SVM classifies as requested", "{:.1%}"),
-    ("Fréchet", "frechet", "distance of 500 unguided digits to the test digits", "{:.2f}"),
-    ("  of real", "frechet_real", "distance of 500 training digits to the test digits", "{:.2f}"),
-    ("read", "read_accuracy", "test digits named correctly", "{:.1%}"),
-    ("say", "say_accuracy", "sentences completed exactly", "{:.1%}"),
-    ("opens", "opens_image", "prompts to draw answered with exactly one image", "{:.1%}"),
-)
-_EMOJI = (
-    ("drawn", "heldout_both_right", "held-out captions: base and attributes right", "{:.1%}"),
-    ("  base", "heldout_base_right", "base of the nearest picture right", "{:.1%}"),
-    ("  attribute", "heldout_attribute_right", "attributes of the nearest picture right", "{:.1%}"),
-    ("  top-1", "heldout_top1", "the truth is the nearest picture", "{:.1%}"),
-    ("  top-5", "heldout_top5", "the truth is among the five nearest pictures", "{:.1%}"),
-    ("  error", "heldout_pixel_error", "mean absolute difference from the truth", "{:.3f}"),
-    ("memorised", "memorised_share", "nearer to a trained picture than to the truth", "{:.1%}"),
-    ("Fréchet", "heldout_frechet", "distance to the held-out pictures, of pixels", "{:.2f}"),
-    ("  trained", "heldout_frechet_train", "distance to the trained pictures", "{:.2f}"),
-    ("named", "heldout_names_exact", "names of held-out pictures exact", "{:.1%}"),
-    ("  base", "heldout_names_base", "base of the named picture right", "{:.1%}"),
-    ("  attribute", "heldout_names_attribute", "attributes of the named picture right", "{:.1%}"),
-    ("trained", "train_top1", "trained captions: the truth is the nearest picture", "{:.1%}"),
-    ("  named", "train_names_exact", "names of trained pictures exact", "{:.1%}"),
-)
-_BASELINES = ("nearest_train", "random", "mean", "noisy_truth")
-_LOSSES = (
-    ("text", "val_text_loss", "cross-entropy of held-out text, nats per token", "{:.4f}"),
-    ("image", "val_image_loss", "loss of held-out images, mean over noise levels", "{:.4f}"),
-)
-_PICTURES = (
-    ("FID", "frechet", "Fréchet distance of {extractor}", "{:.3f}"),
-    ("sFID", "sfid", "the same of its spatial features", "{:.3f}"),
-    ("KID", "kid", "kernel distance, mean of subsets of up to 1,000", "{:.6f}"),
-    ("IS", "inception_score", "Inception Score, mean of parts of 5,000", "{:.2f}"),
-    ("precision", "precision", "near a picture of the reference, k = 3", "{:.4f}"),
-    ("recall", "recall", "of the reference, near a picture, k = 3", "{:.4f}"),
-)
-_OF_PIXELS = {"FID": "Fréchet", "KID": "kernel"}  # names of figures that are not Inception's
-_RUN = (
-    ("steps", "steps", "optimizer steps", "{}"),
-    ("seconds", "train_seconds", "training time, compilation included", "{:.0f}"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="records whose losses are measured, instead of those that the run held out")  # fmt: skip
     add("--rows", type=integer(1), metavar="N",
         help="packed rows that are measured, at most (default: validation.rows)")  # fmt: skip
+    add("--drawings", type=integer(0), default=64, metavar="N",
+        help="held-out prompts that are drawn, at most; 0 is off (default 64)")  # fmt: skip
+    add("--seeds", type=integer(1), default=1, metavar="N",
+        help="seeds of what is drawn: figures are means, with their spread (default 1)")  # fmt: skip
+    add("--vae", type=local_path, metavar="DIR",
+        help="folder of the autoencoder, for the drawings of a latent model")  # fmt: skip
     add(
         "--out", type=storage_path, metavar="DIR", help="folder of the figures (default: --workdir)"
     )
@@ -122,12 +94,13 @@ def main(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     """Figures of the sets --images beside --reference."""
-    from monoformer_jax.evaluation import features, record
+    from monoformer_jax.evaluation import features, record, tables
     from monoformer_jax.evaluation.image_set import open_image_set
+    from monoformer_jax.evaluation.report import add_evaluations
     from monoformer_jax.files import check_output, check_writable, json_with, write_json
 
     require(args.reference is not None, "--images needs --reference, what they are compared with")
-    names = ("checkpoint", "records", "rows", "out")
+    names = ("checkpoint", "records", "rows", "out", "vae")
     unused = [name for name in names if getattr(args, name) is not None]
     require(
         not unused, f"--{unused and unused[0]} is of a model: leave it out, or leave out --images"
@@ -164,37 +137,29 @@ def _compare(args: argparse.Namespace) -> None:
     }  # fmt: skip
     for sentence in features.cautions(measured, against):
         print(f"note: {sentence}")
-    _print_pictures(scores, provenance)
+    print("\n".join(tables.lines(tables.of_pictures(scores, provenance), scores)))
+    print(", ".join(f"{key} {value}" for key, value in provenance.items()))
     if args.json:
         write_json(args.json, scores | provenance)
     if args.workdir:
         record.append(args.workdir, scores, provenance)
-
-
-def _print_pictures(scores: dict[str, float], provenance: dict) -> None:
-    is_inception = provenance["extractor"].startswith("Inception")
-    for name, key, meaning, form in _PICTURES:
-        if key in scores:
-            name = name if is_inception else _OF_PIXELS.get(name, name)
-            spread = (
-                f" ± {form.format(scores[f'{key}_spread'])}" if f"{key}_spread" in scores else ""
-            )
-            print(
-                f"{name:<11} {form.format(scores[key]):>8}{spread}   {meaning.format(**provenance)}"
-            )
-    print(", ".join(f"{key} {value}" for key, value in provenance.items()))
+        add_evaluations(args.workdir)
 
 
 def _measure(args: argparse.Namespace) -> None:
+    """Figures of the model in --workdir: what its data supports."""
     import monoformer_jax
     from monoformer_jax.data.digits import NAMES
-    from monoformer_jax.evaluation import digits, emoji, plots
+    from monoformer_jax.evaluation import digits, emoji, plots, record, tables
+    from monoformer_jax.evaluation.report import add_evaluations
     from monoformer_jax.files import check_output, json_with, write_json
     from monoformer_jax.runtime.workdir import read_config
     from monoformer_jax.sampling.outputs import pictures_of, write_picture
 
     if args.json:
         check_output(args.json, "--json", json_with("steps", "train_seconds"))
+    unused = [name for name in ("reference", "statistics") if getattr(args, name) is not None]
+    require(not unused, f"--{unused and unused[0]} needs --images, what it is compared with")
     config = read_config(args.workdir)
     is_digits = config.data.mixture.get("draw", 0) > 0 and "draw" not in config.data.records
     is_emoji = config.data.mixture.get("draw_emoji", 0) > 0
@@ -206,52 +171,51 @@ def _measure(args: argparse.Namespace) -> None:
     samples, compared, curves = (folder / f"{x}.png" for x in ("samples", "emoji", "loss"))
     for figure in [samples] * is_digits + [compared] * is_emoji + [curves]:
         check_output(figure, "--out", pictures_of(_WRITER))
-    model = monoformer_jax.load(args.workdir, checkpoint=args.checkpoint)
-    scores, figures = {}, []
+    vae = args.vae
+    if vae is None and config.validation.vae and Path(config.validation.vae).is_dir():
+        vae = config.validation.vae  # else the run was trained elsewhere
+    model = monoformer_jax.load(args.workdir, vae=vae, checkpoint=args.checkpoint)
+    scores, figures, provenance = {}, [], {}
     if config.holds_out or args.records is not None:
-        scores |= _held_out(model, args)
+        scores, provenance = _held_out(model, args, draws=not (is_digits or is_emoji))
     if is_digits:
-        measured, drawn = digits.evaluate(model, print)
+        measured, drawn = digits.evaluate(model, print, args.seeds)
         scores |= measured
         grid = plots.digit_grid(drawn[:80], 10, NAMES[:10])
         write_picture(samples, plots.to_picture(grid), _WRITER)
         figures.append(samples)
     if is_emoji:
-        measured, shown = emoji.evaluate(model, print)
+        measured, shown = emoji.evaluate(model, print, args.seeds)
         scores |= measured
         write_picture(compared, plots.to_picture(plots.comparison(*shown)), _WRITER)
         figures.append(compared)
+    if is_digits or is_emoji:
+        provenance["extractor"] = "pixels"  # of their Fréchet distances
+    provenance |= {
+        "workdir": str(args.workdir), "checkpoint_step": model.step, "ema": True,
+        "seeds": args.seeds, **record.sampling_facts(dataclasses.asdict(model.config.sampling)),
+    }  # fmt: skip
+    record.append(folder, scores, provenance)
     scores |= {"steps": model.step, "train_seconds": model.train_seconds}
     if (args.workdir / "metrics.jsonl").exists():  # not of converted weights
         text = (args.workdir / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
         write_picture(curves, plots.to_picture(plots.loss_curves(lines)), _WRITER)
         figures.append(curves)
+    add_evaluations(folder)
     if args.json:
-        write_json(args.json, scores)
-    rows = [row for row in _LOSSES if row[1] in scores]
-    rows += [*_TABLE] * is_digits + [*_EMOJI] * is_emoji
-    for name, key, meaning, form in [*rows, *_RUN]:
-        value, why = (
-            ("-", ": not measured, no text head")
-            if key not in scores
-            else (form.format(scores[key]), "")
-        )
-        print(f"{name:<11} {value:>8}   {meaning}{why}{_beside(scores, key, form)}")
+        write_json(args.json, scores | provenance)
+    rows = [row for row in tables.LOSSES if row[1] in scores]
+    rows += [*tables.DIGITS] * is_digits + [*tables.EMOJI] * is_emoji
+    if "heldout_kid" in scores:  # of drawn.evaluate
+        rows += [*tables.DRAWN, *tables.of_pictures(scores, provenance, "heldout_")]
+    print("\n".join(tables.lines([*rows, *tables.RUN], scores)))
     print(f"figures: {'  '.join(map(str, figures))}")
 
 
-def _beside(scores: dict[str, float], key: str, form: str) -> str:
-    """The figures of what needs no model, beside that of the model."""
-    plain = key.removeprefix("heldout_")
-    found = {name: scores.get(f"{name}_{plain}") for name in _BASELINES}
-    said = [f"{name} {form.format(value)}" for name, value in found.items() if value is not None]
-    shown = said and (plain != key or key == "memorised_share")
-    return f" ({', '.join(said)})" if shown else ""
-
-
-def _held_out(model, args: argparse.Namespace) -> dict[str, float]:
-    """The losses of a model, by their names in metrics.jsonl."""
+def _held_out(model, args: argparse.Namespace, draws: bool) -> tuple[dict[str, float], dict]:
+    """The losses of a model, by their names in metrics.jsonl, and the figures of its drawings."""
+    from monoformer_jax.evaluation import drawn, features
     from monoformer_jax.evaluation.held_out import HeldOutLoss, open_rows
 
     data = model.config.data
@@ -260,9 +224,21 @@ def _held_out(model, args: argparse.Namespace) -> dict[str, float]:
         data = dataclasses.replace(
             data, mixture={"given": 1.0}, records=given, validation_records=given
         )
-    rows = open_rows(model, data, args.rows or model.config.validation.rows).rows
-    print(f"measuring {len(rows)} rows of held-out examples")
-    return {f"val_{key}": value for key, value in HeldOutLoss(model, rows)(model.params).items()}
+    held_out = open_rows(model, data, args.rows or model.config.validation.rows)
+    print(f"measuring {len(held_out.rows)} rows of held-out examples")
+    losses = HeldOutLoss(model, held_out.rows)(model.params)
+    scores = {f"val_{key}": value for key, value in losses.items()}
+    facts = {"rows": len(held_out.rows)} | ({"records": str(args.records)} if args.records else {})
+    if not draws or args.drawings == 0:
+        return scores, facts
+
+    def open_extractor(images):
+        return features.open_extractor(images, args.inception, args.resize, args.pixels)
+
+    figures, provenance = drawn.evaluate(
+        model, held_out.examples, args.drawings, args.seeds, open_extractor, print
+    )
+    return scores | figures, facts | provenance
 
 
 if __name__ == "__main__":

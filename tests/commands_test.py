@@ -72,8 +72,11 @@ def test_train_sample_and_evaluate_a_tiny_model(tmp_path, installed):
     done = command("evaluate", run, f"--json={tmp_path / 'scores.json'}")
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(scores) == {"draw_accuracy", "frechet", "frechet_real", "read_accuracy",
-                           "say_accuracy", "opens_image", "steps", "train_seconds"}  # fmt: skip
+    assert set(scores) == {
+        "draw_accuracy", "frechet", "frechet_real", "read_accuracy", "say_accuracy", "opens_image",
+        "steps", "train_seconds", "workdir", "checkpoint_step", "ema", "seeds", "extractor", "solver",
+        "sampling_steps", "guidance", "guidance_low", "guidance_high", "guidance_rescale",
+    }  # fmt: skip
     assert scores["steps"] == 20 and scores["frechet"] > 2 * scores["frechet_real"]
     for name in ("samples.png", "loss.png"):
         assert PIL.Image.open(tmp_path / "run" / name).size[0] > 500

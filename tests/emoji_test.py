@@ -295,6 +295,8 @@ def test_a_run_is_trained_and_evaluated(tmp_path, capsys):
               "memorised_share", "steps", "train_seconds"}  # fmt: skip
     assert listed <= set(scores)
     for key, value in scores.items():
+        if isinstance(value, str):  # what the figures stand on
+            continue
         high = np.inf if any(x in key for x in ("frechet", "seconds")) else 2
         assert 0 <= value <= high, key
     said = capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Distances between features against other libraries, closed forms and direct formulas; digits."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
@@ -8,6 +10,7 @@ from sklearn.svm import SVC
 
 from monoformer_jax.data.digits import digits
 from monoformer_jax.errors import InputError
+from monoformer_jax.evaluation import digits as of_digits
 from monoformer_jax.evaluation import frechet
 from monoformer_jax.evaluation.frechet import (
     InceptionScore,
@@ -169,6 +172,26 @@ def test_a_wrong_linear_algebra_library_is_noticed(monkeypatch):
     x = np.random.default_rng(0).normal(size=(9, 4))
     with pytest.raises(ArithmeticError, match="computes wrong values on this processor"):
         frechet_distance(x, x + 1)
+
+
+def test_digits_of_two_seeds(monkeypatch):
+    """Every seed draws anew; the figures are means, and what needs no drawing is measured once."""
+    drawn, real = [], digits("train")[0]
+
+    def draw(model, labels, guidance, seed):
+        drawn.append((guidance, seed))
+        return real[np.random.default_rng(seed).integers(len(real), size=len(labels))]
+
+    monkeypatch.setattr(of_digits, "draw", draw)
+    sampling, layout = SimpleNamespace(guidance=2.0), SimpleNamespace(has_text=False)
+    model = SimpleNamespace(config=SimpleNamespace(sampling=sampling, layout=layout))
+    scores, shown = of_digits.evaluate(model, print, 2)
+    assert drawn == [(2.0, 0), (1.0, 1), (2.0, 2), (1.0, 3)] and len(shown) == 500
+    test = digits("test")[0].reshape(-1, 64)
+    each = [frechet_distance(draw(0, range(500), 1, seed).reshape(-1, 64), test) for seed in (1, 3)]
+    assert scores["frechet"] == pytest.approx(np.mean(each))
+    assert scores["frechet_spread"] == pytest.approx(np.std(each, ddof=1))
+    assert "frechet_real" in scores and "frechet_real_spread" not in scores
 
 
 def test_scores_of_real_digits():

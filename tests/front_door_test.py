@@ -234,6 +234,7 @@ OTHERS = [
     ("config digits --config.steps=0", "steps=0 must be above 0"),
     ("config dict.py", "get_config() returns dict"),
     ("evaluate", "give --workdir, a trained run, or --images and --reference"),
+    ("evaluate --workdir=run --reference=dir", "--reference needs --images"),
     ("evaluate --images=dir", "--images needs --reference"),
     ("evaluate --images=dir --reference=dir", "dir has no pictures"),
     ("evaluate --workdir=none", "none holds no trained model"),

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+from etils import epath
 from fixtures import run as call
 
+import monoformer_jax
 from monoformer_jax import evaluate, train
 from monoformer_jax.batch import PATCH, unpatchify
 from monoformer_jax.config import MeshConfig, ValidationConfig
@@ -24,13 +26,16 @@ from monoformer_jax.data.records import write_records
 from monoformer_jax.data.sources import Source
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
+from monoformer_jax.evaluation import drawn, features, record
 from monoformer_jax.evaluation.held_out import LEVELS, HeldOutLoss
 from monoformer_jax.evaluation.inspection import mask_picture, measure_sources
-from monoformer_jax.evaluation.samples import Samples, caption
+from monoformer_jax.evaluation.report import add_evaluations, write_report
+from monoformer_jax.evaluation.samples import Samples, caption, drawing, in_turn
 from monoformer_jax.evaluation.validation import Validation
 from monoformer_jax.models import monoformer
 from monoformer_jax.parallel import make_mesh
 from monoformer_jax.runtime.checkpoint import Checkpoints
+from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.sampling.outputs import pictures_of
 from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.training import loop
@@ -305,7 +310,9 @@ def test_evaluate_measures_what_the_run_measured(shown, tmp_path, monkeypatch, c
     workdir, _ = shown
     from monoformer_jax.evaluation import digits as of_digits
 
-    monkeypatch.setattr(of_digits, "evaluate", lambda model, log: ({}, np.zeros((80, 8, 8, 1))))
+    monkeypatch.setattr(
+        of_digits, "evaluate", lambda model, log, seeds: ({}, np.zeros((80, 8, 8, 1)))
+    )
     (tmp_path / "out").mkdir()
     file = tmp_path / "scores.json"
     options = [f"--workdir={workdir}", f"--json={file}", f"--out={tmp_path / 'out'}"]
@@ -316,12 +323,52 @@ def test_evaluate_measures_what_the_run_measured(shown, tmp_path, monkeypatch, c
     for name in ("val_loss", "val_text_loss", "val_image_loss", "val_image_loss_t0.5"):
         assert scores[name] == pytest.approx(last[name], rel=1e-5)
     assert scores["steps"] == 10 and "cross-entropy of held-out text" in capsys.readouterr().out
+    (line,) = record.read(epath.Path(tmp_path / "out"))
+    assert line["scores"]["val_loss"] == scores["val_loss"]
+    facts = {"checkpoint_step": 10, "ema": True, "seeds": 1, "solver": "heun", "guidance": 2.0}
+    assert facts.items() <= line["provenance"].items()
     PIL.Image.new("RGB", (4, 4)).save(tmp_path / "out" / "loss.png")
     with pytest.raises(InputError, match=r"loss.png exists, and this command did not write it"):
         call(evaluate, *options)
     assert PIL.Image.open(tmp_path / "out" / "loss.png").size == (4, 4)
     with pytest.raises(InputError, match="has no checkpoint of step 7; it has 5, 10"):
         call(evaluate, f"--workdir={workdir}", f"--out={tmp_path}", "--checkpoint=7")
+
+
+def test_drawings_of_held_out_prompts(shown, capsys):
+    """Of any run: figures of two seeds beside the pictures that were held out with the prompts."""
+    workdir, config = shown
+    model = monoformer_jax.load(workdir)
+    examples = held_out(config).examples
+    settings = (examples, 12, 2, lambda images: features.open_extractor(images, None, "adm", None))
+    scores, facts = drawn.evaluate(model, *settings, print)
+    chosen = [x for x in map(drawing, in_turn(examples.values())) if x is not None][:12]
+    true, errors = np.stack([x.target for x in chosen]), []
+    for seed in range(2):
+        got = generate_images(model, [x.prompt for x in chosen], size=(8, 8), seed=seed)
+        errors.append(np.abs(np.clip(got, -1, 1) - true).mean())
+    assert scores["heldout_pixel_error"] == pytest.approx(np.mean(errors), abs=0.01)
+    assert scores["heldout_pixel_error_spread"] == pytest.approx(np.std(errors, ddof=1), abs=0.01)
+    assert {"heldout_frechet", "heldout_kid", "heldout_recall", "heldout_top1"} <= scores.keys()
+    assert facts["extractor"] == "pixels 8x8x3" and facts["count"] == 12
+    assert "12 generated pictures are fewer than the 193" in capsys.readouterr().out
+    said = []
+    assert drawn.evaluate(model, {"say": [["no picture"]]}, *settings[1:], said.append) == ({}, {})
+    assert "fewer than two held-out examples have a prompt and a picture" in said[0]
+
+
+def test_the_report_shows_evaluations_and_keeps_its_warnings(shown, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(shown[0], workdir)
+    write_report(workdir, ["it <forgets>"])
+    record.append(workdir, {"frechet": 2.5, "frechet_spread": 0.125}, {"extractor": "<x>"})
+    add_evaluations(workdir)
+    page = (workdir / "report.html").read_text()
+    assert "frechet 2.5 ± 0.125" in page and "extractor &lt;x&gt;" in page
+    assert '<p class="warning">it &lt;forgets&gt;</p>' in page
+    (workdir / "report.html").write_text("mine")
+    add_evaluations(workdir)
+    assert (workdir / "report.html").read_text() == "mine"
 
 
 def test_a_run_from_weights_warns_when_it_forgets(shown, tmp_path, capsys):

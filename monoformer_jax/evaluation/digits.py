@@ -10,6 +10,7 @@ import numpy as np
 from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
 from monoformer_jax.data.documents import Image
 from monoformer_jax.evaluation.frechet import frechet_distance
+from monoformer_jax.evaluation.record import with_spread
 from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.sampling.session import Session
 from monoformer_jax.sampling.text import generate_text
@@ -52,8 +53,12 @@ def exact(model, prompts: list, answers: list[str]) -> float:
     return right / len(prompts)
 
 
-def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(
+    model, log: Callable[[str], None], seeds: int = 1
+) -> tuple[dict[str, float], np.ndarray]:
     """Returns scores of a `monoformer_jax.Model` and 500 guided images, labels 0 to 9 repeated.
+
+    The figures of generated images are means over `seeds`, with KEY_spread, see `record.with_spread`.
 
     draw_accuracy: share of guided images that a support vector machine, trained only on the real
       training digits, classifies as requested.
@@ -70,16 +75,18 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], np.nd
 
     labels = np.tile(np.arange(10), 50)
 
-    log("generating 500 digits with guidance")
-    drawn = draw(model, labels, model.config.sampling.guidance, seed=0)
-    named = SVC(C=10).fit(_flat(train_x), train_y).predict(_flat(drawn))
-    log("generating 500 digits without guidance")
-    unguided = draw(model, labels, 1.0, seed=1)
-    scores = {
-        "draw_accuracy": float((named == labels).mean()),
-        "frechet": frechet_distance(_flat(unguided), _flat(test_x)),
-        "frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x)),
-    }
+    judge, guidance = SVC(C=10).fit(_flat(train_x), train_y), model.config.sampling.guidance
+    drawn, found = [], []
+    for seed in range(0, 2 * seeds, 2):
+        log("generating 500 digits with guidance")
+        drawn.append(draw(model, labels, guidance, seed))
+        log("generating 500 digits without guidance")
+        unguided = draw(model, labels, 1.0, seed + 1)
+        right = judge.predict(_flat(drawn[-1])) == labels
+        distance = frechet_distance(_flat(unguided), _flat(test_x))
+        found.append({"draw_accuracy": float(right.mean()), "frechet": distance})
+    real = {"frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x))}
+    scores, drawn = with_spread(found) | real, drawn[0]
     if not model.config.layout.has_text:
         log("the model generates images only: reading, sentences and its choice are not measured")
         return scores, drawn

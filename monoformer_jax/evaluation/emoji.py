@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
 from monoformer_jax.data.documents import Image
 from monoformer_jax.data.emoji import NAME_PROMPT, Emoji, emoji
 from monoformer_jax.data.templates import complete_prompt
+from monoformer_jax.evaluation.record import with_spread
 from monoformer_jax.evaluation.retrieval import (
     CaptionedSet,
     baselines,
@@ -25,8 +26,10 @@ _TRAINED = 80  # trained captions that are drawn, and pictures that are named
 _SHOWN = 10  # held-out captions in the figure
 
 
-def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], tuple]:
+def evaluate(model, log: Callable[[str], None], seeds: int = 1) -> tuple[dict[str, float], tuple]:
     """Returns scores of a `monoformer_jax.Model`, and the arguments of `plots.comparison`.
+
+    The figures of drawings are means over `seeds`, with KEY_spread, see `record.with_spread`.
 
     heldout_*: `retrieval.judge` of drawings of all held-out captions, and `retrieval.judge_names` of
       the held-out pictures; memorised_share and names_by_parts are of them, too.
@@ -42,11 +45,12 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], tuple
     held_out, trained = np.flatnonzero(~known.trained), np.flatnonzero(known.trained)
     trained = np.random.default_rng(0).permutation(trained)[:_TRAINED]
     log(f"drawing {len(held_out)} held-out and {len(trained)} trained captions")
-    drawn = draw(model, [known.names[i][0] for i in held_out])
-    scores = _prefixed("heldout", judge(known, drawn, held_out))
-    of_trained = judge(known, draw(model, [known.names[i][0] for i in trained]), trained)
-    del of_trained["memorised_share"]
-    scores |= _prefixed("train", of_trained)
+    drawn = [draw(model, known, held_out, seed) for seed in range(seeds)]
+    scores = _prefixed("heldout", with_spread([judge(known, x, held_out) for x in drawn]))
+    of_trained = [judge(known, draw(model, known, trained, seed), trained) for seed in range(seeds)]
+    scores |= _prefixed("train", with_spread(of_trained))
+    for key in [key for key in scores if key.startswith("train_memorised")]:
+        del scores[key]
     for baseline, pictures in baselines(known, held_out).items():
         scores |= _prefixed(baseline, judge(known, pictures, held_out))
     if model.config.layout.has_text:
@@ -57,8 +61,9 @@ def evaluate(model, log: Callable[[str], None]) -> tuple[dict[str, float], tuple
         scores["names_by_parts"] = scores.pop("heldout_names_by_parts")
         for baseline, answers in naming_baselines(known, held_out).items():
             scores |= _prefixed(baseline, judge_names(known, answers, held_out))
-    scores["memorised_share"] = scores.pop("heldout_memorised_share")
-    return scores, _shown(drawings, known, drawn, held_out)
+    for key in [key for key in scores if key.startswith("heldout_memorised")]:
+        scores[key.removeprefix("heldout_")] = scores.pop(key)
+    return scores, _shown(drawings, known, drawn[0], held_out)
 
 
 def captioned_set(drawings: Emoji) -> CaptionedSet:
@@ -72,11 +77,12 @@ def captioned_set(drawings: Emoji) -> CaptionedSet:
     )
 
 
-def draw(model, names: Sequence[str]) -> np.ndarray:
-    """Generates a drawing for each name, [n, size, size, 3], with the settings of the config."""
-    prompts = [complete_prompt([f"draw {name}"], model.config.data.end_of_prompt) for name in names]
+def draw(model, known: CaptionedSet, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Draws the first name of each chosen picture, [n, size, size, 3], with the config's settings."""
+    end = model.config.data.end_of_prompt
+    prompts = [complete_prompt([f"draw {known.names[i][0]}"], end) for i in chosen]
     images = [
-        generate_images(model, prompts[i : i + _BATCH], seed=0, first=i)
+        generate_images(model, prompts[i : i + _BATCH], seed=seed, first=i)
         for i in range(0, len(prompts), _BATCH)
     ]
     return np.concatenate(images)

@@ -35,6 +35,7 @@ class ImageSet:
       has_images: whether there are pictures.
       count, height, width: of the pictures; of statistics alone, of those behind them, or 0 if unknown.
       statistics: the arrays of a .npz that are not pictures.
+      values: uint8 [n, height, width, 3] of pictures that are in memory.
     """
 
     source: epath.Path
@@ -44,6 +45,7 @@ class ImageSet:
     height: int
     width: int
     statistics: dict[str, Any]
+    values: np.ndarray | None = None
 
     def batches(self, size: int) -> Iterator[np.ndarray]:
         """uint8 [n, height, width, 3], n at most `size`.
@@ -51,6 +53,8 @@ class ImageSet:
         Raises:
           InputError: a picture that cannot be read, or that has another size than the first one.
         """
+        if self.values is not None:
+            return (self.values[i : i + size] for i in range(0, self.count, size))
         return self._of_files(size) if self.files else self._of_array(size)
 
     def _of_files(self, size: int) -> Iterator[np.ndarray]:
@@ -108,6 +112,11 @@ def open_image_set(source: epath.Path) -> ImageSet:
             f"{source}: arr_0 is {dtype}{list(shape)}, not uint8 [n, height, width, 3]",
         )
     return ImageSet(source, (), True, *shape[:3], found)
+
+
+def in_memory(values: np.ndarray, name: str) -> ImageSet:
+    """A set of pictures, uint8 [n, height, width, 3]."""
+    return ImageSet(epath.Path(name), (), True, *values.shape[:3], {}, values)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,10 @@ It is made from the files of the workdir alone, so a resumed run continues it.
 
 from __future__ import annotations
 
+import html
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -17,13 +19,16 @@ import PIL.Image
 from etils import epath
 
 import monoformer_jax
-from monoformer_jax.evaluation.html import escape, image, table, write_page
+from monoformer_jax.evaluation import record
+from monoformer_jax.evaluation.html import escape, image, is_page_of, table, write_page
 from monoformer_jax.evaluation.plots import loss_curves, to_svg
 from monoformer_jax.files import read_json
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _STEPS = 12  # whose samples are shown; all are in samples/
 _ANSWERS = 4  # steps whose answers are shown
+_EVALUATIONS = 20  # that are shown, the newest; all are in evaluations.jsonl
+_WARNING = '<p class="warning">{}</p>'
 _SIDE = 96  # of a sample, CSS pixels
 _NAMES = {
     "val_loss": "held-out loss, weighted as in training",
@@ -43,6 +48,17 @@ _NAMES = {
 }
 
 
+def add_evaluations(workdir: epath.Path) -> None:
+    """Writes WORKDIR/report.html of a trained run anew, with its warnings, after an evaluation."""
+    path = workdir / "report.html"
+    if not (workdir / "metrics.jsonl").exists() or (
+        path.exists() and not is_page_of(path, "train")
+    ):
+        return
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_report(workdir, [html.unescape(x) for x in re.findall(_WARNING.format("(.*?)"), page)])
+
+
 def write_report(workdir: epath.Path, warnings: Sequence[str]) -> None:
     """Writes WORKDIR/report.html.
 
@@ -53,7 +69,7 @@ def write_report(workdir: epath.Path, warnings: Sequence[str]) -> None:
     text = (workdir / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     last = lines[-1]["step"] if lines else 0
-    said = [f'<p class="warning">{escape(warning)}</p>' for warning in warnings]
+    said = [_WARNING.format(escape(warning)) for warning in warnings]
     body = [
         f"<p>step {last} of {config['steps']}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}, "
         f"{escape(workdir)}</p>",
@@ -61,6 +77,7 @@ def write_report(workdir: epath.Path, warnings: Sequence[str]) -> None:
         _figures(lines),
         "<h2>Losses</h2>",
         to_svg(loss_curves(lines)),
+        _evaluations(record.read(workdir)),
         _samples(workdir / "samples", last),
         _versions(),
         f"<h2>Config</h2><details><summary>config.json</summary><pre>"
@@ -84,6 +101,21 @@ def _figures(lines: Sequence[Mapping[str, float]]) -> str:
         rows.append((escape(name), start, low, _number(now), change))
     head = ("", "step 0", "lowest, at step", "now", "change since step 0")
     return "<h2>Figures</h2>" + table(head, rows, numbers=True)
+
+
+def _evaluations(lines: Sequence[Mapping]) -> str:
+    """What `evaluate` measured, the newest first, and what it stands on."""
+    rows = []
+    for line in lines[-_EVALUATIONS:][::-1]:
+        scores, facts = line["scores"], line["provenance"]
+        figures = []
+        for key, value in scores.items():
+            spread = scores.get(f"{key}_spread")
+            said = _number(value) if spread is None else f"{_number(value)} ± {_number(spread)}"
+            figures += [] if key.endswith("_spread") else [f"{escape(key)} {said}"]
+        of = [f"{escape(key)} {escape(value)}" for key, value in facts.items()]
+        rows.append((escape(line["time"]), "<br>".join(figures), "<br>".join(of)))
+    return "<h2>Evaluations</h2>" + table(("time", "figures", "of"), rows) if rows else ""
 
 
 def _number(value: float) -> str:

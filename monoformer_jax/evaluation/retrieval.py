@@ -62,6 +62,14 @@ def judge(known: CaptionedSet, drawn: np.ndarray, truth: np.ndarray) -> dict[str
     }
 
 
+def nearness(drawn: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """top1, top5 and pixel_error of `judge`, of drawings [m, …] among their true pictures [m, …]."""
+    far = squared_distances(drawn, true)
+    before = (far < np.diag(far)[:, None]).sum(1)
+    found = {"top1": before < 1, "top5": before < 5, "pixel_error": np.abs(drawn - true)}
+    return {name: float(values.mean()) for name, values in found.items()}
+
+
 def judge_names(known: CaptionedSet, answers: Sequence[str], shown: np.ndarray) -> dict[str, float]:
     """Scores answers to the question which pictures shown [m] are.
 

@@ -79,7 +79,7 @@ class Samples:
         end = config.data.end_of_prompt
         self.drawings = [Drawing(complete_prompt([text], end), None) for text in c.prompts]
         if not self.drawings:
-            self.drawings = _distinct(map(_drawing, _in_turn(examples.values())), c.samples)
+            self.drawings = _distinct(map(drawing, in_turn(examples.values())), c.samples)
         try:
             self._processor.codec.check()
         except InputError:
@@ -90,7 +90,7 @@ class Samples:
                 "--config.validation.vae=FOLDER"
             )
             self.drawings = []
-        found = map(_reading, _in_turn(examples.values()))
+        found = map(_reading, in_turn(examples.values()))
         self.readings = _distinct(found, c.samples) if config.layout.has_text else []
 
     def draw(self, sampler: Sampler) -> np.ndarray:
@@ -124,13 +124,13 @@ def _distinct(found: Iterable[Drawing | Reading | None], most: int) -> list:
     return list(kept.values())
 
 
-def _in_turn(sources: Iterable[list[list[Part]]]) -> Iterator[list[Part]]:
+def in_turn(sources: Iterable[list[list[Part]]]) -> Iterator[list[Part]]:
     """The examples of all sources, one of each in turn."""
     for examples in itertools.zip_longest(*sources):
         yield from (example for example in examples if example is not None)
 
 
-def _drawing(parts: Sequence[Part]) -> Drawing | None:
+def drawing(parts: Sequence[Part]) -> Drawing | None:
     """What precedes the first image to generate; None if nothing does."""
     for number, part in enumerate(parts):
         if isinstance(part, Image) and part.denoise:
