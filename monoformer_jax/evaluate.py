@@ -105,6 +105,7 @@ def _compare(args: argparse.Namespace) -> None:
     require(
         not unused, f"--{unused and unused[0]} is of a model: leave it out, or leave out --images"
     )
+    require(args.seeds == 1, "--seeds draws with a model: of pictures, give --images once per seed")
     if args.json:
         check_output(args.json, "--json", json_with("extractor", "count"))
     if args.statistics:
@@ -132,7 +133,7 @@ def _compare(args: argparse.Namespace) -> None:
     scores = record.with_spread(found)
     provenance = {
         "extractor": extractor.name, "count": measured.count, "reference": str(args.reference),
-        "reference_sha256": against.digest, "reference_count": against.count,
+        "reference_sha256": against.digest, "reference_count": against.count or None,
         **record.common(facts),
     }  # fmt: skip
     for sentence in features.cautions(measured, against):
@@ -202,7 +203,6 @@ def _measure(args: argparse.Namespace) -> None:
         lines = [json.loads(line) for line in text.splitlines()]
         write_picture(curves, plots.to_picture(plots.loss_curves(lines)), _WRITER)
         figures.append(curves)
-    add_evaluations(folder)
     if args.json:
         write_json(args.json, scores | provenance)
     rows = [row for row in tables.LOSSES if row[1] in scores]
@@ -211,6 +211,7 @@ def _measure(args: argparse.Namespace) -> None:
         rows += [*tables.DRAWN, *tables.of_pictures(scores, provenance, "heldout_")]
     print("\n".join(tables.lines([*rows, *tables.RUN], scores)))
     print(f"figures: {'  '.join(map(str, figures))}")
+    add_evaluations(folder)
 
 
 def _held_out(model, args: argparse.Namespace, draws: bool) -> tuple[dict[str, float], dict]:

@@ -227,6 +227,8 @@ def test_scores_of_pixels_and_their_spread(tmp_path, capsys):
     assert not {"sfid", "inception_score"} & scores.keys()
     assert scores["seed"] == [0, 1, 2] and scores["checkpoint_step"] == 7 and scores["ema"] is True
     assert (scores["solver"], scores["sampling_steps"], scores["guidance"]) == ("heun", 20, 1.5)
+    with open(workdir / "evaluations.jsonl", "a", encoding="utf-8") as lines:
+        lines.write('{"cut')  # a damaged line hides no other one
     call(f"--images={sets[0]}", *options, "--pixels=4")
     first, second = record.read(epath.Path(workdir))
     assert first["scores"]["frechet"] == scores["frechet"]
@@ -282,6 +284,7 @@ def bad_sets(folder):
         ([a, b, "--resize=clean_fid"], "is of Inception: give --inception"),
         ([a, b, "--inception=none.pth"], "there is no file none.pth"),
         ([a, b, "--pixels=8", "--inception=x"], "exclude each other"),
+        ([a, b, "--seeds=2"], "of pictures, give --images once per seed"),
         ([a, b, "--checkpoint=3"], "--checkpoint is of a model"),
         ([a, b, "--statistics=x.txt"], "must end in .npz"),
         ([a, b, f"--statistics={cut}"], "cut.npz exists, and this command did not write it"),

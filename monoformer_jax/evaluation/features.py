@@ -82,11 +82,14 @@ def extract(images: ImageSet, extractor: Pixels | Inception, what: str) -> Featu
     """
     given = _given_statistics(images, extractor)
     running: dict[str, RunningStatistics] = {}
-    score, digest, vectors = None, hashlib.sha256(), []
+    score, digest, vectors, read = None, hashlib.sha256(), None, 0
     for batch in _batches(images, extractor, what):
         digest.update(batch)
         found = extractor(batch)
-        vectors.append(np.asarray(found["pool"], np.float32))
+        if vectors is None:
+            vectors = np.empty((images.count, found["pool"].shape[1]), np.float32)
+        vectors[read : read + len(batch)] = found["pool"]
+        read += len(batch)
         if "logits" in found:
             score = score or InceptionScore()
             score.update(found["logits"])
@@ -101,7 +104,7 @@ def extract(images: ImageSet, extractor: Pixels | Inception, what: str) -> Featu
         given or {name: part.result() for name, part in running.items()},
         digest.hexdigest()[:_HASH],
         images.count if images.has_images and not given else images.statistics.get("count", 0),
-        np.concatenate(vectors) if vectors else None,
+        vectors,
         None if score is None else score.result(),
     )
 

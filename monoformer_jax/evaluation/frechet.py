@@ -183,46 +183,52 @@ def precision_recall(
             len(x) > neighbours,
             f"precision and recall need more than {neighbours} vectors of each set, not {len(x)}",
         )
-    center = real.mean(0, dtype=np.float64)  # smaller values lose fewer digits
-    blocks = [
-        [np.asarray(x[i : i + block] - center, np.float32) for i in range(0, len(x), block)]
-        for x in (generated, real)
-    ]
-    radii = [[_radii(x, parts, neighbours) for x in parts] for parts in blocks]
+    center = real.mean(0, dtype=np.float64).astype(np.float32)  # smaller values lose fewer digits
+    blocks = [[x[i : i + block] for i in range(0, len(x), block)] for x in (generated, real)]
+    radii = [[_radii(center, x, parts, neighbours) for x in parts] for parts in blocks]
     inside = [[np.zeros(len(x), bool) for x in parts] for parts in blocks]
     for i, x in enumerate(blocks[0]):
         for j, y in enumerate(blocks[1]):
-            near_real, near_generated = _within(x, y, radii[0][i], radii[1][j])
+            near_real, near_generated = _within(center, x, y, radii[0][i], radii[1][j])
             inside[0][i] |= np.asarray(near_real)
             inside[1][j] |= np.asarray(near_generated)
     precision, recall = (float(np.concatenate(parts).mean()) for parts in inside)
     return precision, recall
 
 
-def _radii(x: np.ndarray, parts: list[np.ndarray], neighbours: int) -> np.ndarray:
+def _radii(
+    center: np.ndarray, x: np.ndarray, parts: list[np.ndarray], neighbours: int
+) -> np.ndarray:
     """Squared distance of each vector [n] to its k-th nearest other one in its own set."""
     nearest = np.zeros((len(x), 0), np.float32)
     for part in parts:  # one by one: blocks that wait on the device would fill its memory
-        nearest = np.asarray(_nearest(nearest, x, part, neighbours + 1))  # itself is the nearest
+        nearest = np.asarray(
+            _nearest(center, nearest, x, part, neighbours + 1)
+        )  # itself is the nearest
     return nearest[:, -1]
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _nearest(nearest: jax.Array, x: jax.Array, y: jax.Array, count: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=4)
+def _nearest(
+    center: jax.Array, nearest: jax.Array, x: jax.Array, y: jax.Array, count: int
+) -> jax.Array:
     """The smallest distances so far, with those of x to y."""
-    distances = jnp.concatenate([nearest, _squared_distances(x, y)], 1)
+    distances = jnp.concatenate([nearest, _squared_distances(center, x, y)], 1)
     return -jax.lax.top_k(-distances, min(count, distances.shape[1]))[0]
 
 
 @jax.jit
-def _within(x: jax.Array, y: jax.Array, of_x: jax.Array, of_y: jax.Array) -> tuple:
+def _within(
+    center: jax.Array, x: jax.Array, y: jax.Array, of_x: jax.Array, of_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Whether each x is within the radius of some y, and each y within that of some x."""
-    distances = _squared_distances(x, y)
+    distances = _squared_distances(center, x, y)
     return (distances <= of_y).any(1), (distances <= of_x[:, None]).any(0)
 
 
-def _squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[n, d], [m, d] -> [n, m]."""
+def _squared_distances(center: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    """[d], [n, d], [m, d] -> float32 [n, m]."""
+    x, y = x.astype(jnp.float32) - center, y.astype(jnp.float32) - center
     with jax.default_matmul_precision("highest"):
         products = x @ y.T
     # A barrier: fused, the norms would be computed anew for every pair.

@@ -6,6 +6,7 @@ Each line is an object: "time", "scores" (figures, with KEY_spread where there a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -71,13 +72,16 @@ def append(workdir: epath.Path, scores: Mapping[str, float], provenance: Mapping
     }
     path = workdir / _FILE
     before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before += "" if before.endswith("\n") or not before else "\n"
     with atomic_write(path) as file:
         file.write_text(f"{before}{json.dumps(line, ensure_ascii=False)}\n", encoding="utf-8")
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The lines of a run, oldest first; [] if nothing was measured."""
-    path = workdir / _FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a run, oldest first, without damaged ones; [] if nothing was measured."""
+    path, found = workdir / _FILE, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    keys = {"time", "scores", "provenance"}
+    return [line for line in found if isinstance(line, dict) and line.keys() >= keys]
