@@ -229,11 +229,11 @@ def _within(
 def _squared_distances(center: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """[d], [n, d], [m, d] -> float32 [n, m]."""
     x, y = x.astype(jnp.float32) - center, y.astype(jnp.float32) - center
+    # Norms as a product of matrices: XLA on CPUs would compute a sum anew for every pair.
+    ones = jnp.ones((x.shape[1], 8))
     with jax.default_matmul_precision("highest"):
-        products = x @ y.T
-    # A barrier: fused, the norms would be computed anew for every pair.
-    x, y = jax.lax.optimization_barrier((jnp.square(x).sum(1), jnp.square(y).sum(1)))
-    return jnp.maximum(x[:, None] - 2 * products + y, 0)
+        norm_x, norm_y, products = ((x * x) @ ones)[:, 0], ((y * y) @ ones)[:, 0], x @ y.T
+    return jnp.maximum(norm_x[:, None] - 2 * products + norm_y, 0)
 
 
 class InceptionScore:
