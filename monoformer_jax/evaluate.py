@@ -28,6 +28,8 @@ weights of FID's InceptionV3 (--inception) FID, sFID, KID, precision, recall and
 without them the same distances of pixels, which are not FID. Several --images are sets of several
 seeds: the figures are their mean and spread. With --workdir they are recorded there, as of a run.
 
+--tasks=hellaswag,arc_easy runs tasks of the lm-evaluation-harness, which fetches their data.
+
 Every evaluation of a run becomes a line of evaluations.jsonl in the workdir (or --out), with what the
 figures stand on, and is shown in report.html.
 
@@ -43,7 +45,7 @@ import json
 from pathlib import Path
 
 from monoformer_jax.cli import checkpoint_step, integer, local_path, run_command, storage_path
-from monoformer_jax.errors import require
+from monoformer_jax.errors import InputError, require
 
 _WRITER = "monoformer_jax evaluate"
 
@@ -77,6 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose resize to 299 pixels: part of the name of every FID (default adm)")  # fmt: skip
     add("--pixels", type=integer(1, 256), metavar="SIDE",
         help="side of the small pictures whose pixels are compared (default 16)")  # fmt: skip
+    add("--tasks", metavar="NAME,NAME",
+        help="tasks of the lm-evaluation-harness (extra eval), in place of other figures")  # fmt: skip
+    add("--task_folder", type=local_path, metavar="DIR", help="folder of more task files, YAML")
+    add("--limit", type=integer(1), metavar="N", help="examples of each task, at most")
     add("--statistics", type=storage_path, metavar="FILE.npz",
         help="write the statistics of --reference to this file, which --reference takes")  # fmt: skip
 
@@ -88,6 +94,8 @@ def main(args: argparse.Namespace) -> None:
     )
     if args.images is not None:
         _compare(args)
+    elif args.tasks is not None:
+        _run_tasks(args)
     else:
         _measure(args)
 
@@ -100,7 +108,7 @@ def _compare(args: argparse.Namespace) -> None:
     from monoformer_jax.files import check_output, check_writable, json_with, write_json
 
     require(args.reference is not None, "--images needs --reference, what they are compared with")
-    names = ("checkpoint", "records", "rows", "out", "vae")
+    names = ("checkpoint", "records", "rows", "out", "vae", "tasks")
     unused = [name for name in names if getattr(args, name) is not None]
     require(
         not unused, f"--{unused and unused[0]} is of a model: leave it out, or leave out --images"
@@ -145,6 +153,35 @@ def _compare(args: argparse.Namespace) -> None:
     if args.workdir:
         record.append(args.workdir, scores, provenance)
         add_evaluations(args.workdir)
+
+
+def _run_tasks(args: argparse.Namespace) -> None:
+    """Tasks of the lm-evaluation-harness for the model in --workdir."""
+    import monoformer_jax
+    from monoformer_jax.evaluation import record
+    from monoformer_jax.evaluation.report import add_evaluations
+    from monoformer_jax.files import check_output, check_writable, json_with, write_json
+
+    if args.json:
+        check_output(args.json, "--json", json_with("harness", "tasks"))
+    folder = args.out or args.workdir
+    check_writable(folder, "--out")
+    try:
+        from monoformer_jax.evaluation import harness
+    except ImportError as error:
+        raise InputError(
+            f"--tasks needs the lm-evaluation-harness ({error}): pip install 'monoformer_jax[eval]'"
+        ) from error
+    model = monoformer_jax.load(args.workdir, checkpoint=args.checkpoint)
+    tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    scores, facts = harness.evaluate(model, tasks, args.task_folder, args.limit)
+    facts |= {"workdir": str(args.workdir), "checkpoint_step": model.step, "ema": True}
+    for key, value in scores.items():
+        print(f"{key:<40} {value:>8.4f}")
+    record.append(folder, scores, facts)
+    add_evaluations(folder)
+    if args.json:
+        write_json(args.json, scores | facts)
 
 
 def _measure(args: argparse.Namespace) -> None:
