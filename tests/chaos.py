@@ -37,6 +37,15 @@ from monoformer_jax.training.metrics import TrainMetrics
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = ["--config.steps=40", "--config.checkpoint_every=5", "--config.data.streams=2"]
+# Of the values of metrics.jsonl, those that differ between two runs.
+MEASURED = {
+    "step_ms",
+    "tokens_per_s",
+    "images_per_s",
+    "data_wait_share",
+    "memory_gib",
+    "train_seconds",
+}
 WRITES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
@@ -135,9 +144,7 @@ class Chaos:
 
     def metrics(self, workdir):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        for line in lines:
-            del line["train_seconds"]
-        return lines
+        return [{name: line[name] for name in line.keys() - MEASURED} for line in lines]
 
     def start(self, workdir, *overrides, before=None, real_step=False, **more):
         def action():
