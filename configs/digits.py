@@ -5,12 +5,11 @@
     python -m monoformer_jax.sample --workdir=runs/digits --paint --prompt="draw a one" --out=one.png
     python -m monoformer_jax.convert --from=runs/digits --to=export --check
 
-`bash launch/demo.sh` does the first two and serves the model as a page.
+`bash launch/demo.sh` does the first three.
 
-1152 s for 1,400 steps on 2 CPU cores beside other programs, 203 s on idle cores, including
-compilation. `evaluate`: draw 100.0 %, Fréchet 0.74 (real digits 0.57), read 97.8 %, say 100.0 %, one
-image for each of 100 draw prompts. Measured before rows were filled as they are now (99 % real tokens
-instead of 94 %); not trained again since.
+611 s for 1,400 steps on 2 CPU cores, partly beside other programs, 203 s on faster idle ones,
+including compilation. `evaluate`: draw 100.0 %, Fréchet 0.70 (real digits 0.57), read 97.2 %, say
+100.0 %, one image for each of 100 draw prompts.
 """
 
 from monoformer_jax.models import base_config, named_size
