@@ -7,9 +7,9 @@
 
 `bash launch/demo.sh` does the first three.
 
-611 s for 1,400 steps on 2 CPU cores, partly beside other programs, 203 s on faster idle ones,
-including compilation. `evaluate`: draw 100.0 %, Fréchet 0.70 (real digits 0.57), read 97.2 %, say
-100.0 %, one image for each of 100 draw prompts.
+611 s for 1,400 steps on 2 CPU cores, partly beside other programs, 203 s on faster idle ones, with
+compilation. `evaluate`: draw 100.0 %, Fréchet 0.70 (real digits 0.57), read 97.2 %, say 100.0 %, one
+image for each of 100 draw prompts.
 """
 
 from monoformer_jax.models import base_config, named_size
