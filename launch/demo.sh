@@ -36,7 +36,7 @@ case $file in
   configs/emoji.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
 esac
 if [[ $config == configs/digits.py ]]; then
-  what="train $config, sample, evaluate; about 5 minutes on 2 CPU cores, installation included"
+  what="train $config, sample, evaluate; 5 to 15 minutes on 2 CPU cores, installation included"
 else
   what="train $config, sample one prompt; for time and data, see the first lines of that file"
 fi
