@@ -6,6 +6,7 @@
   python -m monoformer_jax.evaluate --workdir=runs/digits --seeds=3
   python -m monoformer_jax.evaluate --images=fid/samples.npz --inception=inception.pth \\
       --reference=VIRTUAL_imagenet256_labeled.npz
+  python -m monoformer_jax.evaluate --images=pictures --clip=clip-vit-large-patch14
 
 Losses, of any run: text (nats per token) and images (mean over noise levels, with fixed noise), on the
 examples that the run held out (data.validation_split or data.validation_records), or on those of
@@ -27,6 +28,8 @@ Pictures (--images) are compared with those of --reference, each a folder or a .
 weights of FID's InceptionV3 (--inception) FID, sFID, KID, precision, recall and Inception Score;
 without them the same distances of pixels, which are not FID. Several --images are sets of several
 seeds: the figures are their mean and spread. With --workdir they are recorded there, as of a run.
+--clip adds the CLIP score of pictures and their prompts, of --images (which then needs no --reference)
+and of drawings.
 
 --tasks=hellaswag,arc_easy runs tasks of the lm-evaluation-harness, which fetches their data.
 
@@ -79,6 +82,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose resize to 299 pixels: part of the name of every FID (default adm)")  # fmt: skip
     add("--pixels", type=integer(1, 256), metavar="SIDE",
         help="side of the small pictures whose pixels are compared (default 16)")  # fmt: skip
+    add("--clip", type=local_path, metavar="DIR",
+        help="a complete CLIP, such as clip-vit-large-patch14, for the CLIP score")  # fmt: skip
+    add("--prompts", type=local_path, metavar="FILE",
+        help="prompts of --images in their order (default: those in the record of sample)")  # fmt: skip
     add("--tasks", metavar="NAME,NAME",
         help="tasks of the lm-evaluation-harness (extra eval), in place of other figures")  # fmt: skip
     add("--task_folder", type=local_path, metavar="DIR", help="folder of more task files, YAML")
@@ -101,13 +108,21 @@ def main(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    """Figures of the sets --images beside --reference."""
+    """Figures of the sets --images: beside --reference, and beside their prompts."""
     from monoformer_jax.evaluation import features, record, tables
+    from monoformer_jax.evaluation.clip_score import ClipScore
     from monoformer_jax.evaluation.image_set import open_image_set
+    from monoformer_jax.evaluation.prompts import prompts_of
     from monoformer_jax.evaluation.report import add_evaluations
     from monoformer_jax.files import check_output, check_writable, json_with, write_json
 
-    require(args.reference is not None, "--images needs --reference, what they are compared with")
+    require(
+        args.reference is not None or args.clip is not None,
+        "--images needs --reference, pictures that they are compared with, or --clip",
+    )
+    require(
+        args.prompts is None or args.clip is not None, "--prompts is of the CLIP score: give --clip"
+    )
     names = ("checkpoint", "records", "rows", "out", "vae", "tasks")
     unused = [name for name in names if getattr(args, name) is not None]
     require(
@@ -117,34 +132,43 @@ def _compare(args: argparse.Namespace) -> None:
     if args.json:
         check_output(args.json, "--json", json_with("extractor", "count"))
     if args.statistics:
+        require(args.reference is not None, "--statistics are those of --reference: give it")
         require(
             args.statistics.suffix == ".npz", f"--statistics={args.statistics} must end in .npz"
         )
         check_output(args.statistics, "--statistics", features.are_our_statistics)
     if args.workdir:
         check_writable(args.workdir, "--workdir")
-    sets, reference = [open_image_set(path) for path in args.images], open_image_set(args.reference)
+    sets = [open_image_set(path) for path in args.images]
+    reference = None if args.reference is None else open_image_set(args.reference)
     for images in sets:
         require(images.has_images, f"--images={images.source} has statistics and no pictures")
         features.check_sizes(images, sets[0])
-        features.check_sizes(images, reference)
+        if reference is not None:
+            features.check_sizes(images, reference)
+    prompts = [prompts_of(images, args.prompts) for images in sets] if args.clip else []
+    clip = ClipScore(args.clip) if args.clip else None
     extractor = features.open_extractor(sets[0], args.inception, args.resize, args.pixels)
-    against = features.extract(reference, extractor, "reference")
+    against = None if reference is None else features.extract(reference, extractor, "reference")
     if args.statistics:
         features.write_statistics(args.statistics, against, reference, extractor)
     found, facts = [], []
-    for images in sets:
+    for number, images in enumerate(sets):
         measured = features.extract(images, extractor, images.source.name)
         found.append(features.compare(measured, against))
+        if clip is not None:
+            found[-1]["clip_score"] = clip.score(images, prompts[number])
         facts.append({"images": str(images.source), "images_sha256": measured.digest}
                      | record.made_by_sample(images.source))  # fmt: skip
     scores = record.with_spread(found)
-    provenance = {
-        "extractor": extractor.name, "count": measured.count, "reference": str(args.reference),
-        "reference_sha256": against.digest, "reference_count": against.count or None,
-        **record.common(facts),
-    }  # fmt: skip
-    for sentence in features.cautions(measured, against):
+    provenance = {"extractor": extractor.name, "count": measured.count}
+    if against is not None:
+        provenance |= {"reference": str(args.reference), "reference_sha256": against.digest,
+                       "reference_count": against.count or None}  # fmt: skip
+    if clip is not None:
+        provenance |= {"clip": clip.name, "prompts_cut": clip.cut}
+    provenance |= record.common(facts)
+    for sentence in features.cautions(measured, against) if against is not None else ():
         print(f"note: {sentence}")
     print("\n".join(tables.lines(tables.of_pictures(scores, provenance), scores)))
     print(", ".join(f"{key} {value}" for key, value in provenance.items()))
@@ -196,8 +220,9 @@ def _measure(args: argparse.Namespace) -> None:
 
     if args.json:
         check_output(args.json, "--json", json_with("steps", "train_seconds"))
-    unused = [name for name in ("reference", "statistics") if getattr(args, name) is not None]
-    require(not unused, f"--{unused and unused[0]} needs --images, what it is compared with")
+    names = ("reference", "statistics", "prompts")
+    unused = [name for name in names if getattr(args, name) is not None]
+    require(not unused, f"--{unused and unused[0]} is of pictures: it needs --images")
     config = read_config(args.workdir)
     is_digits = config.data.mixture.get("draw", 0) > 0 and "draw" not in config.data.records
     is_emoji = config.data.mixture.get("draw_emoji", 0) > 0
@@ -254,6 +279,7 @@ def _measure(args: argparse.Namespace) -> None:
 def _held_out(model, args: argparse.Namespace, draws: bool) -> tuple[dict[str, float], dict]:
     """The losses of a model, by their names in metrics.jsonl, and the figures of its drawings."""
     from monoformer_jax.evaluation import drawn, features
+    from monoformer_jax.evaluation.clip_score import ClipScore
     from monoformer_jax.evaluation.held_out import HeldOutLoss, open_rows
 
     data = model.config.data
@@ -274,8 +300,9 @@ def _held_out(model, args: argparse.Namespace, draws: bool) -> tuple[dict[str, f
         return features.open_extractor(images, args.inception, args.resize, args.pixels)
 
     figures, provenance = drawn.evaluate(
-        model, held_out.examples, args.drawings, args.seeds, open_extractor, print
-    )
+        model, held_out.examples, args.drawings, args.seeds, open_extractor, print,
+        ClipScore(args.clip) if args.clip else None,
+    )  # fmt: skip
     return scores | figures, facts | provenance
 
 

@@ -22,6 +22,12 @@ With --total the prompts, evenly repeated, are used to generate shards in the fo
 merged to samples.npz, arr_0 uint8 [N, height, width, 3]. Their guidance is the config's for scores
 (sampling.fid_guidance, if it is set), unless --guidance is given. The same command resumes an
 interrupted run.
+--benchmark=geneval or dpg draws the prompts of that benchmark, 4 pictures each, in the same way, and
+then writes them to a folder of its name in --out, as its own script reads them:
+
+  python -m monoformer_jax.sample --workdir=runs/journeydb --vae=sd-vae-ft-mse --benchmark=geneval \\
+      --prompts=geneval/prompts/evaluation_metadata.jsonl --out=geneval
+
 Several processes share the work if all share --out; each uses all its devices. They are connected as in
 `train`, automatically or by flags, here two on one machine; process 0 merges the shards at the end:
 
@@ -37,10 +43,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from monoformer_jax.cli import (
@@ -69,12 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="dtype of the weights; bfloat16 halves their memory")  # fmt: skip
     add("--prompt", action="append", default=[], help="text prompt; may be repeated")
-    add("--prompts", type=local_path, metavar="FILE", help="file of prompts, one per line")
+    add(
+        "--prompts",
+        type=local_path,
+        metavar="FILE",
+        help="file of prompts, one per line; or .jsonl "
+        'with a "prompt" per line, or a folder of .txt',
+    )
     add("--negative_prompt", help=f"what guidance leads images away from ({defaults})")
     add("--continue_prompt", action="store_true", help="continue the words of the prompts")
     add("--image", type=local_path,
         help="image appended to every prompt, center-cropped and resized")  # fmt: skip
-    add("--count", type=integer(1), default=1, help="samples per prompt (default 1)")
+    add("--count", type=integer(1), help="samples per prompt (default 1; of a benchmark 4)")
     add("--batch", type=integer(1), default=64, help="batch size, images per shard (default 64)")
     add("--out", help="file of the image grid (.png, .jpg, .webp; default samples.png), or FOLDER/ for "
         "a file per image; with --total, a folder; gs://... too")  # fmt: skip
@@ -83,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--npz", type=storage_path, metavar="FILE",
         help="also save the images as arr_0 uint8 [N, height, width, 3]")  # fmt: skip
     add("--total", type=integer(1), help="number of images to generate in the folder --out")
+    add("--benchmark", choices=("geneval", "dpg"),
+        help="draw a benchmark's --prompts into the folder --out")  # fmt: skip
     add("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
     add("--processes", type=integer(1), help="number of processes; 1 disables automatic detection")
     add("--process", type=integer(0), help="index of this process, from 0")
@@ -123,7 +135,12 @@ def main(args: argparse.Namespace) -> int:
                           tuple(args.stop))  # fmt: skip
     require(not (args.chat and args.continue_prompt),
             "--chat and --continue_prompt exclude each other: a chat's turns are complete")  # fmt: skip
+    if args.benchmark:
+        _check_benchmark(args)
     words = _words(args)
+    args.count = args.count or 1
+    if args.benchmark:
+        args.total = args.count * len(words)
     outputs = _outputs(args)
     require(
         args.total is not None or args.process is None or args.coordinator is not None,
@@ -137,6 +154,16 @@ def main(args: argparse.Namespace) -> int:
         raise
 
 
+def _check_benchmark(args: argparse.Namespace) -> None:
+    from monoformer_jax.evaluation.prompts import COUNT, check_benchmark
+
+    args.count = args.count or COUNT
+    check_benchmark(args.benchmark, args.prompts, args.count)
+    names = ("prompt", "labels", "image", "total")
+    unused = [name for name in names if getattr(args, name)]
+    require(not unused, f"--{unused and unused[0]} and --benchmark exclude each other")
+
+
 def _outputs(args: argparse.Namespace) -> Any:
     """The checked outputs of a call: `Outputs`, or the folder of --total."""
     from monoformer_jax.files import expand
@@ -147,10 +174,10 @@ def _outputs(args: argparse.Namespace) -> Any:
         return Outputs.open("samples.png" if args.out is None else args.out, record, args.npz)
     require(
         args.out is not None and not args.out.lower().endswith(SUFFIXES),
-        "--total writes a folder of images: give it with --out=FOLDER",
+        "--total and --benchmark write a folder of images: give it with --out=FOLDER",
     )
     require(
-        args.json is None and args.npz is None and args.count == 1,
+        args.json is None and args.npz is None and (args.count == 1 or args.benchmark),
         "--total writes its own record and arrays, and repeats the prompts: leave out --json, --npz "
         "and --count",
     )
@@ -177,7 +204,7 @@ def _sample(
     sampling = model.config.sampling
     sampling = dataclasses.replace(fid_sampling(sampling) if args.total else sampling, **flags)
     model.config = dataclasses.replace(model.config, sampling=sampling)
-    if args.paint or args.total:
+    if args.paint or args.total is not None:
         model.image_processor.codec.check()
     shown = [model.image_processor.encode(args.image, "--image")] if args.image else []
     if args.chat:
@@ -196,10 +223,11 @@ def _sample(
 def _words(args: argparse.Namespace) -> list[str]:
     """Returns the texts of the prompts."""
     from monoformer_jax.data.templates import class_prompts, read_labels
+    from monoformer_jax.evaluation.prompts import read_prompts
 
     words = list(args.prompt)
     if args.prompts is not None:
-        words += _lines(args.prompts)
+        words += [prompt.text for prompt in read_prompts(args.prompts)]
     if args.labels is not None:
         names = read_labels(args.labels)
         words = words or [str(i) for i in range(len(names) if args.total else 0)]
@@ -211,16 +239,6 @@ def _words(args: argparse.Namespace) -> list[str]:
         words = [class_prompts(names[int(word)])[0] for word in words]
     require(bool(words), "there is no prompt: give --prompt or --prompts")
     return words
-
-
-def _lines(file: Path) -> list[str]:
-    """The lines of a text file, without a byte order mark."""
-    require(file.is_file(), f"--prompts={file}: no such file")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines splits at U+2028 too
-    except UnicodeDecodeError:
-        raise InputError(f"--prompts={file} is not UTF-8 text") from None
-    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _answers(
@@ -316,6 +334,7 @@ def _many(
     import jax
     import numpy as np
 
+    from monoformer_jax.evaluation.prompts import facts_of, read_prompts, write_benchmark
     from monoformer_jax.sampling.image import generate_images
     from monoformer_jax.sampling.outputs import to_rgb
     from monoformer_jax.sampling.prompts import encode_prompt
@@ -325,24 +344,27 @@ def _many(
         encode_prompt(model, parts, reserve=model.config.image_tokens,
                       closing=[model.tokenizer.im_start_id], name=f"prompt {number}")  # fmt: skip
 
+    each = args.count
+
     def generate(first: int, images: int) -> np.ndarray:
-        parts = [prompts[i % len(prompts)][1] for i in range(first, first + images)]
+        numbers = range(first, first + images)
+        parts = [prompts[number // each % len(prompts)][1] for number in numbers]
         generated = generate_images(model, parts, seed=args.seed, first=first)
         return to_rgb(model.image_processor.decode(generated))
 
-    asked = "\n".join(word for word, _ in prompts)
     image = args.image.read_bytes() if args.image else b""
-    facts = _facts(model, args) | {
-        "prompts": len(prompts),
-        "continue_prompt": args.continue_prompt,
-        "prompts_sha256": hashlib.sha256(asked.encode() + b"\0" + image).hexdigest(),
-    }
+    facts = _facts(model, args) | {"continue_prompt": args.continue_prompt}
+    facts |= facts_of([word for word, _ in prompts], image, each)
     is_first = jax.process_index() == 0
     index, count = share
     samples = generate_shards(
         folder, args.total, args.batch, facts, generate, process=index, processes=count,
         log=print if is_first else lambda line: None,
     )  # fmt: skip
+    if is_first and samples and args.benchmark:
+        print(
+            f"writing {write_benchmark(args.benchmark, samples, read_prompts(args.prompts), each)}"
+        )
     if is_first:
         print(f"{args.total} images in {samples}" if samples else
               f"this share is done; {folder / 'samples.npz'} follows after the last one")  # fmt: skip

@@ -152,7 +152,7 @@ SAMPLE = [
     (f"--workdir=damaged --processes=1 {P}", "config.json"),
     (f"{W} {P} --promt=b", "unknown argument --promt=b; did you mean --prompt?"),
     (f"{W} {P} --prompts=none.txt", "--prompts=none.txt: no such file"),
-    (f"{W} {P} --prompts=dir", "--prompts=dir: no such file"),
+    (f"{W} {P} --prompts=dir", "--prompts=dir has no .txt files"),
     (f"{W} --prompts=latin.txt", "--prompts=latin.txt is not UTF-8 text"),
     (f"{W} --prompts=nothing.txt", "there is no prompt"),
     (f"{W} {P} --prompts=gs://a/b", "gs://a/b"),

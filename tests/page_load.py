@@ -1,11 +1,12 @@
 """Many visitors at once, and large pictures; the page and its visitors are on this machine alone.
 
-    python tests/page_load.py                      # 500 requests of 20 clients, then 300 pictures
+    python tests/page_load.py                      # 500 requests of 20 clients, a line, 300 pictures
     python tests/page_load.py --requests=100 --clients=5 --pictures=10 --json=load.json
 
 Each client has conversations of 5 messages, whose every answer repeats what the model was shown: an
-answer that is lost, mixed up or out of order is seen. Then one visitor sends pictures of 8000 × 8000
-pixels, in conversations of 50. Exits with 1 if an answer was wrong.
+answer that is lost, mixed up or out of order is seen. Then visitors come one by one while 8 wait for
+drawings. Then one visitor sends pictures of 8000 × 8000 pixels, in conversations of 50. Exits with 1
+if an answer was wrong.
 """
 
 import argparse
@@ -28,7 +29,7 @@ sys.path.insert(0, "tests")
 import page_model
 from monoformer_jax import demo
 from monoformer_jax.cli import load_config
-model = page_model.StandIn(load_config("configs/digits.py:tiny", []))
+model = page_model.StandIn(load_config("configs/digits.py:tiny", []), seconds=0.1)
 with demo.serve(model, "stand-in") as (address, _):
     print(address, flush=True)
     sys.stdin.read()
@@ -68,6 +69,23 @@ def talk(address, person, turns):
                 wrong.append(f"client {person}, turn {turn}: {shown} is not {said}")
             seconds.append(first)
     return wrong, seconds
+
+
+def come_last(address, before=8, times=10):
+    """Seconds until something is shown to each visitor who comes when `before` wait."""
+    clients = [
+        httpx.Client(base_url=f"{address}gradio_api/", timeout=300) for _ in range(before + 1)
+    ]
+    seconds = []
+    with concurrent.futures.ThreadPoolExecutor(before) as pool:
+        for _ in range(times):
+            line = [pool.submit(say, client, None, "draw") for client in clients[1:]]
+            time.sleep(1)  # all have come; the last of them waits 5 seconds more
+            begin = time.monotonic()
+            seconds.append(say(clients[0], None, "I come last")[2])
+            assert time.monotonic() - begin > 4, "nobody waited"
+            concurrent.futures.wait(line)
+    return sorted(seconds)
 
 
 def memory(pid):
@@ -118,6 +136,9 @@ def main():
                      "seconds": round(time.monotonic() - begin, 1),
                      "first_median_seconds": round(first[len(first) // 2], 2),
                      "first_most_seconds": round(first[-1], 2)}  # fmt: skip
+            last = come_last(address)
+            facts |= {"behind_8_median_seconds": round(last[len(last) // 2], 2),
+                      "behind_8_most_seconds": round(last[-1], 2)}  # fmt: skip
             after, most, size = send_pictures(address, server.pid, args.pictures)
             facts |= {"pictures": args.pictures, "picture_bytes": size, "mib_after": round(after, 1),
                       "mib_most": round(most, 1)}  # fmt: skip

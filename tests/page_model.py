@@ -18,7 +18,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 class StandIn:
-    """`chat` takes `seconds` for each preview, or waits for `let` where that is given."""
+    """`chat` takes `seconds` for each preview of a drawing, or waits for `let` where it is given."""
 
     def __init__(self, config, seconds=0.0, let: threading.Semaphore | None = None):
         self.config, self.step, self.seconds, self.let = config, 1400, seconds, let
@@ -37,11 +37,10 @@ class StandIn:
             text = " ".join(self._texts(messages[-1:]))
             drawn = self._draw(text, settings["seed"]) if text.startswith("draw") else None
             for step in steps:
-                if self.let is None:
-                    time.sleep(self.seconds)
-                else:
+                if self.let is not None:
                     self.let.acquire()
                 if drawn is not None:
+                    time.sleep(self.seconds)
                     preview(step, [self._noisy(drawn, step / settings["steps"])])
             if drawn is not None:
                 return [self._noisy(drawn, 1)]

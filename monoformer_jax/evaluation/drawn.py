@@ -10,11 +10,12 @@ import numpy as np
 from monoformer_jax.data.documents import Part
 from monoformer_jax.errors import InputError
 from monoformer_jax.evaluation import features
+from monoformer_jax.evaluation.clip_score import ClipScore
 from monoformer_jax.evaluation.image_set import in_memory
 from monoformer_jax.evaluation.inception import Inception
 from monoformer_jax.evaluation.record import with_spread
 from monoformer_jax.evaluation.retrieval import nearness
-from monoformer_jax.evaluation.samples import drawing, in_turn
+from monoformer_jax.evaluation.samples import caption, drawing, in_turn
 from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.sampling.outputs import to_rgb
 
@@ -28,6 +29,7 @@ def evaluate(
     seeds: int,
     open_extractor: Callable[..., features.Pixels | Inception],
     log: Callable[[str], None],
+    clip: ClipScore | None = None,
 ) -> tuple[dict[str, float], dict]:
     """Draws the prompts of held-out examples, and compares with the held-out pictures.
 
@@ -38,6 +40,7 @@ def evaluate(
       seeds: number of seeds; the figures are their means, with KEY_spread.
       open_extractor: an `ImageSet` -> the extractor.
       log: is told what is not measured, and why.
+      clip: measures the drawings and the words of their prompts, as clip_score.
 
     Returns:
       heldout_*: `features.compare`; top1, top5 and pixel_error of `retrieval.nearness` among these
@@ -65,10 +68,15 @@ def evaluate(
         drawn = _draw(model, [x.prompt for x in chosen], true.shape[1:3], seed)
         measured = features.extract(in_memory(drawn, "the drawings"), extractor, "drawings")
         scores.append(features.compare(measured, against) | nearness(drawn / 127.5, true / 127.5))
+        if clip is not None:
+            words = [caption(x.prompt) for x in chosen]
+            scores[-1]["clip_score"] = clip.score(in_memory(drawn, "the drawings"), words)
     for sentence in features.cautions(measured, against):
         log(f"note: {sentence}")
     provenance = {"extractor": extractor.name, "count": len(chosen)}
     provenance["reference_sha256"] = against.digest
+    if clip is not None:
+        provenance |= {"clip": clip.name, "prompts_cut": clip.cut}
     return {f"heldout_{key}": value for key, value in with_spread(scores).items()}, provenance
 
 

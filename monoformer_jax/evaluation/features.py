@@ -170,20 +170,22 @@ def check_sizes(images: ImageSet, reference: ImageSet) -> None:
     )
 
 
-def compare(generated: Features, reference: Features) -> dict[str, float]:
+def compare(generated: Features, reference: Features | None) -> dict[str, float]:
     """The figures of a set; those that need more than the reference has are absent.
 
     frechet: Fréchet distance of the features "pool": FID if they are Inception's.
     sfid: that of the spatial features.
     kid, kid_subset_std: `kernel_distance`. precision, recall: `precision_recall`. inception_score.
     """
-    scores = {
-        {"pool": "frechet", "spatial": "sfid"}[name]: frechet_distance(part, of_reference)
-        for name, of_reference in reference.statistics.items()
-        if (part := generated.statistics.get(name)) is not None
-    }
+    scores = {}
     if generated.inception_score is not None:
         scores["inception_score"] = generated.inception_score
+    if reference is None:
+        return scores
+    for name, of_reference in reference.statistics.items():
+        if (part := generated.statistics.get(name)) is not None:
+            key = {"pool": "frechet", "spatial": "sfid"}[name]
+            scores[key] = frechet_distance(part, of_reference)
     if reference.vectors is not None and generated.vectors is not None:
         pair = kernel_distance(generated.vectors, reference.vectors)
         scores["kid"], scores["kid_subset_std"] = pair

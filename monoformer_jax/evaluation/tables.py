@@ -43,6 +43,7 @@ _PICTURES = (
     ("sFID", "sfid", "the same of its spatial features", "{:.3f}"),
     ("KID", "kid", "kernel distance, mean of subsets of up to 1,000", "{:.6f}"),
     ("IS", "inception_score", "Inception Score, mean of parts of 5,000", "{:.2f}"),
+    ("CLIP", "clip_score", "CLIP score, 100 times the cosine, by {clip}", "{:.2f}"),
     ("precision", "precision", "near a picture of the reference, k = 3", "{:.4f}"),
     ("recall", "recall", "of the reference, near a picture, k = 3", "{:.4f}"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import secrets
@@ -116,7 +117,8 @@ class Conversations:
         self._line: list[_Conversation] = []  # the first is being answered
         self._working = False
         self._lock = threading.Lock()  # of the three above
-        self._reading = threading.Lock()  # one picture is decoded at a time: it may take a gigabyte
+        # One picture is decoded at a time, and in one thread: each thread's heap keeps what it freed.
+        self._reading = concurrent.futures.ThreadPoolExecutor(1)
         self._numbers = itertools.count(1)
 
     def open(self, number: str | None) -> str:
@@ -264,19 +266,21 @@ class Conversations:
         for text in content:
             if isinstance(text, str):
                 check_text(text, "the message")
-        return [part if isinstance(part, str) else self._crop(talk, part) for part in content]
+        return [
+            part if isinstance(part, str) else self._reading.submit(self._crop, talk, part).result()
+            for part in content
+        ]
 
     def _crop(self, talk: _Conversation, upload: Path) -> Picture:
         """Stores what the model sees of a picture: the upload may be a thousand times larger."""
-        with self._reading:
-            require(not talk.stopped, "stopped before the answer began")
-            require(
-                self.holds(upload) and upload.is_file(),
-                "the upload has expired: attach the picture again",
-            )
-            with upload.open("rb") as file:  # by its path, messages would show our folders
-                picture = open_image(file, f"the picture {upload.name}", formats=_FORMATS)
-            picture = self.model.image_processor.crop(picture)
+        require(not talk.stopped, "stopped before the answer began")
+        require(
+            self.holds(upload) and upload.is_file(),
+            "the upload has expired: attach the picture again",
+        )
+        with upload.open("rb") as file:  # by its path, messages would show our folders
+            picture = open_image(file, f"the picture {upload.name}", formats=_FORMATS)
+        picture = self.model.image_processor.crop(picture)
         return self._store(talk, picture, "attached picture")
 
     def _store(
