@@ -222,7 +222,7 @@ def _measure(args: argparse.Namespace) -> None:
         check_output(args.json, "--json", json_with("steps", "train_seconds"))
     names = ("reference", "statistics", "prompts")
     unused = [name for name in names if getattr(args, name) is not None]
-    require(not unused, f"--{unused and unused[0]} is of pictures: it needs --images")
+    require(not unused, f"--{unused and unused[0]} needs --images, the pictures that it is of")
     config = read_config(args.workdir)
     is_digits = config.data.mixture.get("draw", 0) > 0 and "draw" not in config.data.records
     is_emoji = config.data.mixture.get("draw_emoji", 0) > 0

@@ -20,8 +20,8 @@ that. Models without data.end_of_prompt, such as the digits', decide by themselv
 
 With --total the prompts, evenly repeated, are used to generate shards in the folder --out, which are
 merged to samples.npz, arr_0 uint8 [N, height, width, 3]. Their guidance is the config's for scores
-(sampling.fid_guidance, if it is set), unless --guidance is given. The same command resumes an
-interrupted run.
+(sampling.fid_guidance, if it is set), unless --guidance is given, but not with --benchmark. The same
+command resumes an interrupted run.
 --benchmark=geneval or dpg draws the prompts of that benchmark, 4 pictures each, in the same way, and
 then writes them to a folder of its name in --out, as its own script reads them:
 
@@ -172,13 +172,14 @@ def _outputs(args: argparse.Namespace) -> Any:
     if args.total is None:
         record = None if args.json == "-" else args.json
         return Outputs.open("samples.png" if args.out is None else args.out, record, args.npz)
+    many = "benchmark" if args.benchmark else "total"
     require(
         args.out is not None and not args.out.lower().endswith(SUFFIXES),
-        "--total and --benchmark write a folder of images: give it with --out=FOLDER",
+        f"--{many} writes a folder of images: give it with --out=FOLDER",
     )
     require(
-        args.json is None and args.npz is None and (args.count == 1 or args.benchmark),
-        "--total writes its own record and arrays, and repeats the prompts: leave out --json, --npz "
+        args.json is None and args.npz is None and (args.benchmark or args.count == 1),
+        f"--{many} writes its own record and arrays, and repeats the prompts: leave out --json, --npz "
         "and --count",
     )
     folder = expand(args.out)
@@ -202,7 +203,9 @@ def _sample(
     names = ("steps", "guidance", "image_guidance", "negative_prompt", "solver")
     flags = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     sampling = model.config.sampling
-    sampling = dataclasses.replace(fid_sampling(sampling) if args.total else sampling, **flags)
+    if args.total is not None and not args.benchmark:
+        sampling = fid_sampling(sampling)
+    sampling = dataclasses.replace(sampling, **flags)
     model.config = dataclasses.replace(model.config, sampling=sampling)
     if args.paint or args.total is not None:
         model.image_processor.codec.check()

@@ -176,15 +176,14 @@ def jpegs(folder: Path, workers: int, repeats: int) -> dict[str, float]:
             begin = time.perf_counter()
             list(pool.map(pillow, files, chunksize=32))
             alone.append(len(files) / (time.perf_counter() - begin))
-            decoded = decode_examples(examples, 256, workers)
-            with contextlib.closing(decoded):
-                for _ in range(
-                    64 * workers + JPEGS
-                ):  # starts the processes, and empties their queues
-                    next(decoded)
-                begin = time.perf_counter()
-                rest = sum(1 for _ in decoded)
-            ours.append(rest / (time.perf_counter() - begin))
+            started = 64 * workers + JPEGS  # the processes run, and have emptied their queues
+            with contextlib.closing(decode_examples(examples, 256, workers)) as decoded:
+                for _ in itertools.islice(decoded, started):
+                    pass
+                begin, rest = time.perf_counter(), len(files) - started
+                for _ in itertools.islice(decoded, rest):  # without the end of the processes
+                    pass
+                ours.append(rest / (time.perf_counter() - begin))
     decode = Decode(256).decode
     return {
         "jpeg_per_core_s": rate(itertools.cycle(examples), 2, decode),

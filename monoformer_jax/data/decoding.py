@@ -58,7 +58,8 @@ def decode_examples(
     made = decoded.to_iter_dataset(grain.ReadOptions(threads, 4 * threads))
     with contextlib.closing(iter(in_workers(made, workers, 4) if workers else made)) as chunks:
         for chunk in chunks:
-            pixels, begin = np.asarray(chunk["pixels"]), 0
+            # A copy: shared memory that is in use when the command ends is reported as lost.
+            pixels, begin = np.array(chunk.pop("pixels")), 0
             for example in chunk["examples"]:
                 end = begin + sum(isinstance(part, RawImage) for part in example.parts)
                 yield dataclasses.replace(example, pixels=pixels[begin:end])
