@@ -4,6 +4,7 @@
 #   bash launch/demo.sh                                      digits: train, sample, evaluate
 #   bash launch/demo.sh --config=configs/digits_diffussm.py  digits that are only drawn: the same
 #   bash launch/demo.sh --config=configs/emoji.py            emoji: the same
+#   bash launch/demo.sh --config=configs/showcase.py         digits and emoji in one model: the same
 #   bash launch/demo.sh --config=configs/NAME.py[:ARG]       another config: train, sample
 #
 # Safe to run again: it resumes an interrupted training and skips a completed one.
@@ -33,7 +34,7 @@ fi
 extra=digits prompt=a scored=no
 case $file in
   configs/digits*) prompt="draw a seven" scored=yes ;;
-  configs/emoji.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
+  configs/emoji.py | configs/showcase.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
 esac
 if [[ $config == configs/digits.py ]]; then
   what="train $config, sample, evaluate; 5 to 15 minutes on 2 CPU cores, installation included"

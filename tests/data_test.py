@@ -257,7 +257,7 @@ def test_every_document_is_packed_once_and_soon(change):
     """Documents of one text each, in the order in which they are read."""
     few = sources.Source(range(1000), lambda i, rng: [f"{i}:" + "x" * (i * 7 % 23)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sources.SOURCES, "few", lambda c: few)
+        patch.setitem(sources.SOURCES, "few", lambda c, _: few)
         data = {"mixture": {"few": 1.0}, "packing_buffer": 16, "max_seq_len": 64}
         made, _ = take(change(batch_size=1, data=data), 100)
         data = data | {"packing_buffer": 1}
@@ -332,7 +332,7 @@ def test_fewer_examples_than_streams_are_read_equally_often(change):
     data = {"streams": 10, "mixture": {"few": 1.0}, "packing_buffer": 1, "max_seq_len": 21}
     few = sources.Source([letter * 17 for letter in "abcde"], lambda text, rng: [text])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sources.SOURCES, "few", lambda c: few)
+        patch.setitem(sources.SOURCES, "few", lambda c, _: few)
         made, _ = take(change(batch_size=10, data=data), 3)
     for batch in made:  # one document a row
         texts, counts = np.unique(batch["tokens"], axis=0, return_counts=True)
@@ -384,7 +384,7 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
 def test_more_images_than_max_images_are_refused(change):
     """Images smaller than data.image_size can exceed max_images in a row."""
 
-    def tiny(c):
+    def tiny(c, channels):
         return sources.Source(range(9), lambda i, rng: [Image(np.zeros((2, 2, 1)), True)] * 8)
 
     config = change(data={"mixture": {"tiny": 1.0}})
@@ -403,7 +403,7 @@ def test_every_turn_of_a_long_chat_is_in_some_row_and_a_resumed_run_repeats_none
     source = sources.Source(chats, lambda parts, rng: parts)
     data = {"mixture": {"chats": 1.0}, "packing_buffer": 2, "max_seq_len": 90}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sources.SOURCES, "chats", lambda c: source)
+        patch.setitem(sources.SOURCES, "chats", lambda c, _: source)
         made, batches = take(change(data=data), 9)
         for step in (1, 2, 3):
             state = take(change(data=data), step)[1].iterator.get_state()

@@ -215,7 +215,7 @@ def records(tmp_path_factory):
     }
 
 
-def seen(_):
+def seen(_, channels):
     """A source of vision encoder features, which records do not support."""
     rng = np.random.default_rng(1)
     features = rng.integers(-512, 512, (20, 5, 12)) / 256

@@ -122,7 +122,7 @@ def test_splits_that_hold_out_all_or_nothing_are_refused(change, monkeypatch):
     texts = list(map(str, range(99)))
     trained = [text for text in texts if is_trained(text, 0.5)]
     few = Source(trained[:5], lambda example, rng: [example])
-    monkeypatch.setitem(sources.SOURCES, "say", lambda c: few)
+    monkeypatch.setitem(sources.SOURCES, "say", lambda c, _: few)
     config = change(data={"mixture": {"say": 1.0}, "validation_split": 0.5})
     with pytest.raises(InputError, match="holds out none of the examples"):
         held_out(config)
@@ -422,7 +422,7 @@ def test_the_numbers_of_a_source_are_counted(change, monkeypatch):
     """Two documents of three fit in a row of 64 tokens."""
     texts = ["a" * 10, "b" * 20, "c" * 100]
     made = Source(texts, lambda example, rng: [example])
-    monkeypatch.setitem(sources.SOURCES, "say", lambda c: made)
+    monkeypatch.setitem(sources.SOURCES, "say", lambda c, _: made)
     config = change(data={"mixture": {"say": 1.0}, "max_seq_len": 64})
     found = measure_sources(Sampler(config, {}, TOKENIZER))["say"]
     assert found.examples == 3 and found.held_out == 0 and found.images == 0

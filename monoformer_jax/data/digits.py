@@ -1,6 +1,7 @@
 """Example dataset: images of digits with their names, and sentences that count and add in words.
 
 The digits are the 1,797 scans of 8×8 pixels in scikit-learn, in a stratified 80/20 split with seed 0.
+A model of larger or colour images sees them enlarged, each pixel a square, and grey.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+from einops import reduce, repeat
 
 from monoformer_jax.errors import InputError
 
@@ -15,6 +17,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
          "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
          "eighteen")  # fmt: skip
 READ_PROMPT = "read this: "
+SIDE = 8  # pixels
 
 
 @functools.cache
@@ -31,6 +34,22 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         images, data.target, test_size=0.2, stratify=data.target, random_state=0
     )
     return {"train": (train_x, train_y), "test": (test_x, test_y)}[split]
+
+
+def fits(size: int) -> bool:
+    """Whether the digits can be enlarged to images of this side."""
+    return size > 0 and size % SIDE == 0
+
+
+def enlarge(images: np.ndarray, size: int, channels: int) -> np.ndarray:
+    """[…, 8, 8, 1] to [… , size, size, channels]; see `reduce_images` for the way back."""
+    factor = size // SIDE
+    return repeat(images, "... h w 1 -> ... (h p) (w q) c", p=factor, q=factor, c=channels)
+
+
+def reduce_images(images: np.ndarray) -> np.ndarray:
+    """[n, size, size, channels] to [n, 8, 8, 1], the means of squares and channels."""
+    return reduce(images, "n (h p) (w q) c -> n h w 1", "mean", h=SIDE, w=SIDE)
 
 
 def draw_prompt(digit: int) -> str:

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 
 from monoformer_jax.config import DataConfig
-from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
+from monoformer_jax.data.digits import (
+    NAMES,
+    READ_PROMPT,
+    digits,
+    draw_prompt,
+    enlarge,
+    fits,
+    sentences,
+)
 from monoformer_jax.data.documents import Image, Part, Prompt
 from monoformer_jax.data.emoji import NAME_PROMPT, emoji
 from monoformer_jax.data.records import Records, check_example, check_shape
@@ -36,33 +44,37 @@ class Source:
     notice: str = ""  # a line that training prints, such as a licence
 
 
-def _draw(c: DataConfig) -> Source:
+def _draw(c: DataConfig, channels: int) -> Source:
     def to_parts(example, rng):
         image, label = example
+        image = enlarge(image, c.image_size, channels)
         return [Prompt((draw_prompt(label),)), Image(image, denoise=True)]
 
     return Source(_training_digits(c), to_parts)
 
 
-def _read(c: DataConfig) -> Source:
+def _read(c: DataConfig, channels: int) -> Source:
     def to_parts(example, rng):
         image, label = example
-        image = Image(_shifted(image, c.shift_pixels, rng), denoise=False)
-        return [READ_PROMPT, image, NAMES[label]]
+        image = enlarge(_shifted(image, c.shift_pixels, rng), c.image_size, channels)
+        return [READ_PROMPT, Image(image, denoise=False), NAMES[label]]
 
     return Source(_training_digits(c), to_parts)
 
 
 def _training_digits(c: DataConfig) -> list[tuple[np.ndarray, int]]:
-    require(c.image_size == 8, f"data.image_size={c.image_size}, but the digits are 8×8")
+    require(
+        fits(c.image_size),
+        f"data.image_size={c.image_size} is not a multiple of 8: the digits are 8×8",
+    )
     return list(zip(*digits("train")))
 
 
-def _say(c: DataConfig) -> Source:
+def _say(c: DataConfig, channels: int) -> Source:
     return Source([a + b for a, b in sentences()], lambda sentence, rng: [sentence])
 
 
-def _draw_emoji(c: DataConfig) -> Source:
+def _draw_emoji(c: DataConfig, channels: int) -> Source:
     def to_parts(drawing, rng):
         wordings = [f"draw {name}" for name in (*drawing.names, *drawing.wordings)]
         return [Prompt(tuple(wordings)), Image(drawing.pixels, denoise=True)]
@@ -71,7 +83,7 @@ def _draw_emoji(c: DataConfig) -> Source:
     return Source(drawings.train, to_parts, str(drawings))
 
 
-def _name_emoji(c: DataConfig) -> Source:
+def _name_emoji(c: DataConfig, channels: int) -> Source:
     def to_parts(drawing, rng):
         prompt = [NAME_PROMPT, Image(drawing.pixels, denoise=False)]
         name = drawing.names[rng.integers(len(drawing.names))]
@@ -100,7 +112,7 @@ def _records(c: DataConfig, name: str, channels: int) -> Source:
     return Source(records, to_parts)
 
 
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
     "draw": _draw, "read": _read, "say": _say, "draw_emoji": _draw_emoji, "name_emoji": _name_emoji,
 }  # fmt: skip
 
@@ -110,7 +122,7 @@ def open_sources(c: DataConfig, channels: int) -> dict[str, Source]:
 
     Args:
       c: data config.
-      channels: channels of the model's images, which those of records must have.
+      channels: channels of the model's images, which those of records must have; digits get them.
 
     Raises:
       InputError: a name that is neither in `SOURCES` nor in data.records, or an invalid source.
@@ -125,5 +137,5 @@ def open_sources(c: DataConfig, channels: int) -> dict[str, Source]:
     for name, weight in c.mixture.items():
         if weight > 0:
             stored = name in c.records
-            opened[name] = _records(c, name, channels) if stored else SOURCES[name](c)
+            opened[name] = _records(c, name, channels) if stored else SOURCES[name](c, channels)
     return opened

@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from monoformer_jax.data.digits import NAMES, READ_PROMPT, digits, draw_prompt, sentences
+from monoformer_jax.data.digits import (
+    NAMES,
+    READ_PROMPT,
+    digits,
+    draw_prompt,
+    enlarge,
+    reduce_images,
+    sentences,
+)
 from monoformer_jax.data.documents import Image
 from monoformer_jax.evaluation.frechet import frechet_distance
 from monoformer_jax.evaluation.record import with_spread
@@ -19,7 +27,7 @@ _BATCH = 250
 
 
 def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
-    """Generates an image for each label, [n, 8, 8, 1] clipped to [-1, 1]."""
+    """Generates an image for each label, reduced to [n, 8, 8, 1] and clipped to [-1, 1]."""
     sampling = dataclasses.replace(model.config.sampling, guidance=guidance)
     images = [
         generate_images(
@@ -29,7 +37,7 @@ def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
         )
         for i in range(0, len(labels), _BATCH)
     ]  # fmt: skip
-    return np.clip(np.concatenate(images), -1, 1)
+    return np.clip(reduce_images(np.concatenate(images)), -1, 1)
 
 
 def opens_image(model) -> float:
@@ -91,7 +99,9 @@ def evaluate(
         log("the model generates images only: reading, sentences and its choice are not measured")
         return scores, drawn
     log("reading 360 test digits")
-    shown = [[READ_PROMPT, Image(image, denoise=False)] for image in test_x]
+    layout, size = model.config.layout, model.config.data.image_size
+    pictures = enlarge(test_x, size, layout.channels)
+    shown = [[READ_PROMPT, Image(picture, denoise=False)] for picture in pictures]
     read = exact(model, shown, [NAMES[digit] for digit in test_y])
     log("answering 100 prompts to draw")
     opened = opens_image(model)
