@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
-from monoformer_jax.batch import Batch, Document, empty, shift
+from monoformer_jax.batch import Batch, Document, empty, place
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.documents import split_document
 from monoformer_jax.data.tokenizer import Tokenizer
@@ -161,14 +160,7 @@ class Pack(grain.IterDataset):
         """A batch of rows of these documents."""
         batch = {name: values.copy() for name, values in self._empty.items()}
         for number, documents in enumerate(chosen):
-            row = {name: values[number] for name, values in batch.items()}
-            segments, stop = np.zeros(self.length, np.int32), 0
-            for index, document in enumerate(documents, 1):
-                start, stop = stop, stop + len(document["tokens"])
-                segments[start:stop] = index
-                for name, values in document.items():
-                    row[name][start:stop] = values
-            shift(row, segments)
+            place({name: values[number] for name, values in batch.items()}, documents)
         images = batch["image_ids"].max()
         require(
             images <= self.max_images,
@@ -190,6 +182,7 @@ class _PackIterator(grain.DatasetIterator):
     def _restart(self, packed: Iterable[int]) -> None:
         # Number of the document, counted from here; state of the parent before it; document.
         self._buffer: list[tuple[int, Any, Document]] = []
+        self._lengths: list[int] = []  # of the buffer's documents
         self._read, self._packed = 0, set(packed)
 
     def __next__(self) -> Batch:
@@ -206,14 +199,15 @@ class _PackIterator(grain.DatasetIterator):
                 break
             if self._read not in self._packed:
                 self._buffer.append((self._read, state, document))
+                self._lengths.append(len(document["tokens"]))
             self._read += 1
         if not self._buffer:
             return []
-        lengths = [len(document["tokens"]) for _, _, document in self._buffer]
-        chosen = fill(lengths, self._pack.length)
+        chosen = fill(self._lengths, self._pack.length)
         row = [self._buffer[i] for i in chosen]
         self._packed.update(number for number, _, _ in row)
-        self._buffer = [one for i, one in enumerate(self._buffer) if i not in chosen]
+        for i in reversed(chosen):
+            del self._buffer[i], self._lengths[i]
         return [document for _, _, document in row]
 
     def get_state(self) -> dict[str, Any]:
