@@ -11,7 +11,7 @@ import pytest
 from monoformer_jax import batch as contract
 from monoformer_jax.batch import PATCH, TEXT, TIME
 from monoformer_jax.data import sources
-from monoformer_jax.data.digits import digits, draw_prompt, sentences
+from monoformer_jax.data.digits import NAMES, digits, draw_prompt, reduce_images, sentences
 from monoformer_jax.data.documents import (
     EndOfTurn,
     Image,
@@ -167,10 +167,33 @@ def test_the_beginning_of_a_sentence_decides_its_end():
 def test_unknown_sources_and_sizes_are_refused(change):
     with pytest.raises(InputError, match=r"mixture\.dance is not a source: choose from draw, read"):
         open_sources(change(data={"mixture": {"dance": 1.0}}).data, 1)
-    with pytest.raises(InputError, match="image_size=16, but the digits are 8×8"):
-        open_sources(change(data={"image_size": 16}).data, 1)
+    with pytest.raises(
+        InputError, match="image_size=12 is not a multiple of 8: the digits are 8×8"
+    ):
+        open_sources(change(data={"image_size": 12}).data, 1)
     with pytest.raises(InputError, match=r"vocab_size=200 is smaller than the tokenizer's 262"):
         Batches(change(model={"vocab_size": 200}), TOKENIZER)
+
+
+def test_digits_are_enlarged_to_the_images_of_the_model(change):
+    """Squares of one value in every channel; a shift moves whole squares; the way back is exact."""
+    data = change(data={"image_size": 24, "shift_pixels": 1}).data
+    draw = open_sources(data, 3)["draw"]
+    _, first = draw.to_parts(draw.examples[0], None)
+    image, label = digits("train")[0][0], digits("train")[1][0]
+    assert first.pixels.shape == (24, 24, 3)
+    for y, x in np.ndindex(8, 8):
+        square = first.pixels[3 * y : 3 * y + 3, 3 * x : 3 * x + 3]
+        assert (square == image[y, x, 0]).all()
+    np.testing.assert_allclose(reduce_images(first.pixels[None]), image[None], atol=1e-6)
+    read = open_sources(data, 3)["read"]
+    seen = {
+        read.to_parts(read.examples[0], np.random.default_rng(n))[1].pixels[::3, ::3, 0].tobytes()
+        for n in range(60)
+    }
+    padded = np.pad(image[..., 0], 1, constant_values=-1)
+    assert seen == {padded[y : y + 8, x : x + 8].tobytes() for y in range(3) for x in range(3)}
+    assert read.to_parts((image, label), np.random.default_rng(0))[2] == NAMES[label]
 
 
 def take(config, n, **shard):
