@@ -70,6 +70,10 @@ FIELDS: dict[str, Field] = {
         np.float32, lambda c: c.patch_dim if c.latent_variance else 0,
     ),
     "patch_positions": Field("row and column of the patch in its image", np.int32, lambda c: 2),
+    "prefix_stop": Field(
+        "end of the tokens before its image that a noised copy sees; else the start of the document",
+        np.int32, lambda c: 1 if c.noised_copies else 0, shift="tokens",
+    ),
     "features": Field(
         "vision encoder features, at PATCH of conditioning images", np.float32, lambda c: c.feature_dim
     ),
@@ -221,6 +225,9 @@ def check(
         "denoise: set outside an image": batch["denoise"] & ~in_image,
         "patches: values outside PATCH": (batch["patches"] != 0).any(-1) & (token_types != PATCH),
         "target_weights: set on PAD": (batch["target_weights"] != 0) & (token_types == PAD),
+        "prefix_stop: after the token": (
+            batch["prefix_stop"] > np.arange(token_types.shape[1])[:, None]
+        ).any(-1),
     }
     for rule, broken in rules.items():
         if broken.any():

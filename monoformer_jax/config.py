@@ -52,6 +52,7 @@ class TokenLayout:
         0  # F, feature size of the vision encoder for conditioning images; 0: no encoder
     )
     latent_variance: bool = False  # batches also hold the log-variance of latents
+    noised_copies: bool = False  # documents may end with noised copies of their images
     max_patches: int = 0  # patches of the largest image that the model takes; 0: any number
     has_text: bool = True  # False: it generates images only, and a document has one to generate
 
@@ -80,10 +81,17 @@ class ObjectiveConfig:
         "rectified_flow"  # predicts velocity; or "ddpm": predicts noise; see `diffusion.objectives`
     )
     learn_sigma: bool = False  # the image head also predicts the variance, as in improved DDPM
+    # The highest noise level of an image that more follows than the end of its document, which then
+    # sees it noised (Transfusion, arXiv 2408.11039: 0.5): the levels are scaled by it. 1: no limit.
+    # data.noised_copies shows such images clean instead.
+    noise_limit: float = 1.0
 
     def __post_init__(self):
         one_of("objective.t_sampler", self.t_sampler, ("uniform", "logit_normal"))
-        positive(self, "objective", "logit_std", "shift")
+        positive(self, "objective", "logit_std", "shift", "noise_limit")
+        require(
+            self.noise_limit <= 1, f"objective.noise_limit={self.noise_limit} must be 1 or less"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +136,9 @@ class DataConfig:
     max_seq_len: int = (
         128  # L, packed row length; in sampling, the context of prompt plus completion
     )
+    # Train every image of a document that continues after it on a noised copy behind the document:
+    # what follows sees the image clean, as in sampling. False: it sees the noised image.
+    noised_copies: bool = False
     packing_buffer: int = 64  # documents from which each stream chooses those that fill a row
     # The batch is packed by this many independent streams, for any number of hosts. Each host runs the
     # streams of its rows; there must be at least one for each. 0: see `Config.streams`.
@@ -390,9 +401,23 @@ class Config:
             f"{self.image_tokens} tokens with its time token, and <s>, <|im_start|>, <|im_end|>, "
             "</s> around it",
         )
+        if self.data.noised_copies:
+            self._check_copies()
         # The output size of the image head depends on objective.learn_sigma.
         model = dataclasses.replace(self.model, predict_variance=self.objective.learn_sigma)
         object.__setattr__(self, "model", model)
+
+    def _check_copies(self) -> None:
+        layout = self.model.layout
+        require(
+            layout.has_text and not layout.feature_dim,
+            "data.noised_copies needs a model that reads text and sees the images that it generates: "
+            + ("model.feature_dim must be 0" if layout.has_text else "this one has no text"),
+        )
+        require(
+            self.objective.noise_limit == 1,
+            "data.noised_copies shows images clean and objective.noise_limit noised: keep one of them",
+        )
 
     def _check_validation(self) -> None:
         every = self.validation.every
@@ -418,7 +443,11 @@ class Config:
     @property
     def layout(self) -> TokenLayout:
         """Token layout of the model, for data, batches and packing."""
-        return dataclasses.replace(self.model.layout, latent_variance=self.data.sample_latents)
+        return dataclasses.replace(
+            self.model.layout,
+            latent_variance=self.data.sample_latents,
+            noised_copies=self.data.noised_copies,
+        )
 
     @property
     def streams(self) -> int:

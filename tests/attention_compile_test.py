@@ -23,7 +23,7 @@ TOPOLOGIES = {
     "Ironwood": "tpu7x:2x2x1",
 }
 # B, L, K, G, H, dtype, pass.
-FAST = ["1,512,2,4,128,bfloat16,both"]
+FAST = ["1,512,2,4,128,bfloat16,both", "1,512,2,4,128,bfloat16,union"]
 CASES = [
     "2,512,4,8,64,bfloat16,forward",
     "1,32768,1,4,128,bfloat16,both",
@@ -54,7 +54,9 @@ def check(topology: str, found: list[dict]) -> None:
     for program in found:
         batch, length, kv_heads, groups, head_dim = map(int, program["case"].split(",")[:5])
         itemsize = 4 if "float32" in program["case"] else 2
-        assert program["kernels"] == (3 if program["case"].endswith("both") else 1), program
+        direction = program["case"].split(",")[-1]
+        assert program["kernels"] == (1 if direction == "forward" else 3), program
+        assert program["calls"] == {"forward": 1, "both": 2, "union": 4}[direction], program
         assert not program["copies"]["relayout"], program
         # Ironwood's compiler tiles the rows of a kernel's results by 16 but of its operands by 8.
         assert len(program["copies"]["retile"]) <= ("tpu7x" in topology), program
@@ -63,7 +65,7 @@ def check(topology: str, found: list[dict]) -> None:
         assert program["temp_bytes"] <= 6 * operands + 2**20, program
 
 
-@pytest.mark.parametrize("chip", ["v5e"])
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.slow)])
 def test_layer_compiles(chip):
     """The smallest program, for one chip generation."""
     check(TOPOLOGIES[chip], compiled(TOPOLOGIES[chip], FAST))

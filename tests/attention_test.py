@@ -21,6 +21,7 @@ from monoformer_jax.attention import (
     interval_mask,
     mask,
     mask_area,
+    merge,
 )
 from monoformer_jax.attention.dense import EMPTY_LSE, dense_attention
 from monoformer_jax.attention.tpu_kernel import Plan, fit, tpu_attention
@@ -233,6 +234,8 @@ def test_union_attends_to_all_its_keys():
     weights = jnp.where(allowed[:, None], weights, 0.0)
     want = jnp.einsum("BNLS,BSNH->BLNH", weights, v, precision="highest")
     np.testing.assert_allclose(interval_attention(q, k, v, (one, two)), want, atol=2e-6)
+    merged = merge([dense_attention(q, k, v, part) for part in (one, two)])
+    np.testing.assert_allclose(merged, want, atol=2e-6)
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(1, 1), (4, 20), (60, 4), (300, 300), (20, 60)])

@@ -137,21 +137,21 @@ def test_a_new_source_is_a_function():
 
 
 def test_a_new_field_is_one_line(monkeypatch):
-    """`prefix_stop` of the page: packed behind other documents it counts tokens of the row."""
-    (line,) = re.findall(r'^\+    ("prefix_stop".*),$', PAGE, re.MULTILINE)
+    """`prompt_stop` of the page: packed behind other documents it counts tokens of the row."""
+    (line,) = re.findall(r'^\+    ("prompt_stop".*),$', PAGE, re.MULTILINE)
     monkeypatch.setitem(
         contract.FIELDS,
-        "prefix_stop",
-        eval(f"{{{line}}}", {"Field": Field, "np": np})["prefix_stop"],
+        "prompt_stop",
+        eval(f"{{{line}}}", {"Field": Field, "np": np})["prompt_stop"],
     )
     config = make_config(base_config())
     tokenizer, layout = ByteTokenizer(), config.layout
-    assert contract.spec(layout, 2, 9)["prefix_stop"].shape == (2, 9)
+    assert contract.spec(layout, 2, 9)["prompt_stop"].shape == (2, 9)
 
     def document(number):
         image = Image(np.ones((4, 4, 1), np.float32), denoise=False)
         made = build_document(["a" * number, image], tokenizer, layout)
-        made["prefix_stop"] = np.full(len(made["tokens"]), 1 + number, np.int32)
+        made["prompt_stop"] = np.full(len(made["tokens"]), 1 + number, np.int32)
         return made
 
     documents = grain.MapDataset.source([document(n) for n in (2, 3, 4)]).to_iter_dataset()
@@ -160,10 +160,10 @@ def test_a_new_field_is_one_line(monkeypatch):
     assert row["segment_ids"].max() == 3
     for number, text in ((1, 2), (2, 3), (3, 4)):
         here = np.flatnonzero(row["segment_ids"] == number)
-        assert (row["prefix_stop"][here] == here[0] + 1 + text).all()
+        assert (row["prompt_stop"][here] == here[0] + 1 + text).all()
         assert set(row["image_ids"][here]) == {0, number}
         assert row["positions"][here].tolist() == list(range(len(here)))
-    assert (row["token_types"] == PATCH).sum() == 12 and not row["prefix_stop"][
+    assert (row["token_types"] == PATCH).sum() == 12 and not row["prompt_stop"][
         row["segment_ids"] == 0
     ].any()
     contract.check(rows, contract.spec(layout, 1, 48), 4, layout.vocab_size)

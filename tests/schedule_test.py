@@ -124,7 +124,7 @@ def test_assumed_rows_are_full_of_documents():
     rows = assumed_rows(100, 17, 1)
     assert rows.images == 2 and rows.real_token_share == 0.74 and rows.assumed
     assert rows.text.sum() == 2 * (16 + 4)
-    mask = rows.mask
+    (mask,) = rows.masks
     assert (mask.stop[0, 37:74] > 37).all() and (mask.start[0, 37:74] == 37).all()
 
 

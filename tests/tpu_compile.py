@@ -1,7 +1,8 @@
 """Compiles attention ahead of time for TPU topologies through libtpu, without a TPU.
 
 `attention_compile_test` runs this as a program, so that no other test's process loads libtpu.
-Arguments: topology, then cases "B,L,K,G,H,dtype,pass". Prints a JSON list with, for each compiled
+Arguments: topology, then cases "B,L,K,G,H,dtype,pass"; the pass is "forward", "both", or "union", both
+passes of a union of two masks. Prints a JSON list with, for each compiled
 program, bytes of temporaries, copies of arrays as large as q or k, and number of kernels.
 """
 
@@ -20,9 +21,10 @@ from monoformer_jax.planning.hardware import abstract, one_chip
 def layer(head_dim: int):
     """Projections, attention and the output projection, with nothing in between."""
 
-    def run(x, wq, wk, wv, wo, start, stop):
+    def run(x, wq, wk, wv, wo, *ends):
         heads = [(x @ w).reshape(*x.shape[:2], -1, head_dim) for w in (wq, wk, wv)]
-        out = interval_attention(*heads, IntervalMask(start, stop), impl="tpu")
+        masks = tuple(IntervalMask(*ends[i : i + 2]) for i in range(0, len(ends), 2))
+        out = interval_attention(*heads, masks, impl="tpu")
         return out.reshape(*x.shape[:2], -1) @ wo
 
     return run
@@ -59,9 +61,9 @@ def compile_case(topology: str, case: str) -> dict:
     embed = 384  # so that no weight has the size of q or k
     shapes = [(batch, length, embed), (embed, width), (embed, kv_width), (embed, kv_width)]
     arguments = [abstract(mesh, shape, dtype) for shape in [*shapes, (width, embed)]]
-    arguments += [abstract(mesh, (batch, length), jnp.int32)] * 2
+    arguments += [abstract(mesh, (batch, length), jnp.int32)] * (4 if direction == "union" else 2)
     run = layer(head_dim)
-    if direction == "both":
+    if direction != "forward":
 
         def loss(*arguments):
             return (run(*arguments).astype(jnp.float32) ** 2).sum()
@@ -77,6 +79,7 @@ def compile_case(topology: str, case: str) -> dict:
         "case": case,
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "copies": copies(text, sizes),
+        "calls": len(re.findall(r"custom-call\(.*interval_attention_(?:forward|backward)", text)),
         "kernels": len(set(re.findall(r"interval_attention_(?:forward|backward|delta)", text))),
     }
 

@@ -11,6 +11,7 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 from attention_cases import CASES, errors
+from copies_cases import attention_difference
 
 from monoformer_jax.attention import gpu_kernel, gpu_triton
 from monoformer_jax.attention.gpu_kernel import Tile, Tiles
@@ -66,4 +67,5 @@ if __name__ == "__main__":
     # The interpreter has no bfloat16 products; neither has a T4 (7.5), which takes the float32 path.
     run = functools.partial(gpu_kernel.gpu_attention, capability=75, tiles=TILES)
     # Not jitted: a callback of a jitted program can wait for ever for the threads that wait for it.
-    print(json.dumps({name: errors(CASES[name], run, jit=lambda f: f) for name in sys.argv[1:]}))
+    found = {name: errors(CASES[name], run, jit=lambda f: f) for name in sys.argv[1:]}
+    print(json.dumps(found | {"noised copies": attention_difference(run)}))

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +18,7 @@ from monoformer_jax.attention.mask import (
     dense_mask,
     interval_mask,
     mask_area,
+    row_masks,
 )
 from monoformer_jax.errors import require
 from monoformer_jax.parallel import BATCH_AXES, TENSOR_AXIS, current_device
@@ -33,6 +35,7 @@ __all__ = [
     "interval_mask",
     "mask_area",
     "merge",
+    "row_masks",
 ]  # fmt: skip
 
 IMPLEMENTATIONS = ("auto", "dense", "tpu", "gpu")
@@ -79,6 +82,8 @@ def interval_attention(
     run = _runner(choose(q, k, impl, device.platform, device.device_kind), device.device_kind)
     if not mesh.empty and run is not dense_attention:
         run = _on_mesh(run, mesh, q, k)
+    if run is dense_attention:  # one softmax over the union
+        return run(q, k, v, masks)[0]
     parts = [run(q, k, v, one) for one in masks]
     return parts[0][0] if len(parts) == 1 else merge(parts)
 
@@ -124,12 +129,19 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
       parts: output [B, L, N, H] and log-sum-exp float32 [B, L, N] over each range; `EMPTY_LSE`
         where a query sees nothing.
     """
-    outs, lses = (jnp.stack(x) for x in zip(*parts))
+    lses = jnp.stack([lse for _, lse in parts])
     top = jax.lax.stop_gradient(lses.max(0))
     # An empty range has weight exp(EMPTY_LSE - top) = 0; if all are empty, every output is 0 anyway.
     weights = jnp.exp(lses - top)
     weights = weights / weights.sum(0)
-    return (weights[..., None] * outs.astype(jnp.float32)).sum(0).astype(outs.dtype)
+    # As [B, L, N·H], the layout of the kernels; a product with 0 and 1 repeats a weight over a head.
+    *shape, heads, dim = parts[0][0].shape
+    spread = np.repeat(np.eye(heads, dtype=np.float32), dim, axis=1)
+    merged = sum(
+        jnp.matmul(weight, spread, precision="highest") * out.reshape(*shape, -1)
+        for weight, (out, _) in zip(weights, parts)
+    )
+    return merged.astype(parts[0][0].dtype).reshape(*shape, heads, dim)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, masks: tuple[IntervalMask, ...]):

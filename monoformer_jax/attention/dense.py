@@ -14,14 +14,17 @@ EMPTY_LSE = -1e30
 
 
 def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: IntervalMask
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: IntervalMask | tuple[IntervalMask, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Softmax attention over one key range per query; scores and statistics are float32.
 
     Args:
       q: [B, L, N, H]. k, v: [B, S, K, H] with N a multiple of K; query head n uses key/value head
         n // (N // K), and k and v are never repeated.
-      mask: ranges over the S keys.
+      mask: ranges over the S keys, or several masks for their union.
 
     Returns:
       Output [B, L, N, H] in q's dtype and the log-sum-exp of the scaled scores, float32 [B, L, N].

@@ -20,10 +20,22 @@ the end of its image for a PATCH and q + 1 for every other token; PAD sees nothi
 
 Neither start nor stop ever decreases along the row, so the queries that see a key are one range
 too: this is what lets a kernel skip blocks in both passes with two int32 vectors a row.
+
+A document may end with noised copies of its images (`data.noised_copies`). A copy sees its document up
+to its original, and itself: two ranges. `row_masks` returns them as two masks, each with the property
+above, whose union `interval_attention` takes. Here are `<s> <i> T p </i> a </s>` and a copy of its
+image, the second range in the last two columns:
+
+                <s><i> T  p  </i> a </s> T  p    start stop   start stop
+    </s>         1  1  1  1  1  1  1  .  .         0    7       0    0
+    T            1  1  .  .  .  .  .  1  .         7    8       0    2
+    p            1  1  .  .  .  .  .  1  1         7    9       0    2
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -63,10 +75,34 @@ def interval_mask(
     return IntervalMask(jnp.where(token_types == PAD, last_stop, start), last_stop)
 
 
-def dense_mask(mask: IntervalMask, keys: int) -> jax.Array:
-    """Expands the mask to bool [B, L, keys]."""
+def row_masks(
+    fields: Mapping[str, jax.Array], token_types: jax.Array | None = None
+) -> tuple[IntervalMask, ...]:
+    """The masks of packed rows whose union each token sees: one, or two with noised copies.
+
+    Args:
+      fields: token_types, segment_ids, image_ids and prefix_stop of rows [B, L], see `batch`.
+      token_types: int32 [B, L], those that determine the mask; default: those of the rows.
+    """
+    types = fields["token_types"] if token_types is None else token_types
+    segments, images = fields["segment_ids"], fields["image_ids"]
+    mask = interval_mask(types, segments, images)
+    if not fields["prefix_stop"].shape[-1]:
+        return (mask,)
+    prefix = IntervalMask(mask.start, jnp.maximum(fields["prefix_stop"][..., 0], mask.start))
+    copied = prefix.start < prefix.stop
+    index = jnp.arange(images.shape[1], dtype=jnp.int32)
+    before = jnp.pad(images[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    image_start = jax.lax.cummax(jnp.where(images != before, index, 0), axis=1)
+    return IntervalMask(jnp.where(copied, image_start, mask.start), mask.stop), prefix
+
+
+def dense_mask(mask: IntervalMask | tuple[IntervalMask, ...], keys: int) -> jax.Array:
+    """Expands the mask, or the union of masks, to bool [B, L, keys]."""
     key = jnp.arange(keys, dtype=jnp.int32)
-    return (mask.start[..., None] <= key) & (key < mask.stop[..., None])
+    masks = mask if isinstance(mask, tuple) else (mask,)
+    ranges = ((m.start[..., None] <= key) & (key < m.stop[..., None]) for m in masks)
+    return functools.reduce(jnp.logical_or, ranges)
 
 
 class BlockBounds(NamedTuple):
@@ -128,9 +164,10 @@ def query_block_bounds(bounds: BlockBounds, key_blocks: int) -> BlockBounds:
     return BlockBounds(begin, run, jnp.minimum(after, end), end)
 
 
-def mask_area(mask: IntervalMask) -> jax.Array:
-    """Number of visible (query, key) pairs: int32 [B]."""
-    return (mask.stop - mask.start).sum(-1)
+def mask_area(masks: IntervalMask | tuple[IntervalMask, ...]) -> jax.Array:
+    """Number of visible (query, key) pairs of a mask or a union: int32 [B]."""
+    masks = masks if isinstance(masks, tuple) else (masks,)
+    return sum((mask.stop - mask.start).sum(-1) for mask in masks)
 
 
 def check_mask(masks: IntervalMask | tuple[IntervalMask, ...], keys: int) -> None:

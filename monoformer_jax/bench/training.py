@@ -25,7 +25,7 @@ import grain
 import jax
 import numpy as np
 
-from monoformer_jax.attention import interval_mask, mask_area
+from monoformer_jax.attention import mask_area, row_masks
 from monoformer_jax.batch import PAD, PATCH, Batch
 from monoformer_jax.bench.matmul import matmul_tflops, native_dtype
 from monoformer_jax.bench.others import print_others, read_others
@@ -87,8 +87,7 @@ def model_flops(batch: Batch, config: Config) -> float:
     """Model FLOPs of a training step on this batch."""
     c = config.model
     tokens, patches = (batch["token_types"] != PAD).sum(), (batch["token_types"] == PATCH).sum()
-    mask = interval_mask(*(batch[name] for name in ("token_types", "segment_ids", "image_ids")))
-    pairs = np.asarray(mask_area(mask), np.float64).sum()
+    pairs = np.asarray(mask_area(row_masks(batch)), np.float64).sum()
     predicted = (batch["target_weights"] > 0).sum()
     counts = {"tokens": tokens, "pairs": pairs, "patches": patches, "text": predicted}
     return TRAINING * float(get_model(c).flops(c, **counts))

@@ -8,6 +8,12 @@
 
 Each position has its target token (`-`: none, weight 0), so after packing no loss crosses a document
 boundary.
+
+With `noised_copies`, an image to generate that more than the end of the document follows stays clean in
+its place, and is trained on a copy of its TIME and PATCH tokens behind the document, with the same
+positions. The copy sees what precedes the image, and itself; nothing sees the copy:
+
+    <s> a <|im_start|> T p p <|im_end|> b </s>   T' p' p'     prefix_stop of T' and p': 3
 """
 
 from __future__ import annotations
@@ -96,6 +102,7 @@ def build_document(
     layout: TokenLayout,
     *,
     text_beside_images: bool = True,
+    noised_copies: bool = False,
     closing: Sequence[int] | None = None,
     after: Document | None = None,
     before: Sequence[int] = (),
@@ -108,6 +115,8 @@ def build_document(
       tokenizer: see `data.tokenizer`.
       layout: token layout of the model.
       text_beside_images: False: no text loss in a document with a denoised image.
+      noised_copies: train images that something follows on copies, see the module docstring; the
+        layout must have them.
       closing: ids of the last tokens, default </s>; [] for a prompt to be continued.
       after: the document that this one continues: no <s> is added, positions and image ids
         continue, and <|im_start|> is not repeated if `after` ends with it.
@@ -121,11 +130,15 @@ def build_document(
     pieces = [] if after is not None else [_text([tokenizer.bos_id])]
     begun = after is not None and int(after["tokens"][-1]) == tokenizer.im_start_id
     images = 0 if after is None else int(after["image_ids"].max())
-    for part in _joined(parts):
+    joined, copied = _joined(parts), []
+    for number, part in enumerate(joined, 1):
         if isinstance(part, Image | Features):
             if not begun:
                 pieces.append(_text([tokenizer.im_start_id]))
             images += 1
+            if noised_copies and isinstance(part, Image) and part.denoise and number < len(joined):
+                part = dataclasses.replace(part, denoise=False)
+                copied.append(images)
             piece = _image if isinstance(part, Image) else _features
             pieces += [x | {"image_ids": images} for x in piece(part, tokenizer, layout)]
             pieces.append(_text([tokenizer.im_end_id]))
@@ -143,11 +156,23 @@ def build_document(
     # Whether each token is to be predicted; then, shifted by one, whether each position has a target.
     learned = (document["token_types"] == TEXT) & (document["target_weights"] > 0)
     learned = np.append(learned[1:], False)
-    if not text_beside_images and document["denoise"].any():
+    if not text_beside_images and (copied or document["denoise"].any()):
         learned[:] = False
     document["targets"] = np.append(document["tokens"][1:], tokenizer.pad_id).astype(np.int32)
     document["target_weights"] = learned.astype(np.float32)
-    return document
+    copies = [_copy(document, image, images + n) for n, image in enumerate(copied, 1)]
+    return concatenate([document, *copies]) if copies else document
+
+
+def _copy(document: Document, image: int, number: int) -> Document:
+    """The noised copy of an image, which becomes image `number` of the document."""
+    places = np.flatnonzero(document["image_ids"] == image)
+    copy = select(document, places)
+    copy["image_ids"][:] = number
+    copy["denoise"][:] = True
+    copy["prefix_stop"][:] = places[0]
+    copy["target_weights"][:] = 0
+    return copy
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

@@ -216,7 +216,10 @@ def build_documents(
             parts = draw_prompts(source.to_parts(example, rng), rng, 0.0, c.end_of_prompt)
         except (BadExample, OSError):  # training skips and counts it
             continue
-        document = build_document(parts, tokenizer, layout, text_beside_images=text_beside_images)
+        document = build_document(
+            parts, tokenizer, layout, text_beside_images=text_beside_images,
+            noised_copies=c.noised_copies,
+        )  # fmt: skip
         yield parts, document
 
 

@@ -350,8 +350,9 @@ class _ToDocument:
             return Skipped(reason, f"example {number} of {self.name}", str(error))
         parts = draw_prompts(parts, rng, c.prompt_dropout, c.end_of_prompt)
         document = build_document(
-            parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images
-        )
+            parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images,
+            noised_copies=c.noised_copies,
+        )  # fmt: skip
         if not self.layout.has_text and not document["denoise"].any():
             tokens, token_types = document["tokens"], document["token_types"]
             raise InputError(

@@ -23,12 +23,14 @@ class Objective:
 
     Attributes:
       sample_times: (key, shape, ObjectiveConfig) -> float32 noise levels of that shape.
+      limit_times: (t, most) -> the noise levels scaled to at most `most`.
       add_noise: (clean, noise, t) -> the noised image.
       loss: (prediction, variance or None, clean, noise, t) -> loss per value.
       solvers: names in `solvers.SOLVERS` that can sample it.
     """
 
     sample_times: Callable[[jax.Array, tuple[int, ...], ObjectiveConfig], jax.Array]
+    limit_times: Callable[[jax.Array, float], jax.Array]
     add_noise: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     loss: Callable[..., jax.Array]
     solvers: tuple[str, ...]
@@ -42,6 +44,10 @@ def _ddpm_times(key, shape, c):
     return ddpm.step_to_t(jax.random.randint(key, shape, 0, ddpm.STEPS))
 
 
+def _limit_ddpm_times(t, most):
+    return ddpm.step_to_t(jnp.floor(ddpm.t_to_step(t) * most).astype(jnp.int32))
+
+
 def _ddpm_noise(clean, noise, t):
     return ddpm.q_sample(clean, noise, ddpm.t_to_step(t), ddpm.make_schedule())
 
@@ -53,9 +59,13 @@ def _hybrid_loss(prediction, variance, clean, noise, t):
 
 OBJECTIVES = {
     "rectified_flow": Objective(
-        rectified_flow.sample_times, rectified_flow.interpolate, _velocity_loss, ("euler", "heun")
+        rectified_flow.sample_times,
+        jnp.multiply,
+        rectified_flow.interpolate,
+        _velocity_loss,
+        ("euler", "heun"),
     ),
-    "ddpm": Objective(_ddpm_times, _ddpm_noise, _hybrid_loss, ("ddpm", "ddim")),
+    "ddpm": Objective(_ddpm_times, _limit_ddpm_times, _ddpm_noise, _hybrid_loss, ("ddpm", "ddim")),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from etils import epath
 
-from monoformer_jax.attention.mask import dense_mask, interval_mask
+from monoformer_jax.attention.mask import dense_mask, row_masks
 from monoformer_jax.batch import PAD, PATCH, Batch, Document, select, unpatchify
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data.held_out import build_documents, is_trained, read_examples
@@ -242,8 +242,8 @@ def thumbnail(values: np.ndarray) -> PIL.Image.Image:
 
 def mask_picture(row: Batch) -> PIL.Image.Image:
     """The attention mask of a row, L × L pixels: query q sees key k where pixel (k, q) is coloured."""
-    fields = (row[name][None] for name in ("token_types", "segment_ids", "image_ids"))
-    mask = np.asarray(dense_mask(interval_mask(*fields), len(row["tokens"])))[0]
+    masks = row_masks({name: values[None] for name, values in row.items()})
+    mask = np.asarray(dense_mask(masks, len(row["tokens"])))[0]
     palette = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in _COLOURS], np.uint8)
     of_query = palette[row["token_types"]][:, None]
     return PIL.Image.fromarray(np.where(mask[..., None], of_query, np.uint8(255)))

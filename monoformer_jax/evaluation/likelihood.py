@@ -81,11 +81,10 @@ class Likelihood:
 
     def _score(self, rows: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
         sampler, config = self._sampler, self._sampler.config
+        layout = config.model.layout  # rows of texts have no fields for training on images
         length = bucket(1 + max(len(ids) for ids, _ in rows))
-        documents = [
-            build_document([], sampler.tokenizer, config.layout, closing=ids) for ids, _ in rows
-        ]
-        empty = contract.empty(config.layout, length, pad_id=sampler.tokenizer.pad_id)
+        documents = [build_document([], sampler.tokenizer, layout, closing=ids) for ids, _ in rows]
+        empty = contract.empty(layout, length, pad_id=sampler.tokenizer.pad_id)
         documents += [empty] * (self._rows - len(rows))
         batch = contract.stack(documents, length, sampler.tokenizer.pad_id)
         first = np.array([place for _, place in rows] + [length] * (self._rows - len(rows)))

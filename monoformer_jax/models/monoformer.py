@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from monoformer_jax.attention import IntervalMask, interval_mask
+from monoformer_jax.attention import IntervalMask, interval_mask, row_masks
 from monoformer_jax.batch import PAD, PATCH, TIME, Batch, image_block, text_block
 from monoformer_jax.config import TokenLayout, at_least, one_of, positive
 from monoformer_jax.errors import require
@@ -149,7 +149,7 @@ class MonoFormer(nnx.Module):
         self,
         inputs: Mapping[str, jax.Array],
         times: jax.Array,
-        mask: IntervalMask,
+        mask: IntervalMask | tuple[IntervalMask, ...],
         cache: KVCache | None = None,
         adapters: Mapping[str, Any] | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -161,7 +161,7 @@ class MonoFormer(nnx.Module):
             noised where `denoise` is set. With a vision encoder, features [B, L, F] at the patches
             of conditioning images.
           times: float [B, I], noise level of each image of the row; image i is times[:, i - 1].
-          mask: key ranges over the L tokens, or over the cache slots.
+          mask: key ranges over the L tokens, or over the cache slots; of several masks the union.
           cache: the tokens are appended to it, from cache.index on.
           adapters: scaled adapters of the decoder blocks, see `nn.lora`.
 
@@ -236,7 +236,7 @@ def bind(c: MonoFormerConfig, params: dict) -> MonoFormer:
 
 
 def attention_mask(c: MonoFormerConfig, inputs: Mapping[str, jax.Array]) -> IntervalMask:
-    """Returns the key range of each token of packed rows, see `attention.mask`."""
+    """Returns the key range of each token of rows without noised copies, see `attention.mask`."""
     token_types = _model_class(c).mask_token_types(c, inputs)
     return interval_mask(token_types, inputs["segment_ids"], inputs["image_ids"])
 
@@ -302,7 +302,8 @@ def forward(
     """
     model, layers = _bind(c, params)
     inputs = {**batch, "patches": x_t}
-    hidden, _ = model(inputs, times, attention_mask(c, batch), adapters=layers)
+    mask = row_masks(batch, _model_class(c).mask_token_types(c, batch))
+    hidden, _ = model(inputs, times, mask, adapters=layers)
     return Outputs(*model.image_output(hidden, batch["image_ids"], times), hidden)
 
 

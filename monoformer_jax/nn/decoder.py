@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: IntervalMask,
+        mask: IntervalMask | tuple[IntervalMask, ...],
         cache: KVCache | None = None,
         input_bias: jax.Array | None = None,
         adapters: Adapters | None = None,

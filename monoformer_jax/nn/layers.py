@@ -166,7 +166,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         positions: jax.Array,
-        mask: IntervalMask,
+        mask: IntervalMask | tuple[IntervalMask, ...],
         cache=None,
         index=None,
         adapters=None,

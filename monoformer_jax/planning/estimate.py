@@ -290,7 +290,7 @@ def _kernels(
         return {}
     rows = config.batch_size // config.optimizer.grad_accum_steps // batch_shards(mesh)
     try:
-        return kernel_seconds(config.model, mesh, topology, feed.content.mask, rows)
+        return kernel_seconds(config.model, mesh, topology, feed.content.masks, rows)
     except RuntimeError as error:  # a compiler whose dump is another
         print(f"WARNING: attention kernels count as 0 ms: {error}", file=sys.stderr, flush=True)
         return {}

@@ -149,12 +149,14 @@ def bundles(name: str, schedule: Schedule, mask, plan: Plan) -> float:
     return float(steps + loops.sum()) / rows
 
 
-def kernel_seconds(c, mesh: Mesh, topology: str, mask: IntervalMask, rows: int) -> dict[str, float]:
+def kernel_seconds(
+    c, mesh: Mesh, topology: str, masks: tuple[IntervalMask, ...], rows: int
+) -> dict[str, float]:
     """Seconds of one call of each attention kernel on a device, by the kernel's name.
 
     Args:
       c: config of a transformer, see `nn.config.DecoderConfig`.
-      mask: rows as they are trained on, [n, L]; the mean of them is taken.
+      masks: of rows as they are trained on, [n, L]; one call each, of which the mean is taken.
       rows: rows of a call on a device.
 
     Raises:
@@ -166,14 +168,14 @@ def kernel_seconds(c, mesh: Mesh, topology: str, mask: IntervalMask, rows: int) 
     heads = Heads(
         c.head_dim, c.num_heads // c.num_kv_heads, 2 if c.head_dim == 64 < 64 * kv_heads else 1
     )
-    length = mask.start.shape[1]
+    length = masks[0].start.shape[1]
     plan = plan_blocks(heads, length, length, jnp.dtype(c.dtype).itemsize, kind)
     schedules = compile_and_dump(name, heads, length, c.dtype)
     # Head blocks and rows are shared by the cores of a device.
     calls = rows * -(-kv_heads // heads.pair) / chip.cores
     return {
-        f"interval_attention_{one}": bundles(one, schedules[one], mask, plan)
-        * calls / (chip.clock_ghz * 1e9)
+        f"interval_attention_{one}": sum(bundles(one, schedules[one], m, plan) for m in masks)
+        / len(masks) * calls / (chip.clock_ghz * 1e9)
         for one in PASSES
     }  # fmt: skip
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from monoformer_jax.attention import IntervalMask, interval_mask
-from monoformer_jax.batch import PAD, PATCH, TEXT, TIME
+from monoformer_jax.attention import IntervalMask, mask_area, row_masks
+from monoformer_jax.batch import PAD, PATCH, TEXT, TIME, Batch
 from monoformer_jax.models import get_model
 
 PROMPT = 16  # tokens of the prompt of an image where the data is not known
@@ -20,30 +20,21 @@ class Rows:
     """Packed rows, [n, L] each.
 
     Args:
-      token_types, segment_ids, image_ids: see `batch.FIELDS`.
+      token_types, masks: of the tokens, see `batch.FIELDS` and `attention.mask.row_masks`.
+      images: mean number of images of a row.
       text: bool, whether the token has a text target.
       assumed: whether the rows are not of the data, see `assumed_rows`.
     """
 
     token_types: np.ndarray
-    segment_ids: np.ndarray
-    image_ids: np.ndarray
+    masks: tuple[IntervalMask, ...]
+    images: float
     text: np.ndarray
     assumed: bool
 
     @property
     def real_token_share(self) -> float:
         return float((self.token_types != PAD).mean())
-
-    @property
-    def images(self) -> float:
-        """Mean images of a row."""
-        return float(self.image_ids.max(-1).mean())
-
-    @property
-    def mask(self) -> IntervalMask:
-        mask = interval_mask(self.token_types, self.segment_ids, self.image_ids)
-        return IntervalMask(np.asarray(mask.start), np.asarray(mask.stop))
 
     def flops(self, c: Any, batch_size: int) -> float:
         """Useful model FLOPs of a step: real tokens, visible pairs and text targets; no remat.
@@ -52,22 +43,26 @@ class Rows:
           c: config of the model.
           batch_size: rows of a step.
         """
-        mask, rows = self.mask, batch_size / len(self.token_types)
+        rows = batch_size / len(self.token_types)
         forward = get_model(c).flops(
             c,
             tokens=int((self.token_types != PAD).sum()),
-            pairs=int((mask.stop - mask.start).sum()),
+            pairs=int(np.asarray(mask_area(self.masks)).sum()),
             patches=int((self.token_types == PATCH).sum()),
             text=int(self.text.sum()),
         )
         return TRAINING * forward * rows
 
 
-def rows_of(batches: list) -> Rows:
+def rows_of(batches: list[Batch]) -> Rows:
     """The rows of batches of the data."""
-    names = ("token_types", "segment_ids", "image_ids", "target_weights")
-    *fields, weights = (np.concatenate([batch[name] for batch in batches]) for name in names)
-    return Rows(*fields, weights > 0, False)
+    return _rows({name: np.concatenate([b[name] for b in batches]) for name in batches[0]}, False)
+
+
+def _rows(fields: Batch, assumed: bool) -> Rows:
+    masks = tuple(IntervalMask(np.asarray(m.start), np.asarray(m.stop)) for m in row_masks(fields))
+    images = float(fields["image_ids"].max(-1).mean())
+    return Rows(fields["token_types"], masks, images, fields["target_weights"] > 0, assumed)
 
 
 def assumed_rows(length: int, image: int, times: int) -> Rows:
@@ -90,10 +85,11 @@ def assumed_rows(length: int, image: int, times: int) -> Rows:
 
     is_image = document != TEXT
     token_types = row([document] * count)
-    return Rows(
-        token_types,
-        row([np.full(len(document), n) for n in numbers]),
-        row([n * is_image for n in numbers]),
-        token_types == TEXT,
-        True,
-    )
+    fields = {
+        "token_types": token_types,
+        "segment_ids": row([np.full(len(document), n) for n in numbers]),
+        "image_ids": row([n * is_image for n in numbers]),
+        "prefix_stop": np.zeros((1, length, 0), np.int32),
+        "target_weights": token_types == TEXT,
+    }
+    return _rows(fields, True)

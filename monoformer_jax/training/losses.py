@@ -45,7 +45,11 @@ def draw_noise(time_key: jax.Array, noise_key: jax.Array, batch: Batch, config: 
     """Draws noise levels and noise for a batch, from one key each."""
     denoised = denoised_images(batch, config.max_images)
     c = config.objective
-    times = get_objective(c).sample_times(time_key, denoised.shape, c)
+    objective = get_objective(c)
+    times = objective.sample_times(time_key, denoised.shape, c)
+    if c.noise_limit < 1:
+        limited = objective.limit_times(times, c.noise_limit)
+        times = jnp.where(continued_images(batch, config.max_images), limited, times)
     noise = jax.random.normal(noise_key, batch["patches"].shape)
     return Noise(jnp.where(denoised, times, 0.0), noise)
 
@@ -54,6 +58,17 @@ def denoised_images(batch: Batch, images: int) -> jax.Array:
     """Bool [B, I], which images of each row are denoised."""
     image_of = image_one_hot(batch["image_ids"], images, jnp.float32)
     return jnp.einsum("BL,BLI->BI", batch["denoise"], image_of) > 0
+
+
+def continued_images(batch: Batch, images: int) -> jax.Array:
+    """Bool [B, I], which images of each row more follows than <|im_end|> and </s>."""
+    segments = batch["segment_ids"]
+    index, length = jnp.arange(segments.shape[1]), segments.shape[1]
+    after = jnp.pad(segments[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    last = jax.lax.cummin(jnp.where(segments != after, index, length), axis=1, reverse=True)
+    image_of = image_one_hot(batch["image_ids"], images, jnp.float32)
+    near_the_end = jnp.einsum("BL,BLI->BI", last - index <= 2, image_of)
+    return (near_the_end == 0) & (image_of.sum(1) > 0)
 
 
 def loss_normalizers(batch: Batch, noise: Noise) -> LossNormalizers:
