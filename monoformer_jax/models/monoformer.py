@@ -2,7 +2,7 @@
 
     TEXT   token embedding
     TIME   projected embedding of the image's noise level
-    PATCH  linear in the (noised) patch values, plus a 2-D sin-cos position
+    PATCH  linear in the (noised) patch values, or a U-Net; plus a 2-D sin-cos position
       └─> decoder under the interval mask ─┬─> text head   logits [B, L, V]
                                            └─> image head  prediction [B, L, P], and P of its variance
 
@@ -15,6 +15,7 @@ The functions below the classes implement the model interface, see `models`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,14 @@ class MonoFormerConfig(DecoderConfig):
     vocab_size: int = 262  # of the tokenizer; embedding tables are padded to a multiple of 128
     channels: int = 1  # channels of the image or latent
     patch_size: int = 2
+    # "linear" embeds and predicts each patch by itself, "unet" with the image around it, for patches of
+    # 2, 4 or 8: see models/patch_codec.py.
+    patch_codec: str = "linear"
+    # Of the U-Net: channels at full resolution (twice as many below), blocks of a level on each side,
+    # and patches of the largest image, (data.image_size / patch_size) squared.
+    codec_dim: int = 64
+    codec_blocks: int = 1
+    max_patches: int = 0
     feature_dim: int = 0  # feature size of the vision encoder for conditioning images; 0: none
     # The image head's last layer starts at zero, as in DiT (arXiv 2212.09748).
     zero_image_head: bool = False
@@ -78,19 +87,49 @@ class MonoFormerConfig(DecoderConfig):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "model", "vocab_size", "channels", "patch_size")
-        at_least(self, "model", 0, "feature_dim")
+        at_least(self, "model", 0, "feature_dim", "max_patches")
+        one_of("model.patch_codec", self.patch_codec, ("linear", "unet"))
+        if self.patch_codec == "unet":
+            self._check_unet()
+        else:
+            require(
+                not self.max_patches,
+                f"model.max_patches={self.max_patches} is for model.patch_codec='unet'",
+            )
         require(
             self.embed_dim % 4 == 0,
             f"model.embed_dim={self.embed_dim} must be a multiple of 4 for the 2-D position embedding",
         )
+
+    def _check_unet(self) -> None:
+        positive(self, "model", "codec_dim", "codec_blocks")
+        require(
+            self.patch_size in (2, 4, 8),
+            f"model.patch_codec='unet' takes model.patch_size 2, 4 or 8, not {self.patch_size}",
+        )
+        require(
+            self.max_patches > 0 and self.side**2 == self.max_patches,
+            f"model.patch_codec='unet' needs model.max_patches, the patches of the largest image, a "
+            f"square number; it is {self.max_patches}",
+        )
+        require(
+            self.original == OriginalConfig(),
+            "model.patch_codec='unet' takes no variant of model.original",
+        )
+
+    @property
+    def side(self) -> int:
+        """Patches of a side of the largest image of the U-Net."""
+        return math.isqrt(self.max_patches)
 
     @property
     def layout(self) -> TokenLayout:
         """Token layout, for data, batches and packing."""
         time_tokens = 1 if self.original.time_conditioning == "token" else 0
         return TokenLayout(
-            self.vocab_size, self.channels, self.patch_size, time_tokens, self.feature_dim
-        )
+            self.vocab_size, self.channels, self.patch_size, time_tokens, self.feature_dim,
+            max_patches=self.max_patches,
+        )  # fmt: skip
 
     @property
     def padded_vocab(self) -> int:
@@ -128,7 +167,7 @@ class MonoFormer(nnx.Module):
         self.config = c
         V, D = c.padded_vocab, c.embed_dim
         self.token_embedding = parameter(rngs, (V, D), ("vocab", "embed"), 1.0)
-        self.patch_embedding = Linear(c.layout.patch_dim, D, (None, "embed_out"), rngs=rngs)
+        self.patch_embedding = self.make_patch_embedding(rngs)
         self.time_embedding = TimeEmbedding(D, rngs)
         self.init_time(rngs)
         if c.feature_dim:
@@ -141,7 +180,11 @@ class MonoFormer(nnx.Module):
         D = self.config.embed_dim
         self.time_token = Projector(D, D, ("embed", "embed_out"), rngs)
 
-    def make_image_head(self, rngs: nnx.Rngs) -> ImageHead:
+    def make_patch_embedding(self, rngs: nnx.Rngs) -> nnx.Module:
+        c = self.config
+        return Linear(c.layout.patch_dim, c.embed_dim, (None, "embed_out"), rngs=rngs)
+
+    def make_image_head(self, rngs: nnx.Rngs) -> nnx.Module:
         c = self.config
         return ImageHead(c.embed_dim, c.output_dim, rngs, c.zero_image_head)
 
@@ -209,6 +252,23 @@ class MonoFormer(nnx.Module):
         """Returns the token types that determine the mask, int32 [B, L]."""
         return inputs["token_types"]
 
+    def predict(
+        self,
+        inputs: Mapping[str, jax.Array],
+        times: jax.Array,
+        mask: IntervalMask | tuple[IntervalMask, ...],
+        cache: KVCache | None = None,
+        adapters: Mapping[str, Any] | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Runs the model and its image head; arguments as above.
+
+        Returns:
+          Hidden states [B, L, D]; prediction float32 [B, L, P] and variance or None, valid at PATCH
+          tokens only.
+        """
+        hidden, _ = self(inputs, times, mask, cache, adapters)
+        return hidden, *self.image_output(hidden, inputs["image_ids"], times)
+
     def image_output(self, hidden: jax.Array, image_ids: jax.Array, times: jax.Array):
         """Returns prediction float32 [B, L, P] and variance or None, valid at PATCH tokens only."""
         image_of = image_one_hot(image_ids, times.shape[1], hidden.dtype)
@@ -219,6 +279,10 @@ class MonoFormer(nnx.Module):
 
 
 def _model_class(c: MonoFormerConfig) -> type[MonoFormer]:
+    if c.patch_codec == "unet":
+        from monoformer_jax.models.patch_codec import UNetMonoFormer  # imports this module
+
+        return UNetMonoFormer
     if c.original == OriginalConfig():
         return MonoFormer
     from monoformer_jax.models.original import OriginalMonoFormer  # imports this module
@@ -281,8 +345,12 @@ def flops(c: MonoFormerConfig, *, tokens: int = 0, pairs: int = 0, patches: int 
       patches: number of patches that are embedded and predicted by the image head.
       text: number of tokens whose next token is predicted.
     """
-    heads = patches * (c.layout.patch_dim + c.output_dim) + text * c.vocab_size
-    return DecoderConfig.flops(c, tokens, pairs) + 2 * c.embed_dim * heads
+    flops = DecoderConfig.flops(c, tokens, pairs) + 2 * c.embed_dim * text * c.vocab_size
+    if c.patch_codec == "unet":
+        from monoformer_jax.models.patch_codec import codec_flops
+
+        return flops + patches * codec_flops(c)
+    return flops + 2 * c.embed_dim * patches * (c.layout.patch_dim + c.output_dim)
 
 
 def recomputed_flops(c: MonoFormerConfig, tokens: int) -> int:
@@ -303,8 +371,8 @@ def forward(
     model, layers = _bind(c, params)
     inputs = {**batch, "patches": x_t}
     mask = row_masks(batch, _model_class(c).mask_token_types(c, batch))
-    hidden, _ = model(inputs, times, mask, adapters=layers)
-    return Outputs(*model.image_output(hidden, batch["image_ids"], times), hidden)
+    hidden, *image = model.predict(inputs, times, mask, adapters=layers)
+    return Outputs(*image, hidden)
 
 
 def text_head(c: MonoFormerConfig, params: dict) -> jax.Array:
@@ -386,8 +454,7 @@ def denoise(
     inputs["patches"] = jnp.pad(x_t, ((0, 0), (first, 0), (0, 0)))
     stop = state.cache.index + attention_mask(c, inputs).stop
     mask = IntervalMask(jnp.broadcast_to(state.starts[:, None], stop.shape), stop)
-    hidden, _ = model(inputs, times[:, None], mask, state.cache, layers)
-    prediction, variance = model.image_output(hidden, inputs["image_ids"], times[:, None])
+    _, prediction, variance = model.predict(inputs, times[:, None], mask, state.cache, layers)
     return prediction[:, first:], None if variance is None else variance[:, first:]
 
 

@@ -20,7 +20,7 @@ from monoformer_jax.files import atomic_folder
 from monoformer_jax.models import get_model
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, write_safetensors
-from monoformer_jax.pretrained.model import FORMATS, OURS, key_table, open_pretrained
+from monoformer_jax.pretrained.model import OURS, format_of, key_table, open_pretrained
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.weights import load_trained
@@ -162,8 +162,7 @@ def write_safetensors_folder(
     """Writes config.json, model.safetensors, ema/ and the tokenizer in the original's format."""
     c = weights.config
     values = {}
-    if c.model.kind in FORMATS:
-        form = FORMATS[c.model.kind]
+    if form := format_of(c.model):
         values = form.write_config(c.model, c.data.image_size, c.data.max_seq_len)
     values[OURS] = c.to_dict()  # for the settings without a key in the published config.json
     with atomic_folder(to) as folder:

@@ -34,14 +34,19 @@ _NEW_ROW_STDDEV = 0.02  # LLaMA's initializer_range
 FORMATS: dict[str, ModuleType] = {"monoformer": original}
 
 
+def format_of(c: Any) -> ModuleType | None:
+    """The entry of `FORMATS` of a model's config; None without one, and for a U-Net patch codec."""
+    return FORMATS.get(c.kind) if getattr(c, "patch_codec", "linear") == "linear" else None
+
+
 def key_table(c: Any) -> list[Entry]:
     """An entry for every parameter of a model.
 
     Args:
       c: config of the model.
     """
-    if c.kind in FORMATS:
-        return FORMATS[c.kind].table(c)
+    if form := format_of(c):
+        return form.table(c)
     shapes = jax.eval_shape(lambda: get_model(c).init(c, jax.random.key(0)))
     return [Entry(path, path.replace("/", ".")) for path in by_path(shapes)]
 
