@@ -81,6 +81,8 @@ class ObjectiveConfig:
         "rectified_flow"  # predicts velocity; or "ddpm": predicts noise; see `diffusion.objectives`
     )
     learn_sigma: bool = False  # the image head also predicts the variance, as in improved DDPM
+    # Noise schedule of "ddpm", with which it is also sampled: "linear" or "cosine" (arXiv 2102.09672).
+    beta_schedule: str = "linear"
     # The highest noise level of an image that more follows than the end of its document, which then
     # sees it noised (Transfusion, arXiv 2408.11039: 0.5): the levels are scaled by it. 1: no limit.
     # data.noised_copies shows such images clean instead.
@@ -144,6 +146,10 @@ class DataConfig:
     # streams of its rows; there must be at least one for each. 0: see `Config.streams`.
     streams: int = 0
     image_size: int = 8  # image side in pixels (or latent values)
+    # Probability that an image to generate stands before its caption, which is then read from it, in
+    # examples of one caption and one image (Transfusion, arXiv 2408.11039: 0.2). See
+    # objective.noise_limit and data.noised_copies for what the caption sees.
+    image_first: float = 0.0
     prompt_dropout: float = 0.1  # probability of dropping a prompt, for classifier-free guidance
     # End a prompt with </s> in training and sampling, which marks it as complete. The released weights
     # and the digits were trained without it.
@@ -162,7 +168,7 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "data", "max_seq_len", "packing_buffer", "image_size")
-        for name in ("prompt_dropout", "max_bad_fraction"):
+        for name in ("prompt_dropout", "max_bad_fraction", "image_first"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} is not between 0 and 1")
         require(
@@ -277,12 +283,14 @@ class SamplingConfig:
     fid_guidance_low: float = 0.0
     fid_guidance_high: float = 1.0
     shift: float = 0.0  # shift of the time grid; 0: objective.shift, that of training
+    beta_schedule: str = ""  # noise schedule of "ddpm" and "ddim"; "": objective.beta_schedule
     clip: bool = (
         False  # clip the clean image that DDPM predicts to [-1, 1]; for pixels, not latents
     )
 
     def __post_init__(self):
         one_of("sampling.guidance_channels", self.guidance_channels, ("all", "first_three"))
+        one_of("sampling.beta_schedule", self.beta_schedule, ("", "linear", "cosine"))
         positive(self, "sampling", "steps", "guidance", "image_guidance")
         at_least(self, "sampling", 0, "shift", "fid_guidance")
         require(self.steps <= 1000, f"sampling.steps={self.steps} must be 1000 or less")
@@ -471,9 +479,13 @@ class Config:
         return self.data.max_seq_len // self.image_tokens
 
     def image_sampling(self, sampling: SamplingConfig | None = None) -> SamplingConfig:
-        """Sampling settings, by default the config's, with the shift of training if they have none."""
+        """Sampling settings, by default the config's, with those of training where they have none."""
         sampling = self.sampling if sampling is None else sampling
-        return dataclasses.replace(sampling, shift=sampling.shift or self.objective.shift)
+        return dataclasses.replace(
+            sampling,
+            shift=sampling.shift or self.objective.shift,
+            beta_schedule=sampling.beta_schedule or self.objective.beta_schedule,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested values, the inverse of `models.make_config`."""

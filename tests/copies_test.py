@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from copies_cases import LAYOUT, MODEL, TOKENIZER
+from fixtures import drawn_params
 
 import monoformer_jax.attention as attention
 from monoformer_jax import batch as contract
@@ -50,7 +51,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    return monoformer.init(MODEL, jax.random.key(0))
+    return drawn_params(MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -60,11 +60,11 @@ def test_invalid_respacing_raises(sections):
         ddpm.make_schedule(sections)
 
 
-@pytest.mark.parametrize("learned", [True, False])
-def test_samplers_recover_a_known_image(learned):
+@pytest.mark.parametrize("learned, betas", [(True, "linear"), (False, "linear"), (False, "cosine")])
+def test_samplers_recover_a_known_image(learned, betas):
     """With the exact ε of every x_k, each sampler ends at the image, whatever noise is sampled."""
     image = jnp.linspace(-0.9, 0.9, 8)
-    whole = ddpm.make_schedule()
+    whole = ddpm.make_schedule(beta_schedule=betas)
     products = jnp.asarray(whole.alphas_cumprod, jnp.float32)
 
     def predict(x, t):
@@ -76,7 +76,7 @@ def test_samplers_recover_a_known_image(learned):
 
     noise = draw(0)
     for sections in (1, 20, "ddim25", 1000):
-        grid = make_time_grid("ddpm", sections)
+        grid = make_time_grid("ddpm", sections, beta_schedule=betas)
         drawn, seen = solve("ddpm", predict, noise, grid, draw=draw, clip=True)
         np.testing.assert_allclose(drawn, image, atol=1e-3)
         np.testing.assert_allclose(seen, image, atol=1e-3)

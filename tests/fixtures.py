@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -174,3 +175,14 @@ def random_params(config):
     for token in (ByteTokenizer().im_start_id, ByteTokenizer().eos_id):
         head = head.at[:, token].multiply(4.0)
     return params | {"text_head": head}
+
+
+def drawn_params(c):
+    """Random parameters, of which none has a special value, without compiling their initialization."""
+    rng = np.random.default_rng(1)
+
+    def draw(x):
+        stddev = math.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.1
+        return jnp.asarray(stddev * rng.normal(size=x.shape) + (x.ndim == 1), jnp.float32)
+
+    return jax.tree.map(draw, jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0))))

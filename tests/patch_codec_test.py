@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import run
+from fixtures import drawn_params, run
 
 from monoformer_jax import batch as contract
 from monoformer_jax import convert
@@ -40,15 +39,9 @@ def shown(seed, height, width, denoise=True):
 
 @functools.cache
 def made(patch_size):
-    """Config and random parameters, of which none has a special value."""
-    c, rng = model(patch_size, predict_variance=patch_size == 4), np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda: monoformer.init(c, jax.random.key(0)))
-
-    def draw(x):
-        stddev = math.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.1
-        return jnp.asarray(stddev * rng.normal(size=x.shape) + (x.ndim == 1), jnp.float32)
-
-    return c, jax.tree.map(draw, shapes)
+    """Config and random parameters."""
+    c = model(patch_size, predict_variance=patch_size == 4)
+    return c, drawn_params(c)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,15 +10,18 @@ import pytest
 from conftest import ROOT
 
 from monoformer_jax.cli import load_config
-from monoformer_jax.config import SamplingConfig
+from monoformer_jax.config import ObjectiveConfig, SamplingConfig
+from monoformer_jax.data.documents import Image, Prompt, draw_order
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
+from monoformer_jax.diffusion.ddpm import make_schedule
+from monoformer_jax.diffusion.objectives import get_objective
 from monoformer_jax.diffusion.rectified_flow import shift_times
 from monoformer_jax.errors import InputError
 from monoformer_jax.models import monoformer
 from monoformer_jax.pretrained.monoformer import write_config
 from monoformer_jax.sampling.image import denoise_settings, fid_sampling
-from monoformer_jax.training.losses import draw_noise, loss_fn, loss_normalizers
+from monoformer_jax.training.losses import continued_images, draw_noise, loss_fn, loss_normalizers
 from monoformer_jax.training.optimizer import make_optimizer
 from monoformer_jax.training.text_loss import text_loss
 
@@ -161,3 +164,81 @@ def test_text_weight_does_not_slow_what_the_text_loss_alone_trains(change, input
     assert size == pytest.approx(1, abs=1e-3) and cosine > 0.999
     size, cosine = compare(lambda tree: tree["decoder"]["layers"]["mlp"]["up"])
     assert 0.9 < size < 1.1 and cosine < 0.9
+
+
+TRANSFUSION = f"{ROOT}/configs/transfusion_7b.py"
+
+
+@pytest.mark.parametrize("size", ["0.16b", "0.37b", "0.76b", "1.4b", "7b"])
+def test_the_sizes_of_transfusion_have_the_parameters_of_their_names(size):
+    """Without the U-Net, which has 0.27 B in the paper."""
+    config = load_config(f"{TRANSFUSION}:{size}", [])
+    shapes = jax.eval_shape(lambda: monoformer.init(config.model, jax.random.key(0)))
+    count = {k: sum(x.size for x in jax.tree.leaves(v)) for k, v in shapes.items()}
+    named = 1e9 * float(size[:-1])
+    text = count["decoder"] + count["token_embedding"] + count["text_head"]
+    assert abs(text - named) < 0.05 * named
+    codec = count["patch_embedding"] + count["image_head"]
+    assert 0.25e9 < codec < 0.35e9
+    tokens = config.batch_size * config.data.max_seq_len * config.steps
+    assert abs(tokens - (2e12 if size == "7b" else 0.5e12)) < 0.01 * tokens
+
+
+def test_the_recipe_of_transfusion():
+    config = load_config(f"{TRANSFUSION}:tiny", [])
+    assert (config.loss.image_weight, config.loss.text_weight) == (5, 1)
+    assert config.image_sampling().beta_schedule == "cosine"
+    flow = ["--config.objective.kind=rectified_flow", "--config.objective.beta_schedule=linear",
+            "--config.sampling.solver=heun", "--config.sampling.steps=50"]  # fmt: skip
+    clean = ["--config.objective.noise_limit=1", "--config.data.noised_copies=True"]
+    linear = ["--config.model.patch_codec=linear", "--config.model.max_patches=0"]
+    load_config(f"{TRANSFUSION}:tiny", flow + clean + linear)
+    for overrides in (
+        flow[:1] + flow[2:],
+        clean[1:],
+        linear[:1],
+    ):  # one half of a choice is refused
+        with pytest.raises(InputError):
+            load_config(f"{TRANSFUSION}:tiny", overrides)
+    with pytest.raises(InputError, match="there is no size '3b'; there are 7b, "):
+        load_config(f"{TRANSFUSION}:3b", [])
+    batch = next(Batches(config, ByteTokenizer()).iterator)
+    noise = draw_noise(*jax.random.split(jax.random.key(1)), batch, config)
+    limited = continued_images(batch, config.max_images) & (noise.times > 0)
+    assert limited.any() and (noise.times[limited] < 0.5).all() and (noise.times > 0.5).any()
+
+
+def test_an_image_stands_before_its_caption_in_a_share_of_the_pairs():
+    image = Image(np.zeros((4, 4, 1), np.float32), denoise=True)
+    shown = dataclasses.replace(image, denoise=False)
+    rng, pair, seen = np.random.default_rng(0), [Prompt(("a cat", "one cat")), image], []
+    for _ in range(400):
+        parts = draw_order(pair, rng, 0.25)
+        assert len(parts) == 2 and any(part is image for part in parts)
+        seen.append(parts[0] if isinstance(parts[0], Prompt) else parts[1])
+    behind = [part for part in seen if isinstance(part, str)]
+    assert set(behind) == {"a cat", "one cat"} and 70 < len(behind) < 130
+    for other in (["text"], [shown, "what it shows"], [Prompt(("a",)), shown], [image, *pair]):
+        assert draw_order(other, rng, 1.0) == other
+    # No random number is drawn without it: other configs get the same batches.
+    state = rng.bit_generator.state
+    assert draw_order(pair, rng, 0.0) == pair and rng.bit_generator.state == state
+
+
+def test_sampling_has_the_noise_schedule_of_training(change):
+    config = change(objective={"kind": "ddpm", "beta_schedule": "cosine"},
+                    sampling={"solver": "ddpm"})  # fmt: skip
+    steps = SamplingConfig("ddim", steps=250)
+    grid = denoise_settings(config.image_sampling(steps))[0]
+    want = make_schedule(250, "cosine")
+    np.testing.assert_array_equal(grid.schedule.alphas_cumprod[:250], want.alphas_cumprod)
+    t = jnp.array([[[0.4]]])
+    x = get_objective(config.objective).add_noise(jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1)), t)
+    share = np.cos((401 / 1000 + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)
+    np.testing.assert_allclose(x.item(), share, rtol=1e-6)
+    for wrong, message in (
+        ({"beta_schedule": "cosine"}, r"beta_schedule='cosine' is for objective\.kind='ddpm'"),
+        ({"kind": "ddpm", "beta_schedule": "square"}, "is none of linear, cosine"),
+    ):
+        with pytest.raises(InputError, match=message):
+            get_objective(ObjectiveConfig(**wrong))

@@ -13,10 +13,11 @@ from monoformer_jax.batch import PATCH, stack
 from monoformer_jax.config import SamplingConfig
 from monoformer_jax.data.documents import Image, build_document
 from monoformer_jax.diffusion.guidance import Guidance, classifier_free_guidance
-from monoformer_jax.diffusion.solvers import TimeGrid, make_time_grid, solve
+from monoformer_jax.diffusion.solvers import TimeGrid, solve
 from monoformer_jax.models import get_model
 from monoformer_jax.sampling.image import (
     ImageSpec,
+    denoise_settings,
     draw_noise,
     make_guidance,
     make_image_spec,
@@ -42,7 +43,7 @@ def generate_images_uncached(
     ]
     block = stack(documents, max(len(d["tokens"]) for d in documents), tokenizer.pad_id)
     keys = row_keys(seed, len(prompts))
-    grid = make_time_grid(sampling.solver, sampling.steps, sampling.shift)
+    grid = denoise_settings(sampling)[0]
     x = _denoise(sampler.params, block, keys, grid, make_guidance(sampling), spec)
     return to_images(np.asarray(x), spec)
 

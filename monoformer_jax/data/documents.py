@@ -77,6 +77,20 @@ class Prompt:
 Part = str | UntrainedText | EndOfTurn | Image | Features
 
 
+def draw_order(
+    parts: Sequence[Part | Prompt], rng: np.random.Generator, image_first: float
+) -> list[Part | Prompt]:
+    """Of a caption and its image to generate, puts the image first with this probability.
+
+    The caption, in one of its wordings, is then text that is read from the image. Other examples stay.
+    """
+    captioned = len(parts) == 2 and isinstance(parts[0], Prompt) and isinstance(parts[1], Image)
+    if not (image_first and captioned and parts[1].denoise and rng.random() < image_first):
+        return list(parts)
+    texts = parts[0].texts
+    return [parts[1], texts[rng.integers(len(texts))]]
+
+
 def draw_prompts(
     parts: Sequence[Part | Prompt], rng: np.random.Generator, dropout: float, end_of_prompt: bool
 ) -> list[Part]:

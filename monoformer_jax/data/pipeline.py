@@ -20,7 +20,7 @@ from absl import flags
 
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
-from monoformer_jax.data.documents import build_document, describe, draw_prompts
+from monoformer_jax.data.documents import build_document, describe, draw_order, draw_prompts
 from monoformer_jax.data.held_out import check_split, trained_examples
 from monoformer_jax.data.packing import Pack, Skipped, SplitToRows, UsableDocuments
 from monoformer_jax.data.sources import Source, open_sources
@@ -348,6 +348,7 @@ class _ToDocument:
         except (BadExample, OSError) as error:
             reason = getattr(error, "reason", "unreadable")
             return Skipped(reason, f"example {number} of {self.name}", str(error))
+        parts = draw_order(parts, rng, c.image_first)
         parts = draw_prompts(parts, rng, c.prompt_dropout, c.end_of_prompt)
         document = build_document(
             parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images,

@@ -77,13 +77,26 @@ def linear_betas(steps: int = STEPS) -> np.ndarray:
     return np.linspace(1e-4, 0.02, steps) * (STEPS / steps)
 
 
-def make_schedule(sections: int | str = STEPS) -> Schedule:
-    """The process of 1000 linear betas, or its subset that `spaced_steps` keeps.
+def cosine_betas(steps: int = STEPS) -> np.ndarray:
+    """a_k = cos²((k / steps + 0.008) / 1.008 · π / 2), betas at most 0.999 (arXiv 2102.09672)."""
+    products = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - products[1:] / products[:-1], 0.999)
+
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}  # objective.beta_schedule
+
+
+def make_schedule(sections: int | str = STEPS, beta_schedule: str = "linear") -> Schedule:
+    """The process of 1000 steps, or its subset that `spaced_steps` keeps.
 
     The betas of the subset are such that its a_k equal those of the full process at the kept steps.
+
+    Args:
+      sections: see `spaced_steps`.
+      beta_schedule: a name in `BETAS`.
     """
     kept = np.array(spaced_steps(STEPS, sections))
-    products = np.cumprod(1 - linear_betas())[kept]
+    products = np.cumprod(1 - BETAS[beta_schedule]())[kept]
     betas = 1 - products / np.append(1.0, products[:-1])
     products = np.cumprod(1 - betas)
     before = np.append(1.0, products[:-1])

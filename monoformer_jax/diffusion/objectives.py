@@ -7,12 +7,13 @@ t [B, L, 1] in the time convention of `rectified_flow` (t = 0 is data).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from monoformer_jax.config import ObjectiveConfig
+from monoformer_jax.config import ObjectiveConfig, one_of
 from monoformer_jax.diffusion import ddpm, rectified_flow
 from monoformer_jax.errors import require
 
@@ -48,13 +49,18 @@ def _limit_ddpm_times(t, most):
     return ddpm.step_to_t(jnp.floor(ddpm.t_to_step(t) * most).astype(jnp.int32))
 
 
-def _ddpm_noise(clean, noise, t):
-    return ddpm.q_sample(clean, noise, ddpm.t_to_step(t), ddpm.make_schedule())
+@functools.cache
+def _ddpm(beta_schedule: str) -> Objective:
+    schedule = ddpm.make_schedule(beta_schedule=beta_schedule)
 
+    def add_noise(clean, noise, t):
+        return ddpm.q_sample(clean, noise, ddpm.t_to_step(t), schedule)
 
-def _hybrid_loss(prediction, variance, clean, noise, t):
-    step, schedule = ddpm.t_to_step(t), ddpm.make_schedule()
-    return sum(ddpm.hybrid_loss_terms(clean, noise, prediction, variance, step, schedule))
+    def hybrid_loss(prediction, variance, clean, noise, t):
+        step = ddpm.t_to_step(t)
+        return sum(ddpm.hybrid_loss_terms(clean, noise, prediction, variance, step, schedule))
+
+    return Objective(_ddpm_times, _limit_ddpm_times, add_noise, hybrid_loss, ("ddpm", "ddim"))
 
 
 OBJECTIVES = {
@@ -65,13 +71,24 @@ OBJECTIVES = {
         _velocity_loss,
         ("euler", "heun"),
     ),
-    "ddpm": Objective(_ddpm_times, _limit_ddpm_times, _ddpm_noise, _hybrid_loss, ("ddpm", "ddim")),
+    "ddpm": _ddpm("linear"),
 }
 
 
 def get_objective(c: ObjectiveConfig) -> Objective:
-    """Returns the objective of a config; raises InputError if the kind is unknown."""
+    """Returns the objective of a config.
+
+    Raises:
+      InputError: the kind is unknown, or the noise schedule, or only "ddpm" has it.
+    """
     require(c.kind in OBJECTIVES, f"objective.kind={c.kind!r} is none of {', '.join(OBJECTIVES)}")
+    one_of("objective.beta_schedule", c.beta_schedule, ddpm.BETAS)
+    if c.kind == "ddpm":
+        return _ddpm(c.beta_schedule)
+    require(
+        c.beta_schedule == "linear",
+        f"objective.beta_schedule={c.beta_schedule!r} is for objective.kind='ddpm'",
+    )
     return OBJECTIVES[c.kind]
 
 

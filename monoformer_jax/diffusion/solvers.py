@@ -33,13 +33,16 @@ class TimeGrid:
 Draw = Callable[[jax.Array], jax.Array]
 
 
-def make_time_grid(solver: str, steps: int | str, shift: float = 1.0) -> TimeGrid:
+def make_time_grid(
+    solver: str, steps: int | str, shift: float = 1.0, beta_schedule: str = "linear"
+) -> TimeGrid:
     """Builds the grid of a solver.
 
     Args:
       solver: a name in `SOLVERS`.
       steps: number of steps; for "ddpm" and "ddim" also a respacing, see `ddpm.spaced_steps`.
       shift: timestep shift of "euler" and "heun", see `shift_times`.
+      beta_schedule: noise schedule of "ddpm" and "ddim", a name in `ddpm.BETAS`.
 
     Raises:
       InputError: an unknown solver, steps outside 1 … 1000, or an invalid respacing.
@@ -52,7 +55,7 @@ def make_time_grid(solver: str, steps: int | str, shift: float = 1.0) -> TimeGri
             f"steps={steps}: sampling takes 1 to {MAX_STEPS} steps",
         )
     if solver in ("ddpm", "ddim"):
-        schedule = ddpm.make_schedule(steps)
+        schedule = ddpm.make_schedule(steps, beta_schedule)
         times = np.zeros(MAX_STEPS + 1, np.float32)
         return TimeGrid(np.int32(len(schedule)), times, schedule.padded())
     times = shift_times(np.linspace(1.0, 0.0, int(steps) + 1), shift).astype(np.float32)

@@ -155,6 +155,16 @@ SIZES: dict[str, dict[str, Any]] = {
               "mlp_dim": 344, "dtype": "float32", "remat": _ON_CPU},
     "tinyllama_1b": _LATENT | {"num_layers": 22, "embed_dim": 2048, "num_heads": 32,
                                "num_kv_heads": 4, "head_dim": 64, "mlp_dim": 5632},
+    # Those of Transfusion (arXiv 2408.11039, table 2): LLaMA blocks on latents of 8 channels.
+    **{
+        f"transfusion_{name}": _LATENT | {
+            "channels": 8, "num_layers": layers, "embed_dim": dim, "num_heads": heads,
+            "num_kv_heads": heads, "head_dim": dim // heads, "mlp_dim": mlp,
+        } for name, layers, dim, heads, mlp in (
+            ("0.16b", 16, 768, 12, 2048), ("0.37b", 24, 1024, 16, 2816), ("0.76b", 24, 1536, 24, 4096),
+            ("1.4b", 24, 2048, 16, 5632), ("7b", 32, 4096, 32, 11_008),
+        )
+    },
     "7b": _LATENT | {"num_layers": 32, "embed_dim": 4096, "num_heads": 32, "num_kv_heads": 32,
                      "head_dim": 128, "mlp_dim": 11_008},
 }  # fmt: skip

@@ -195,7 +195,8 @@ def denoise_images(
 
 def denoise_settings(sampling: SamplingConfig) -> tuple[TimeGrid, Guidance, np.int32, np.int32]:
     """Array arguments of `denoise`; no setting is a compile-time constant."""
-    grid = make_time_grid(sampling.solver, sampling.steps, sampling.shift)
+    betas = sampling.beta_schedule or "linear"
+    grid = make_time_grid(sampling.solver, sampling.steps, sampling.shift, betas)
     return grid, make_guidance(sampling), np.int32(0), np.int32(sampling.steps)
 
 
