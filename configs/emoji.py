@@ -38,7 +38,8 @@ def get_config(subset: str = "gestures"):
     c.data.emoji_subset, c.data.image_size = subset, 16
     # A picture needs more visits to be drawn than to be named.
     c.data.mixture = {"draw_emoji": 0.75, "name_emoji": 0.25}
-    c.data.max_seq_len, c.batch_size = 512, 6
+    # Rows that two documents fill: without a kernel, attention takes time for all pairs of a row.
+    c.data.max_seq_len, c.batch_size = 224, 14
     c.optimizer.learning_rate = 1.5e-3
     c.steps, c.checkpoint_every = 2200, 200
     if subset == "gestures":
@@ -47,7 +48,8 @@ def get_config(subset: str = "gestures"):
     if subset == "people":
         c.steps, c.checkpoint_every = 10_000, 500
     elif subset == "all":  # for an accelerator
-        c.batch_size, c.steps, c.checkpoint_every = 32, 8000, 1000
+        c.data.max_seq_len, c.batch_size = 512, 32
+        c.steps, c.checkpoint_every = 8000, 1000
     elif subset == "tiny":
         c.data.emoji_subset, c.data.image_size, c.data.max_seq_len = "fists", 8, 160
         c.steps, c.batch_size, c.log_every, c.checkpoint_every = 20, 4, 1, 10
