@@ -15,7 +15,7 @@ from monoformer_jax.models import base_config, named_size
 
 def get_config(size: str = "small"):
     """`size` is "small", or "tiny" for a short test."""
-    require(size in ("small", "tiny"), f"there is no size {size!r}: leave it out, or give tiny")
+    require(size in ("small", "tiny"), f"there is no size {size!r}; there are small, tiny")
     c = base_config()
     c.name = "showcase"
     c.model.update(named_size(size))
