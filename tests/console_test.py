@@ -62,7 +62,7 @@ def test_version_and_the_list_of_commands(capsys):
         (["sample", "--workdir=a", "train"], "unknown argument train"),
         (["train", "--workdir=a", "--config=digits", "--config.steps", "3"],
          "write --config.steps=VALUE, with = and without spaces"),
-        (["config", "digit"], "llava_journeydb, pictures; did you mean digits?"),
+        (["config", "digit"], "pictures, showcase, transfusion_7b; did you mean digits?"),
         (["config", "digits", "--keys=smapling"], "--keys=smapling: no key begins so"),
     ],
 )  # fmt: skip

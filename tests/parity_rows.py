@@ -61,6 +61,7 @@ class _Maker:
                 np.pad(a, w, constant_values=pad.get(name, 0)) for a, w in zip(arrays, widths)
             ]
             batch[name] = np.stack(padded)
+        batch["prefix_stop"] = np.zeros((len(made), length, 0), np.int32)  # no noised copies
         t = self.case["t"]
         times = np.repeat(np.asarray(ddpm.step_to_t(t))[:, None], images, 1)
         noise = Noise(times, batch.pop("noise"))
