@@ -232,12 +232,13 @@ def fill(lengths: Sequence[int], room: int) -> list[int]:
       Indices in ascending order; older documents are preferred.
     """
     room -= lengths[0]
+    fitting = [index for index in range(1, len(lengths)) if lengths[index] <= room]
     # Bit n of a sum says whether some of the documents so far have n tokens together.
     sums, mask = [1], (1 << room + 1) - 1
-    for length in reversed(lengths[1:]):
-        sums.append((sums[-1] | sums[-1] << length) & mask)
+    for index in reversed(fitting):
+        sums.append((sums[-1] | sums[-1] << lengths[index]) & mask)
     chosen, left = [0], sums.pop().bit_length() - 1
-    for index in range(1, len(lengths)):
+    for index in fitting:
         before, without = sums.pop(), left - lengths[index]
         if without >= 0 and before >> without & 1:
             chosen.append(index)
