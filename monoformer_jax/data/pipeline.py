@@ -28,6 +28,7 @@ from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import BadExample, InputError, require
 
 AHEAD = 4  # batches that each worker makes in advance
+_LARGE = 1 << 20  # bytes of an array from which on it passes between processes in shared memory
 
 
 class Batches:
@@ -224,6 +225,9 @@ def in_workers(dataset: grain.IterDataset, workers: int, ahead: int) -> grain.It
     """
     if not flags.FLAGS.is_parsed():  # grain reads its flags, which only its own programs parse
         flags.FLAGS.mark_as_parsed()
+    # A block of shared memory takes more time than to pickle an array, unless that is large.
+    small = grain.experimental.DatasetOptions(min_shm_size=_LARGE)
+    dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
     return dataset.mp_prefetch(options, worker_init_fn=_init_worker)
 
