@@ -12,12 +12,12 @@ tokens and the four special ones (docs/your-data.md). VAE is the folder of an au
 of 8 channels, 32×32 for 256 pixels, as the paper trained; with one of 4 channels, such as Stable
 Diffusion's, add --config.model.channels=4. It has not been run at any of these sizes.
 
-What the paper says: sizes, AdamW, warm-up, schedule of the learning rate, clipping, rows of 4,096
-tokens, 2 T of them, weight 5 of the image loss, DDPM with the cosine schedule, U-Net around patches
-of 2×2, captions first in 80 % of the pairs and at most half of the noise where the image is first,
-250 steps with guidance 5. Chosen here: 1,024 rows a step, a moving average of the weights, 10 % of
-the prompts dropped for guidance, one document of text for three of pictures. Other choices are
-overrides:
+What the paper says: parameter counts, AdamW, warm-up, schedule of the learning rate, clipping, rows
+of 4,096 tokens, 2 T of them, weight 5 of the image loss, DDPM with the cosine schedule, U-Net
+around patches of 2×2, captions first in 80 % of the pairs and at most half of the noise where the
+image is first, 250 steps with guidance 5. Chosen here: layers and widths, 1,024 rows a step, a
+moving average of the weights, 10 % of the prompts dropped for guidance, one document of text for
+three of pictures. Other choices are overrides:
 
     --config.data.image_first=0.5                                  as many captions behind as before
     --config.objective.noise_limit=1 --config.data.noised_copies=True        captions see clean images

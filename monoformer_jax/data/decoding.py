@@ -90,8 +90,8 @@ class Decode:
     channels: int = 3
 
     def __call__(self, examples: Sequence) -> dict[str, Any]:
-        """The pixels of all examples are one array, which grain passes on in shared memory; it pickles
-        the rest."""
+        """The pixels of all examples are one array, which passes on in shared memory if it is large;
+        grain pickles the rest."""
         decoded = [self.decode(example) for example in examples]
         images = [image for _, pixels in decoded for image in pixels]
         none = np.zeros((0, self.size, self.size, self.channels), np.uint8)

@@ -155,7 +155,8 @@ SIZES: dict[str, dict[str, Any]] = {
               "mlp_dim": 344, "dtype": "float32", "remat": _ON_CPU},
     "tinyllama_1b": _LATENT | {"num_layers": 22, "embed_dim": 2048, "num_heads": 32,
                                "num_kv_heads": 4, "head_dim": 64, "mlp_dim": 5632},
-    # Those of Transfusion (arXiv 2408.11039, table 2): LLaMA blocks on latents of 8 channels.
+    # LLaMA blocks with the parameter counts of Transfusion's models (arXiv 2408.11039), on latents of 8
+    # channels; layers and widths were not compared with the paper's table.
     **{
         f"transfusion_{name}": _LATENT | {
             "channels": 8, "num_layers": layers, "embed_dim": dim, "num_heads": heads,
