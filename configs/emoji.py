@@ -7,9 +7,10 @@
 `bash launch/demo.sh --config=configs/emoji.py` does the same.
 
 `:gestures`, the default, has hands and other parts of the body in yellow and five skin tones,
-`:people` all drawings that exist in them, `:all` every drawing with a name, at 16×16 pixels. 10 % of
-those with an attribute are never trained: RUN/report.html shows what six of their captions draw. Time
-and scores of this config are not measured yet; docs/emoji.md has those of the probe that its settings
+`:people` all drawings that exist in them, `:all` every drawing with a name, at 16×16 pixels;
+`:diffussm` draws the gestures without attention, and names none (docs/backbones.md). 10 % of those
+with an attribute are never trained: RUN/report.html shows what six of their captions draw. Time and
+scores of this config are not measured yet; docs/emoji.md has those of the probe that its settings
 come from. Drawings: OpenMoji, CC BY-SA 4.0.
 """
 
@@ -28,9 +29,12 @@ HELD_OUT = (
 
 
 def get_config(subset: str = "gestures"):
-    """`subset` is "gestures", "people" or "all", or "tiny" for a short test."""
-    known = ("gestures", "people", "all", "tiny")
+    """`subset` is "gestures", "people" or "all", "tiny" for a short test, or "diffussm": gestures that
+    are only drawn, by the model without attention."""
+    known = ("gestures", "people", "all", "tiny", "diffussm")
     require(subset in known, f"there is no subset {subset!r}; there are {', '.join(known)}")
+    if subset == "diffussm":
+        return _diffussm(get_config())
     c = base_config()
     c.name = "emoji"
     c.model.update(named_size("tiny" if subset == "tiny" else "small"))
@@ -38,6 +42,7 @@ def get_config(subset: str = "gestures"):
     c.data.emoji_subset, c.data.image_size = subset, 16
     # A picture needs more visits to be drawn than to be named.
     c.data.mixture = {"draw_emoji": 0.75, "name_emoji": 0.25}
+    c.data.clean_images = 0.1  # else a drawing is named, as the pictures to name are
     # Rows that two documents fill: without a kernel, attention takes time for all pairs of a row.
     c.data.max_seq_len, c.batch_size = 224, 14
     c.optimizer.learning_rate = 1.5e-3
@@ -53,4 +58,17 @@ def get_config(subset: str = "gestures"):
     elif subset == "tiny":
         c.data.emoji_subset, c.data.image_size, c.data.max_seq_len = "fists", 8, 160
         c.steps, c.batch_size, c.log_every, c.checkpoint_every = 20, 4, 1, 10
+    return c
+
+
+def _diffussm(gestures):
+    """DiffuSSM on the same drawings: as many visits of each, one drawing a row."""
+    c = base_config("diffussm")
+    c.name = "emoji_diffussm"
+    c.model.update(named_size("small", "diffussm"), channels=3, max_patches=16 * 16)
+    c.data.update(emoji_subset="gestures", image_size=16, max_seq_len=352)
+    c.data.mixture = {"draw_emoji": 1.0}
+    c.optimizer.update(learning_rate=1.5e-3, weight_decay=0.0)
+    c.batch_size, c.steps, c.checkpoint_every = 16, 3200, 200
+    c.validation.update(every=200, prompts=gestures.validation.prompts)
     return c

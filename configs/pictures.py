@@ -20,8 +20,8 @@ from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import BadExample, require
 from monoformer_jax.models import base_config, named_size
 
-VISITS = 300  # of each picture
-TOKENS = 2304  # of a step, in all of its rows
+VISITS = 220  # of each picture
+TOKENS = 1280  # of a step, in all of its rows
 SHOWN = 6  # prompts that are drawn at each checkpoint
 PROBED = 1000  # examples of each folder whose length is measured
 

@@ -22,6 +22,7 @@ def get_config(size: str = "small"):
     c.model.channels = 3
     c.data.emoji_subset, c.data.image_size = "gestures", 16
     c.data.end_of_prompt = False  # prompts of sums are incomplete sentences
+    c.data.clean_images = 0.1  # else a drawing is named, as the pictures to read are
     # 190 drawings and 60 names of each gesture; 28 drawings and 21 readings of each digit; 160 of each
     # sum: about those of configs/emoji.py and configs/digits.py.
     c.data.mixture = {

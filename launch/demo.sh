@@ -34,7 +34,8 @@ fi
 extra=digits prompt=a scored=no
 case $file in
   configs/digits*) prompt="draw a seven" scored=yes ;;
-  configs/emoji.py | configs/showcase.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
+  configs/emoji.py) extra=emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
+  configs/showcase.py) extra=digits,emoji prompt="draw thumbs up, dark skin tone" scored=yes ;;
 esac
 if [[ $config == configs/digits.py ]]; then
   what="train $config, sample, evaluate; 5 to 15 minutes on 2 CPU cores, installation included"

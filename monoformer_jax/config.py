@@ -131,13 +131,10 @@ class DataConfig:
     )  # source -> weight, by documents; tasks of digits and emoji, see `data.sources`
     # Folder of each other source, written by `prepare_data`: {"imagenet": "gs://…/imagenet"}.
     records: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    sample_latents: bool = (
-        False  # sample latents from mean and log-variance at every step; False: mean
-    )
+    sample_latents: bool = False  # from mean and log-variance at every step; False: the mean
     tokenizer: str = "bytes"  # or path of a tokenizer.json, relative to the workdir or not
-    max_seq_len: int = (
-        128  # L, packed row length; in sampling, the context of prompt plus completion
-    )
+    max_seq_len: int = 128  # L, packed row length; in sampling, prompt plus completion
+    max_images: int = 0  # most images of a row, the slots of a U-Net patch codec; 0: as many as fit
     # Train every image of a document that continues after it on a noised copy behind the document:
     # what follows sees the image clean, as in sampling. False: it sees the noised image.
     noised_copies: bool = False
@@ -150,6 +147,9 @@ class DataConfig:
     # examples of one caption and one image (Transfusion, arXiv 2408.11039: 0.2). See
     # objective.noise_limit and data.noised_copies for what the caption sees.
     image_first: float = 0.0
+    # Probability that the images to generate of an example are clean and not learned, but the text
+    # around them is: sampling goes on behind a clean image, also in a model that reads clean images.
+    clean_images: float = 0.0
     prompt_dropout: float = 0.1  # probability of dropping a prompt, for classifier-free guidance
     # End a prompt with </s> in training and sampling, which marks it as complete. The released weights
     # and the digits were trained without it.
@@ -168,7 +168,7 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "data", "max_seq_len", "packing_buffer", "image_size")
-        for name in ("prompt_dropout", "max_bad_fraction", "image_first"):
+        for name in ("prompt_dropout", "max_bad_fraction", "image_first", "clean_images"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"data.{name}={value} is not between 0 and 1")
         require(
@@ -181,7 +181,7 @@ class DataConfig:
                 f"data.validation_records.{name} is of no source: data.mixture has "
                 f"{', '.join(self.mixture)}",
             )
-        at_least(self, "data", 0, "shift_pixels", "streams", "emoji_split")
+        at_least(self, "data", 0, "max_images", "shift_pixels", "streams", "emoji_split")
         require(bool(self.mixture), "data.mixture has no source")
         for name, weight in self.mixture.items():
             require(weight >= 0, f"data.mixture.{name}={weight} must be 0 or more")
@@ -409,21 +409,22 @@ class Config:
             f"{self.image_tokens} tokens with its time token, and <s>, <|im_start|>, <|im_end|>, "
             "</s> around it",
         )
-        if self.data.noised_copies:
-            self._check_copies()
+        if self.data.noised_copies or self.data.clean_images:
+            self._check_clean()
         # The output size of the image head depends on objective.learn_sigma.
         model = dataclasses.replace(self.model, predict_variance=self.objective.learn_sigma)
         object.__setattr__(self, "model", model)
 
-    def _check_copies(self) -> None:
-        layout = self.model.layout
+    def _check_clean(self) -> None:
+        layout, copies = self.model.layout, self.data.noised_copies
         require(
             layout.has_text and not layout.feature_dim,
-            "data.noised_copies needs a model that reads text and sees the images that it generates: "
+            f"data.{'noised_copies' if copies else 'clean_images'} needs a model that reads text and "
+            "sees the images that it generates: "
             + ("model.feature_dim must be 0" if layout.has_text else "this one has no text"),
         )
         require(
-            self.objective.noise_limit == 1,
+            not copies or self.objective.noise_limit == 1,
             "data.noised_copies shows images clean and objective.noise_limit noised: keep one of them",
         )
 
@@ -476,7 +477,8 @@ class Config:
     @property
     def max_images(self) -> int:
         """I, the maximum number of images in a row."""
-        return self.data.max_seq_len // self.image_tokens
+        fit = self.data.max_seq_len // self.image_tokens
+        return min(self.data.max_images or fit, fit)
 
     def image_sampling(self, sampling: SamplingConfig | None = None) -> SamplingConfig:
         """Sampling settings, by default the config's, with those of training where they have none."""

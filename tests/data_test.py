@@ -22,7 +22,7 @@ from monoformer_jax.data.documents import (
     draw_prompts,
     split_document,
 )
-from monoformer_jax.data.packing import Pack, fill
+from monoformer_jax.data.packing import Pack, SplitToRows, fill
 from monoformer_jax.data.pipeline import Batches, check_streams
 from monoformer_jax.data.sources import open_sources
 from monoformer_jax.data.tokenizer import ByteTokenizer
@@ -264,16 +264,29 @@ def test_a_row_takes_the_oldest_document_and_those_that_fill_it_best():
     rng = np.random.default_rng(0)
     for _ in range(200):
         lengths = rng.integers(1, 40, rng.integers(1, 10)).tolist()
-        room = max(int(rng.integers(40, 120)), lengths[0])
-        chosen = fill(lengths, room)
+        images = rng.integers(0, 3, len(lengths)).tolist()
+        room, most = max(int(rng.integers(40, 120)), lengths[0]), int(rng.integers(2, 9))
+        chosen = fill(lengths, room, images, most)
         sums = [
-            lengths[0] + sum(some)
+            lengths[0] + sum(lengths[i] for i in some)
             for count in range(len(lengths))
-            for some in itertools.combinations(lengths[1:], count)
+            for some in itertools.combinations(range(1, len(lengths)), count)
+            if images[0] + sum(images[i] for i in some) <= most
         ]
         assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert sum(images[i] for i in chosen) <= most
         assert sum(lengths[i] for i in chosen) == max(x for x in sums if x <= room)
-    assert fill([5, 3, 3, 3], 11) == [0, 1, 2]  # the older of equal ones
+    assert fill([5, 3, 3, 3], 11, [0] * 4, 0) == [0, 1, 2]  # the older of equal ones
+
+
+def test_a_row_has_at_most_max_images(change):
+    """The U-Net's slots of a row; a document that has more is left out, and counted."""
+    config = change(data={"max_images": 2, "mixture": {"draw": 1.0}})
+    made, _ = take(config, 10)
+    assert config.max_images == 2 and {int(batch["image_ids"].max()) for batch in made} == {2}
+    pair = build_document([Image(PIXELS, True), Image(PIXELS, True)], TOKENIZER, MODEL.layout)
+    assert not SplitToRows(100, TOKENIZER, 1).flat_map(pair)
+    assert SplitToRows(100, TOKENIZER, 2).flat_map(pair) == [pair]
 
 
 def test_every_document_is_packed_once_and_soon(change):
@@ -405,15 +418,20 @@ def test_documents_that_are_too_long_are_dropped_and_counted(change):
 
 
 def test_more_images_than_max_images_are_refused(change):
-    """Images smaller than data.image_size can exceed max_images in a row."""
+    """Images smaller than data.image_size: two documents of 8 share no row, one of 10 fits none."""
 
-    def tiny(c, channels):
-        return sources.Source(range(9), lambda i, rng: [Image(np.zeros((2, 2, 1)), True)] * 8)
+    def tiny(count):
+        return lambda c, channels: sources.Source(
+            range(9), lambda i, rng: [Image(np.zeros((2, 2, 1)), True)] * count
+        )
 
     config = change(data={"mixture": {"tiny": 1.0}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sources.SOURCES, "tiny", tiny)
-        with pytest.raises(InputError, match=r"images are packed in one row, .* allow 9"):
+        patch.setitem(sources.SOURCES, "tiny", tiny(8))
+        made, _ = take(config, 1)
+        assert config.max_images == 9 and (made[0]["image_ids"].max(1) == 8).all()
+        patch.setitem(sources.SOURCES, "tiny", tiny(10))
+        with pytest.raises(InputError, match=r"a document has 10 images, but .* allow 9 in a row"):
             take(config, 1)
 
 

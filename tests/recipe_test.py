@@ -9,9 +9,10 @@ import optax
 import pytest
 from conftest import ROOT
 
+from monoformer_jax.batch import PATCH
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import ObjectiveConfig, SamplingConfig
-from monoformer_jax.data.documents import Image, Prompt, draw_order
+from monoformer_jax.data.documents import Image, Prompt, draw_clean, draw_order
 from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.diffusion.ddpm import make_schedule
@@ -223,6 +224,24 @@ def test_an_image_stands_before_its_caption_in_a_share_of_the_pairs():
     # No random number is drawn without it: other configs get the same batches.
     state = rng.bit_generator.state
     assert draw_order(pair, rng, 0.0) == pair and rng.bit_generator.state == state
+
+
+def test_images_to_generate_are_clean_in_a_share_of_the_examples(change):
+    image = Image(np.zeros((4, 4, 1), np.float32), denoise=True)
+    pair, rng = [Prompt(("a cat",)), image, "text"], np.random.default_rng(0)
+    drawn = [draw_clean(pair, rng, 0.25) for _ in range(400)]
+    clean = [parts for parts in drawn if not parts[1].denoise]
+    assert 70 < len(clean) < 130 and pair[1].denoise
+    assert all(parts[::2] == pair[::2] and parts[1].pixels is image.pixels for parts in drawn)
+    state = rng.bit_generator.state
+    assert draw_clean(pair, rng, 0.0) == pair and rng.bit_generator.state == state
+
+    config = change(data={"mixture": {"draw": 1.0}, "clean_images": 0.5})
+    batch = next(Batches(config, ByteTokenizer()).iterator)
+    patches = batch["token_types"] == PATCH
+    assert 0.2 < batch["denoise"][patches].mean() < 0.8
+    with pytest.raises(InputError, match=r"data\.clean_images needs a model that reads text"):
+        load_config(f"{ROOT}/configs/digits_diffussm.py", ["--config.data.clean_images=0.1"])
 
 
 def test_sampling_has_the_noise_schedule_of_training(change):

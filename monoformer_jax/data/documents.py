@@ -91,6 +91,19 @@ def draw_order(
     return [parts[1], texts[rng.integers(len(texts))]]
 
 
+def draw_clean(
+    parts: Sequence[Part | Prompt], rng: np.random.Generator, probability: float
+) -> list[Part | Prompt]:
+    """With this probability the images to generate of an example are clean, and its text is learned
+    beside them, as sampling has them behind it."""
+    if not (probability and rng.random() < probability):
+        return list(parts)
+    return [
+        dataclasses.replace(part, denoise=False) if isinstance(part, Image) else part
+        for part in parts
+    ]
+
+
 def draw_prompts(
     parts: Sequence[Part | Prompt], rng: np.random.Generator, dropout: float, end_of_prompt: bool
 ) -> list[Part]:

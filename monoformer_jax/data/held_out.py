@@ -30,9 +30,8 @@ from monoformer_jax.data.documents import (
     UntrainedText,
     build_document,
     draw_prompts,
-    split_document,
 )
-from monoformer_jax.data.packing import Pack
+from monoformer_jax.data.packing import Pack, SplitToRows
 from monoformer_jax.data.sources import Source, open_sources
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import BadExample, InputError, require
@@ -152,6 +151,7 @@ def open_held_out(
     """
     weights = {name: weight for name, weight in c.mixture.items() if weight > 0}
     total, examples, documents = sum(weights.values()), {}, []
+    to_rows = SplitToRows(c.max_seq_len, tokenizer, c.max_images)
     for name, source in _held_out_sources(c, layout.channels).items():
         tokens = rows * c.max_seq_len * weights[name] / total
         examples[name] = []
@@ -160,7 +160,7 @@ def open_held_out(
             c, source, tokenizer, layout, text_beside_images=text_beside_images,
             keep=lambda x, whole=whole: whole or not is_trained(x, c.validation_split),
         ):  # fmt: skip
-            pieces = split_document(document, c.max_seq_len, tokenizer)
+            pieces = to_rows.flat_map(document)
             if not pieces:
                 continue
             examples[name].append(parts)

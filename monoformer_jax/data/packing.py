@@ -35,14 +35,17 @@ class Skipped:
 
 
 class SplitToRows(grain.experimental.FlatMapTransform):
-    """Splits documents longer than a row, see `documents.split_document`."""
+    """Splits documents longer than a row, see `documents.split_document`; none of a document with more
+    images than `max_images` are returned, where that is not 0."""
 
     max_fan_out = sys.maxsize  # the number of pieces is not limited
 
-    def __init__(self, length: int, tokenizer: Tokenizer):
-        self.length, self.tokenizer = length, tokenizer
+    def __init__(self, length: int, tokenizer: Tokenizer, max_images: int = 0):
+        self.length, self.tokenizer, self.max_images = length, tokenizer, max_images
 
     def flat_map(self, document: Document) -> list[Document]:
+        if self.max_images and document["image_ids"].max() > self.max_images:
+            return []
         return split_document(document, self.length, self.tokenizer)
 
 
@@ -127,7 +130,8 @@ class Pack(grain.IterDataset):
     """Packs documents into batches [rows, length, …] of the batch contract.
 
     A row takes the oldest document of the buffer, and those of the others that leave the fewest tokens
-    empty. So a document waits for at most `buffer` rows. The last batch may have rows of PAD alone.
+    empty, with at most `max_images` images. So a document waits for at most `buffer` rows. The last
+    batch may have rows of PAD alone.
     """
 
     def __init__(
@@ -147,7 +151,8 @@ class Pack(grain.IterDataset):
         rows: rows per batch.
         length: tokens per row.
         buffer: number of documents from which a row is filled.
-        max_images: maximum number of images per row; more raise InputError when iterated.
+        max_images: maximum number of images per row; a document with more raises InputError when
+          iterated.
         """
         super().__init__(documents)
         self.rows, self.length, self.buffer, self.max_images = rows, length, buffer, max_images
@@ -164,8 +169,8 @@ class Pack(grain.IterDataset):
         images = batch["image_ids"].max()
         require(
             images <= self.max_images,
-            f"{images} images are packed in one row, but data.max_seq_len={self.length} and "
-            f"data.image_size allow {self.max_images}: image_size must be that of the smallest image",
+            f"a document has {images} images, but data.max_seq_len={self.length} and data.image_size "
+            f"allow {self.max_images} in a row: image_size must be that of the smallest image",
         )
         return batch
 
@@ -182,7 +187,8 @@ class _PackIterator(grain.DatasetIterator):
     def _restart(self, packed: Iterable[int]) -> None:
         # Number of the document, counted from here; state of the parent before it; document.
         self._buffer: list[tuple[int, Any, Document]] = []
-        self._lengths: list[int] = []  # of the buffer's documents
+        self._lengths: list[int] = []  # of the buffer's documents, and the images of each
+        self._images: list[int] = []
         self._read, self._packed = 0, set(packed)
 
     def __next__(self) -> Batch:
@@ -200,14 +206,15 @@ class _PackIterator(grain.DatasetIterator):
             if self._read not in self._packed:
                 self._buffer.append((self._read, state, document))
                 self._lengths.append(len(document["tokens"]))
+                self._images.append(int(document["image_ids"].max()))
             self._read += 1
         if not self._buffer:
             return []
-        chosen = fill(self._lengths, self._pack.length)
+        chosen = fill(self._lengths, self._pack.length, self._images, self._pack.max_images)
         row = [self._buffer[i] for i in chosen]
         self._packed.update(number for number, _, _ in row)
         for i in reversed(chosen):
-            del self._buffer[i], self._lengths[i]
+            del self._buffer[i], self._lengths[i], self._images[i]
         return [document for _, _, document in row]
 
     def get_state(self) -> dict[str, Any]:
@@ -222,25 +229,33 @@ class _PackIterator(grain.DatasetIterator):
         self._restart(state["packed"])
 
 
-def fill(lengths: Sequence[int], room: int) -> list[int]:
+def fill(lengths: Sequence[int], room: int, images: Sequence[int], most: int) -> list[int]:
     """Chooses documents that leave the fewest of `room` tokens empty, the first one included.
 
     Args:
       lengths: tokens of each document, the oldest first.
+      images: images of each.
+      most: images of the chosen ones together, unless the first alone has more.
 
     Returns:
       Indices in ascending order; older documents are preferred.
     """
-    room -= lengths[0]
-    fitting = [index for index in range(1, len(lengths)) if lengths[index] <= room]
-    # Bit n of a sum says whether some of the documents so far have n tokens together.
-    sums, mask = [1], (1 << room + 1) - 1
+    room, most = room - lengths[0], max(most - images[0], 0)
+    fitting = [
+        index
+        for index in range(1, len(lengths))
+        if lengths[index] <= room and images[index] <= most
+    ]
+    # Bit n of sums[-1][m] says whether some of the documents so far have n tokens and at most m images.
+    sums, mask = [[1] * (most + 1)], (1 << room + 1) - 1
     for index in reversed(fitting):
-        sums.append((sums[-1] | sums[-1] << lengths[index]) & mask)
-    chosen, left = [0], sums.pop().bit_length() - 1
+        without, size, n = sums[-1], lengths[index], images[index]
+        taken = [bits << size & mask for bits in without[: most + 1 - n]]
+        sums.append(without[:n] + [a | b for a, b in zip(without[n:], taken)])
+    chosen, left = [0], sums.pop()[most].bit_length() - 1
     for index in fitting:
-        before, without = sums.pop(), left - lengths[index]
-        if without >= 0 and before >> without & 1:
+        before, tokens, fewer = sums.pop(), left - lengths[index], most - images[index]
+        if tokens >= 0 and fewer >= 0 and before[fewer] >> tokens & 1:
             chosen.append(index)
-            left = without
+            left, most = tokens, fewer
     return chosen

@@ -20,7 +20,13 @@ from absl import flags
 
 from monoformer_jax.batch import Document
 from monoformer_jax.config import Config, DataConfig, TokenLayout
-from monoformer_jax.data.documents import build_document, describe, draw_order, draw_prompts
+from monoformer_jax.data.documents import (
+    build_document,
+    describe,
+    draw_clean,
+    draw_order,
+    draw_prompts,
+)
 from monoformer_jax.data.held_out import check_split, trained_examples
 from monoformer_jax.data.packing import Pack, Skipped, SplitToRows, UsableDocuments
 from monoformer_jax.data.sources import Source, open_sources
@@ -74,7 +80,7 @@ class Batches:
         streams = {}
         for number in needed:
             documents = _documents(sources, to_document, config, number)
-            to_rows = SplitToRows(c.max_seq_len, tokenizer)
+            to_rows = SplitToRows(c.max_seq_len, tokenizer, c.max_images)
             usable = UsableDocuments(documents, to_rows, c.max_bad_fraction)
             streams[number] = usable, Pack(
                 grain.experimental.FlatMapIterDataset(usable, to_rows), layout, rows=group,
@@ -352,7 +358,7 @@ class _ToDocument:
         except (BadExample, OSError) as error:
             reason = getattr(error, "reason", "unreadable")
             return Skipped(reason, f"example {number} of {self.name}", str(error))
-        parts = draw_order(parts, rng, c.image_first)
+        parts = draw_clean(draw_order(parts, rng, c.image_first), rng, c.clean_images)
         parts = draw_prompts(parts, rng, c.prompt_dropout, c.end_of_prompt)
         document = build_document(
             parts, self.tokenizer, self.layout, text_beside_images=self.text_beside_images,

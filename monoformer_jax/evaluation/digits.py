@@ -40,12 +40,34 @@ def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
     return np.clip(reduce_images(np.concatenate(images)), -1, 1)
 
 
-def opens_image(model) -> float:
-    """Share of 100 prompts to draw whose greedy answer is exactly one image followed by </s>."""
-    session = Session(model, 100)
-    session.append([[draw_prompt(number % 10)] for number in range(100)])
-    replies = session.generate(max_tokens=8)
-    ended = [session.document(b)["tokens"][-1] == model.tokenizer.eos_id for b in range(100)]
+def draw_accuracy(drawn: np.ndarray, labels: np.ndarray) -> float:
+    """Share of drawings that an SVM, trained only on real training digits, takes for their label."""
+    train_x, train_y = digits("train")  # it names the extra that has scikit-learn
+    from sklearn.svm import SVC
+
+    return float((SVC(C=10).fit(_flat(train_x), train_y).predict(_flat(drawn)) == labels).mean())
+
+
+def read_accuracy(model) -> float:
+    """Share of the 360 test digits that are named exactly."""
+    pixels, labels = digits("test")
+    pictures = enlarge(pixels, model.config.data.image_size, model.config.layout.channels)
+    shown = [[READ_PROMPT, Image(picture, denoise=False)] for picture in pictures]
+    return exact(model, shown, [NAMES[digit] for digit in labels])
+
+
+def say_accuracy(model) -> float:
+    """Share of the training sentences that are completed exactly."""
+    said = sentences()
+    return exact(model, [[start] for start, _ in said], [end for _, end in said])
+
+
+def opens_image(model, prompts: list) -> float:
+    """Share of prompts to draw whose greedy answer is exactly one image followed by </s>."""
+    session = Session(model, len(prompts))
+    session.append(prompts)
+    replies, rows = session.generate(max_tokens=8), range(len(prompts))
+    ended = [session.document(row)["tokens"][-1] == model.tokenizer.eos_id for row in rows]
     one = [len(reply) == 1 and not isinstance(reply[0], str) for reply in replies]
     return float(np.logical_and(one, ended).mean())
 
@@ -68,51 +90,37 @@ def evaluate(
 
     The figures of generated images are means over `seeds`, with KEY_spread, see `record.with_spread`.
 
-    draw_accuracy: share of guided images that a support vector machine, trained only on the real
-      training digits, classifies as requested.
+    draw_accuracy: of guided images, see the function.
     frechet: Fréchet distance in pixel space of 500 unguided images to the real test digits;
       frechet_real is that of 500 real training digits.
-    read_accuracy: share of the 360 test digits that are named correctly.
-    say_accuracy: share of the training sentences that are completed exactly.
-    opens_image: share of prompts to draw that are answered with exactly one image and no text.
+    read_accuracy, say_accuracy, opens_image: see the functions; the last of 100 prompts.
     The last three are absent for a model that generates images only.
     """
-    train_x, train_y = digits("train")  # it names the extra that has scikit-learn
-    test_x, test_y = digits("test")
-    from sklearn.svm import SVC
-
-    labels = np.tile(np.arange(10), 50)
-
-    judge, guidance = SVC(C=10).fit(_flat(train_x), train_y), model.config.sampling.guidance
+    labels, guidance = np.tile(np.arange(10), 50), model.config.sampling.guidance
+    (train_x, _), (test_x, _) = digits("train"), digits("test")
     drawn, found = [], []
     for seed in range(0, 2 * seeds, 2):
         log("generating 500 digits with guidance")
         drawn.append(draw(model, labels, guidance, seed))
         log("generating 500 digits without guidance")
         unguided = draw(model, labels, 1.0, seed + 1)
-        right = judge.predict(_flat(drawn[-1])) == labels
         distance = frechet_distance(_flat(unguided), _flat(test_x))
-        found.append({"draw_accuracy": float(right.mean()), "frechet": distance})
+        found.append({"draw_accuracy": draw_accuracy(drawn[-1], labels), "frechet": distance})
     real = {"frechet_real": frechet_distance(_flat(train_x[:500]), _flat(test_x))}
     scores, drawn = with_spread(found) | real, drawn[0]
     if not model.config.layout.has_text:
         log("the model generates images only: reading, sentences and its choice are not measured")
         return scores, drawn
     log("reading 360 test digits")
-    layout, size = model.config.layout, model.config.data.image_size
-    pictures = enlarge(test_x, size, layout.channels)
-    shown = [[READ_PROMPT, Image(picture, denoise=False)] for picture in pictures]
-    read = exact(model, shown, [NAMES[digit] for digit in test_y])
+    read = read_accuracy(model)
     log("answering 100 prompts to draw")
-    opened = opens_image(model)
-    said = sentences()
-    log(f"completing {len(said)} sentences")
-    scores |= {
+    opened = opens_image(model, [[draw_prompt(number % 10)] for number in range(100)])
+    log("completing the sentences")
+    return scores | {
         "read_accuracy": read,
         "opens_image": opened,
-        "say_accuracy": exact(model, [[start] for start, _ in said], [end for _, end in said]),
-    }
-    return scores, drawn
+        "say_accuracy": say_accuracy(model),
+    }, drawn
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from monoformer_jax.data.documents import Image
 from monoformer_jax.data.emoji import NAME_PROMPT, Emoji, emoji
 from monoformer_jax.data.templates import complete_prompt
+from monoformer_jax.evaluation.digits import opens_image
 from monoformer_jax.evaluation.record import with_spread
 from monoformer_jax.evaluation.retrieval import (
     CaptionedSet,
@@ -32,7 +33,8 @@ def evaluate(model, log: Callable[[str], None], seeds: int = 1) -> tuple[dict[st
     The figures of drawings are means over `seeds`, with KEY_spread, see `record.with_spread`.
 
     heldout_*: `retrieval.judge` of drawings of all held-out captions, and `retrieval.judge_names` of
-      the held-out pictures; memorised_share and names_by_parts are of them, too.
+      the held-out pictures; memorised_share and names_by_parts are of them, too, and so is
+      heldout_opens_image, see `digits.opens_image`.
     train_*: the same of 80 trained ones, drawn at random with seed 0.
     nearest_train_*, random_*, mean_*, noisy_truth_*: of held-out ones, what needs no model, see
       `retrieval.baselines` and `retrieval.naming_baselines`.
@@ -59,6 +61,7 @@ def evaluate(model, log: Callable[[str], None], seeds: int = 1) -> tuple[dict[st
             answers = name(model, known, shown)
             scores |= _prefixed(prefix, judge_names(known, answers, shown))
         scores["names_by_parts"] = scores.pop("heldout_names_by_parts")
+        scores["heldout_opens_image"] = opens_image(model, draw_prompts(model, known, held_out))
         for baseline, answers in naming_baselines(known, held_out).items():
             scores |= _prefixed(baseline, judge_names(known, answers, held_out))
     for key in [key for key in scores if key.startswith("heldout_memorised")]:
@@ -77,10 +80,15 @@ def captioned_set(drawings: Emoji) -> CaptionedSet:
     )
 
 
+def draw_prompts(model, known: CaptionedSet, chosen: np.ndarray) -> list:
+    """The prompt to draw each chosen picture, by its first name."""
+    end = model.config.data.end_of_prompt
+    return [complete_prompt([f"draw {known.names[i][0]}"], end) for i in chosen]
+
+
 def draw(model, known: CaptionedSet, chosen: np.ndarray, seed: int) -> np.ndarray:
     """Draws the first name of each chosen picture, [n, size, size, 3], with the config's settings."""
-    end = model.config.data.end_of_prompt
-    prompts = [complete_prompt([f"draw {known.names[i][0]}"], end) for i in chosen]
+    prompts = draw_prompts(model, known, chosen)
     images = [
         generate_images(model, prompts[i : i + _BATCH], seed=seed, first=i)
         for i in range(0, len(prompts), _BATCH)

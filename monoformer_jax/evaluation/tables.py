@@ -27,6 +27,12 @@ EMOJI = (
     ("memorised", "memorised_share", "nearer to a trained picture than to the truth", "{:.1%}"),
     ("Fréchet", "heldout_frechet", "distance to the held-out pictures, of pixels", "{:.2f}"),
     ("  trained", "heldout_frechet_train", "distance to the trained pictures", "{:.2f}"),
+    (
+        "modality",
+        "heldout_opens_image",
+        "held-out captions answered with exactly one image",
+        "{:.1%}",
+    ),
     ("named", "heldout_names_exact", "names of held-out pictures exact", "{:.1%}"),
     ("  base", "heldout_names_base", "base of the named picture right", "{:.1%}"),
     ("  attribute", "heldout_names_attribute", "attributes of the named picture right", "{:.1%}"),
