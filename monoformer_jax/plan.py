@@ -239,7 +239,7 @@ def _predicted(found: Estimate, price: float | None) -> Iterator[str]:
         c = transfer.collective
         beside = f"beside {transfer.hidden_by}" if transfer.asynchronous else "synchronous"
         yield (
-            f"  {c.kind:<15}{'+'.join(c.axes):<10}{c.shape:<18}{c.times:>5}{c.sent / 1e6:10.1f}"
+            f"  {c.kind:<14} {'+'.join(c.axes):<10}{c.shape:<18}{c.times:>5}{c.sent / 1e6:10.1f}"
             f"{transfer.gbs:6.0f}{1e3 * transfer.seconds * c.times:8.2f}"
             f"{1e3 * transfer.exposed * c.times:8.2f}  {beside}"
         )
