@@ -12,7 +12,7 @@ Two forms compute the same convolution:
 
     fft       through the spectra of u and K, padded to 2 L; float32
     chunked   matrix products: inside a chunk with the Toeplitz matrices of K, and between chunks
-              through the states at their borders, float32, which a scan passes on
+              through the states at their borders, float32, summed in log2(L / chunk) steps
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -192,33 +193,55 @@ def _fft(kernels: Kernels, u: jax.Array, chunk: int) -> jax.Array:
 
 
 def _chunked(kernels: Kernels, u: jax.Array, chunk: int) -> jax.Array:
-    batch, length, dim = u.shape
-    precision = _EXACT if u.dtype == jnp.float32 else None
-    u = u.reshape(batch, -1, chunk, dim)
-    steps, toeplitz = jnp.arange(chunk), _toeplitz(kernels.values(chunk)).astype(u.dtype)
-    inside = jnp.einsum("gdij,bcjd->bcigd", toeplitz, u, precision=precision,
-                        preferred_element_type=jnp.float32)  # fmt: skip
-    if length == chunk:
-        return inside.reshape(batch, length, 2, dim)
+    batch, count = len(u), u.shape[1] // chunk
+    product = functools.partial(
+        jnp.einsum, preferred_element_type=jnp.float32,
+        precision=_EXACT if u.dtype == jnp.float32 else None,
+    )  # fmt: skip
+    # Channels come first and m = (chunk, sequence) last, as the products make them: TPU lays out the
+    # last axis in lanes of 128, which chunks or states alone would not fill.
+    u = rearrange(u, "b (c j) d -> (c b) j d", j=chunk)
+    steps, toeplitz = jnp.arange(chunk), _toeplitz(kernels.values(chunk))
+    y = product("gdij,mjd->dgim", toeplitz.astype(u.dtype), u)
+    if count > 1:
+        forward, backward = kernels.powers(steps)  # [D, N/2, chunk]
+        collect = jnp.stack(
+            [forward[..., ::-1], backward]
+        )  # what a chunk adds to the state after it
+        added = product("gdnj,mjd->gdnm", _pairs(collect).astype(u.dtype), u)
+        decays = kernels.powers(chunk * 2 ** jnp.arange((count - 1).bit_length()))
+        # The second direction begins at the end.
+        states = [_pass_on(added[0], decays[0], batch), _pass_on(added[1], decays[1], -batch)]
+        emit = (2 * kernels.weight[..., None]) * kernels.powers(steps + 1)
+        emit = jnp.stack([emit[0], emit[1, ..., ::-1]]).conj()
+        y += product(
+            "gdni,gdnm->dgim", _pairs(emit).astype(u.dtype), jnp.stack(states).astype(u.dtype)
+        )
+    return rearrange(y.astype(u.dtype), "d g i (c b) -> b (c i) g d", b=batch)
 
-    forward, backward = kernels.powers(steps)  # [D, N/2, chunk]
-    collect = jnp.stack([forward[..., ::-1], backward])  # what a chunk adds to the state after it
-    states = jnp.einsum("gdnj,bcjd->cgbdn", _pairs(collect, 2).astype(u.dtype), u,
-                        precision=precision, preferred_element_type=jnp.float32)  # fmt: skip
-    decay = kernels.powers(jnp.array([chunk]))[:, None, ..., 0]
-    added = jax.lax.complex(*jnp.split(states, 2, -1))
-    added = jnp.stack([added[:, 0], added[::-1, 1]], 1)  # the second direction begins at the end
 
-    def pass_on(state, new):
-        return decay * state + new, state
+def _pass_on(added: jax.Array, decays: jax.Array, step: int) -> jax.Array:
+    """States before each chunk, from what the chunks add to them, [D, N, m] float32.
 
-    _, before = jax.lax.scan(pass_on, jnp.zeros_like(added[0]), added)
-    before = jnp.stack([before[:, 0], before[::-1, 1]], 1)
-    emit = (2 * kernels.weight[..., None]) * kernels.powers(steps + 1)
-    emit = jnp.stack([emit[0], emit[1, ..., ::-1]])
-    across = jnp.einsum("gdni,cgbdn->bcigd", _pairs(emit.conj(), 2), _pairs(before, -1),
-                        precision=precision)  # fmt: skip
-    return (inside + across).reshape(batch, length, 2, dim)
+    Args:
+      added: real parts, then imaginary parts.
+      decays: complex64 [D, N/2, k]: of 1, 2, 4, … chunks.
+      step: distance of neighbouring chunks on m; negative: the last chunk is the first.
+    """
+    real, imag = jnp.split(_shift(added, step), 2, 1)
+    for k in range(decays.shape[-1]):
+        decay = decays[..., k : k + 1]
+        moved_real, moved_imag = _shift(real, step * 2**k), _shift(imag, step * 2**k)
+        real, imag = (
+            real + decay.real * moved_real - decay.imag * moved_imag,
+            imag + decay.real * moved_imag + decay.imag * moved_real,
+        )
+    return jnp.concatenate([real, imag], 1)
+
+
+def _shift(x: jax.Array, by: int) -> jax.Array:
+    """Moves the last axis to the right, to the left if `by` is negative, and fills with 0."""
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * (x.ndim - 1) + [(by, -by, 0)])
 
 
 def _toeplitz(values: jax.Array) -> jax.Array:
@@ -235,9 +258,9 @@ def _toeplitz(values: jax.Array) -> jax.Array:
     return rows.reshape(*values.shape, 2 * size - 1)[..., :size]
 
 
-def _pairs(x: jax.Array, axis: int) -> jax.Array:
-    """Real and imaginary parts, concatenated."""
-    return jnp.concatenate([x.real, x.imag], axis)
+def _pairs(x: jax.Array) -> jax.Array:
+    """Real and imaginary parts of [2, D, N/2, T], concatenated to [2, D, N, T]."""
+    return jnp.concatenate([x.real, x.imag], 2)
 
 
 _FORMS = {"fft": _fft, "chunked": _chunked}
