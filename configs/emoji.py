@@ -17,14 +17,14 @@ come from. Drawings: OpenMoji, CC BY-SA 4.0.
 from monoformer_jax.errors import require
 from monoformer_jax.models import base_config, named_size
 
-# Of the gestures with data.emoji_split=0.
-HELD_OUT = (
-    "ear, light skin tone",
-    "OK hand, medium-light skin tone",
-    "backhand index pointing down, medium skin tone",
-    "flexed biceps, medium skin tone",
-    "waving hand, dark skin tone",
-    "vulcan salute, dark skin tone",
+# Held out of the gestures with data.emoji_split=0.
+PROMPTS = (
+    "draw ear, light skin tone",
+    "draw OK hand, medium-light skin tone",
+    "draw backhand index pointing down, medium skin tone",
+    "draw flexed biceps, medium skin tone",
+    "draw waving hand, dark skin tone",
+    "draw vulcan salute, dark skin tone",
 )
 
 
@@ -34,7 +34,7 @@ def get_config(subset: str = "gestures"):
     known = ("gestures", "people", "all", "tiny", "diffussm")
     require(subset in known, f"there is no subset {subset!r}; there are {', '.join(known)}")
     if subset == "diffussm":
-        return _diffussm(get_config())
+        return _diffussm()
     c = base_config()
     c.name = "emoji"
     c.model.update(named_size("tiny" if subset == "tiny" else "small"))
@@ -49,7 +49,7 @@ def get_config(subset: str = "gestures"):
     c.steps, c.checkpoint_every = 2200, 200
     if subset == "gestures":
         c.validation.every = 200
-        c.validation.prompts = tuple(f"draw {name}" for name in HELD_OUT)
+        c.validation.prompts = PROMPTS
     if subset == "people":
         c.steps, c.checkpoint_every = 10_000, 500
     elif subset == "all":  # for an accelerator
@@ -61,7 +61,7 @@ def get_config(subset: str = "gestures"):
     return c
 
 
-def _diffussm(gestures):
+def _diffussm():
     """DiffuSSM on the same drawings: as many visits of each, one drawing a row."""
     c = base_config("diffussm")
     c.name = "emoji_diffussm"
@@ -70,5 +70,5 @@ def _diffussm(gestures):
     c.data.mixture = {"draw_emoji": 1.0}
     c.optimizer.update(learning_rate=1.5e-3, weight_decay=0.0)
     c.batch_size, c.steps, c.checkpoint_every = 16, 3200, 200
-    c.validation.update(every=200, prompts=gestures.validation.prompts)
+    c.validation.update(every=200, prompts=PROMPTS)
     return c

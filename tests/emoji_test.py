@@ -296,7 +296,11 @@ def test_a_run_is_trained_and_evaluated(name, tmp_path, capsys):
     scores = json.loads(file.read_text(encoding="utf-8"))
     listed = {"heldout_top1", "heldout_top5", "heldout_both_right", "heldout_pixel_error", "train_top1",
               "nearest_train_top1", "memorised_share", "steps", "train_seconds"}  # fmt: skip
-    listed |= {"heldout_names_exact", "names_by_parts"} if name == "tiny" else set()
+    listed |= (
+        {"heldout_names_exact", "names_by_parts", "heldout_opens_image"}
+        if name == "tiny"
+        else set()
+    )
     assert listed <= set(scores)
     for key, value in scores.items():
         if isinstance(value, str):  # what the figures stand on

@@ -108,11 +108,13 @@ class _UsableIterator(grain.DatasetIterator):
         return document.reason
 
     def _check_lengths(self, document: Document) -> None:
-        none = self._counts["kept"] + self._counts["cut"] == 0
+        rows, none = self._dataset.to_rows, self._counts["kept"] + self._counts["cut"] == 0
         require(
             not none or self._counts["too_long"] < _WINDOW,
-            f"none of the first {_WINDOW} documents fits into data.max_seq_len="
-            f"{self._dataset.to_rows.length} tokens; the last has {len(document['tokens'])}",
+            f"none of the first {_WINDOW} documents fits into data.max_seq_len={rows.length} tokens"
+            + (f" and data.max_images={rows.max_images}" if rows.max_images else "")
+            + f"; the last has {len(document['tokens'])} tokens and "
+            f"{document['image_ids'].max()} images",
         )
 
     def get_state(self) -> dict[str, Any]:

@@ -205,18 +205,16 @@ def _chunked(kernels: Kernels, u: jax.Array, chunk: int) -> jax.Array:
     y = product("gdij,mjd->dgim", toeplitz.astype(u.dtype), u)
     if count > 1:
         forward, backward = kernels.powers(steps)  # [D, N/2, chunk]
-        collect = jnp.stack(
-            [forward[..., ::-1], backward]
-        )  # what a chunk adds to the state after it
+        # What a chunk adds to the state after it.
+        collect = jnp.stack([forward[..., ::-1], backward])
         added = product("gdnj,mjd->gdnm", _pairs(collect).astype(u.dtype), u)
         decays = kernels.powers(chunk * 2 ** jnp.arange((count - 1).bit_length()))
         # The second direction begins at the end.
         states = [_pass_on(added[0], decays[0], batch), _pass_on(added[1], decays[1], -batch)]
+        states = jnp.stack(states).astype(u.dtype)
         emit = (2 * kernels.weight[..., None]) * kernels.powers(steps + 1)
         emit = jnp.stack([emit[0], emit[1, ..., ::-1]]).conj()
-        y += product(
-            "gdni,gdnm->dgim", _pairs(emit).astype(u.dtype), jnp.stack(states).astype(u.dtype)
-        )
+        y += product("gdni,gdnm->dgim", _pairs(emit).astype(u.dtype), states)
     return rearrange(y.astype(u.dtype), "d g i (c b) -> b (c i) g d", b=batch)
 
 
