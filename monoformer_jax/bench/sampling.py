@@ -163,7 +163,7 @@ def time_single(model: Model, found: dict, options: argparse.Namespace) -> dict:
     def start(words: str):
         document = encode_prompt(model, [words], reserve=c.image_tokens,
                                  closing=[tokenizer.im_start_id])  # fmt: skip
-        return prefill(model, guidance_documents(document, tokenizer, c.layout, 2)).state
+        return prefill(model, guidance_documents(document, tokenizer, c.layout, 2), least=0).state
 
     jax.block_until_ready(start(other))
     painter(model, other, options.solver)(1, 1)

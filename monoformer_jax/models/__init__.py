@@ -26,10 +26,12 @@ is its capacity in tokens; a model with a state of fixed size ignores it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import jax
 import ml_collections
 
 from monoformer_jax.config import Config
@@ -44,6 +46,12 @@ MODELS: dict[str, ModuleType] = {"monoformer": monoformer, "diffussm": diffussm}
 def get_model(c: Any) -> ModuleType:
     """Returns the module of a model's config."""
     return MODELS[c.kind]
+
+
+@functools.cache
+def abstract_params(c: Any) -> dict:
+    """The parameters of a model as ShapeDtypeStructs, in the tree of `init`; not to be changed."""
+    return jax.eval_shape(lambda: get_model(c).init(c, jax.random.key(0)))
 
 
 def find_model(kind: str) -> ModuleType:

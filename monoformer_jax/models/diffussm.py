@@ -27,6 +27,7 @@ classes implement the model interface, see `models`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -200,6 +201,7 @@ class DiffuSSM(nnx.Module):
         return jnp.einsum("BIL,BLD->BID", weights, embedded, preferred_element_type=jnp.float32)
 
 
+@functools.cache
 def _abstract(c: DiffuSSMConfig) -> DiffuSSM:
     return nnx.eval_shape(lambda: DiffuSSM(c, rngs=nnx.Rngs(0)))
 

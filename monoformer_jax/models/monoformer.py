@@ -15,6 +15,7 @@ The functions below the classes implement the model interface, see `models`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -301,6 +302,7 @@ def _model_class(c: MonoFormerConfig) -> type[MonoFormer]:
     return OriginalMonoFormer
 
 
+@functools.cache
 def _abstract(c: MonoFormerConfig) -> MonoFormer:
     return nnx.eval_shape(lambda: _model_class(c)(c, rngs=nnx.Rngs(0)))
 

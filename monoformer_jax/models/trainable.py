@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from monoformer_jax.config import LoraConfig
-from monoformer_jax.models import get_model
+from monoformer_jax.models import abstract_params, get_model
 from monoformer_jax.nn import lora
 from monoformer_jax.parallel import abstract_arrays
 
@@ -53,7 +53,7 @@ def abstract_frozen(c: Any, adapters: LoraConfig, mesh: Mesh) -> dict:
     if not adapters.rank:
         return {}
     model = get_model(c)
-    trees = jax.eval_shape(lambda: model.init(c, jax.random.key(0))), model.logical_axes(c)
+    trees = abstract_params(c), model.logical_axes(c)
     shapes, axes = ({name: tree[name] for name in model.FROZEN} for tree in trees)
 
     def leaf(x, names):

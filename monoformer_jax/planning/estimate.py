@@ -20,7 +20,7 @@ from monoformer_jax.data.pipeline import Batches
 from monoformer_jax.data.tokenizer import open_tokenizer
 from monoformer_jax.diffusion.solvers import EVALUATIONS, make_time_grid
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import get_model
+from monoformer_jax.models import abstract_params, get_model
 from monoformer_jax.parallel import (
     BATCH,
     batch_shards,
@@ -246,7 +246,7 @@ def estimate(
     """
     mesh, chip = slice_mesh(config, topology, mode), CHIPS[chip_of(topology)]
     program, arguments = _PROGRAMS[mode](config, mesh, dtype)
-    params = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
+    params = abstract_params(config.model)
     feed = measure_feed(config, mesh) if mode == "train" else None
     begin = time.perf_counter()
     fits, aliased, sent, prediction = True, 0, (), None

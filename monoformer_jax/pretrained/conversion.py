@@ -17,7 +17,7 @@ from monoformer_jax.config import Config
 from monoformer_jax.data.tokenizer import extend_tokenizer, find_tokenizer, open_tokenizer
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.files import atomic_folder
-from monoformer_jax.models import get_model
+from monoformer_jax.models import abstract_params
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, write_safetensors
 from monoformer_jax.pretrained.model import OURS, format_of, key_table, open_pretrained
@@ -114,7 +114,7 @@ def _open_workdir(source: Source) -> Weights:
         config, params, _ = load_trained(source.folder)
         ema = jax.tree.map(lambda x: Tensor(x.shape, x.dtype, lambda: np.asarray(x)), params)
         return Weights(config, None, ema, tuple(by_path(ema)), source)
-    shapes = jax.eval_shape(lambda: get_model(config.model).init(config.model, jax.random.key(0)))
+        shapes = abstract_params(config.model)
     with Checkpoints(source.folder) as checkpoints:
         names, untrained = ["ema", "params"][: 1 + checkpoints.has_params], checkpoints.untrained()
         checkpoints.verify_newest([*names, "meta"])

@@ -19,7 +19,7 @@ from monoformer_jax.config import (
     SamplingConfig,
 )
 from monoformer_jax.errors import require
-from monoformer_jax.models import get_model, make_config
+from monoformer_jax.models import abstract_params, get_model, make_config
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import config_errors, open_weights, read_json, size_field
@@ -47,8 +47,7 @@ def key_table(c: Any) -> list[Entry]:
     """
     if form := format_of(c):
         return form.table(c)
-    shapes = jax.eval_shape(lambda: get_model(c).init(c, jax.random.key(0)))
-    return [Entry(path, path.replace("/", ".")) for path in by_path(shapes)]
+    return [Entry(path, path.replace("/", ".")) for path in by_path(abstract_params(c))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Pretrained:
           InputError: lists all tensors that are missing, unknown or of the wrong shape.
         """
         c, key = self.config.model, jax.random.key(seed)
-        target = jax.eval_shape(lambda: get_model(c).init(c, key))
+        target = abstract_params(c)
         covered = {entry.path.split("/")[0] for entry in self.table}
         theirs = {name: shape for name, shape in target.items() if name in covered}
         params = open_tree(

@@ -119,7 +119,7 @@ def generate_images(
     keys = keys[np.minimum(np.arange(len(documents)), len(prompts) - 1)]
     with use_mesh(sampler.mesh):
         flat = [document for branches in documents for document in branches]
-        state = prefill(sampler, flat).state
+        state = prefill(sampler, flat, least=0).state
         keys = shard_batch(keys, sampler.mesh)
         return denoise_images(
             sampler.params, state, keys, len(prompts), spec, sampling,

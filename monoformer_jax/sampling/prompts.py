@@ -17,6 +17,10 @@ from monoformer_jax.sampling.sampler import Sampler
 Parts = Sequence[Part]
 
 
+# Least number of cache slots of sequences that text is decoded in: each size compiles decoding anew.
+SLOTS = 256
+
+
 def bucket(length: int, least: int = 64) -> int:
     """The power of two that a length is padded to, which limits the number of compilations."""
     return max(least, 1 << max(int(length) - 1, 0).bit_length())

@@ -12,7 +12,7 @@ from monoformer_jax import batch as contract
 from monoformer_jax.config import Config, MeshConfig
 from monoformer_jax.data.tokenizer import Tokenizer
 from monoformer_jax.errors import InputError
-from monoformer_jax.models import get_model
+from monoformer_jax.models import abstract_params, get_model
 from monoformer_jax.parallel import abstract_arrays, bytes_on_device, make_mesh
 from monoformer_jax.runtime.compiler import compiler_options
 
@@ -49,20 +49,17 @@ def abstract_weights(c: Any, dtype: str, mesh: Mesh) -> dict:
     Raises:
       ValueError: a parameter dimension is not divisible by its mesh axis.
     """
-    model = get_model(c)
-    shapes = jax.eval_shape(lambda: model.init(c, jax.random.key(0)))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    return abstract_arrays(model.logical_axes(c), shapes, mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(c))
+    return abstract_arrays(get_model(c).logical_axes(c), shapes, mesh)
 
 
 def abstract_state(config: Config, rows: int, slots: int, mesh: Mesh) -> Any:
     """The decoding state after prompts of `slots` tokens, as ShapeDtypeStructs with shardings."""
     c, model = config.model, get_model(config.model)
-    params = jax.eval_shape(lambda: model.init(c, jax.random.key(0)))
     block = contract.spec(config.layout, rows, slots)
     state = jax.eval_shape(
         lambda params, block: model.extend(c, params, model.init_state(c, rows), block, slots),
-        params, block,
+        abstract_params(c), block,
     )  # fmt: skip
     return abstract_arrays(state.logical_axes(), state, mesh)
 
@@ -82,7 +79,9 @@ def sampling_mesh(
       InputError: the model fits on no mesh of these devices.
     """
     stats = getattr(devices[0], "memory_stats", lambda: None)() if memory is None else None
-    memory = memory or (stats or {}).get("bytes_limit", float("inf"))
+    memory = memory or (stats or {}).get("bytes_limit")
+    if memory is None:
+        return make_mesh(MeshConfig(data=-1), devices)
     needed = float("nan")
     for tensor in (n for n in range(1, len(devices) + 1) if len(devices) % n == 0):
         mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), devices)

@@ -33,6 +33,7 @@ from monoformer_jax.sampling.image import (
     make_image_spec,
 )
 from monoformer_jax.sampling.prompts import (
+    SLOTS,
     Parts,
     bucket,
     check_length,
@@ -284,7 +285,7 @@ class Session:
         # A first turn shares the compiled program of `prefill`; later turns are short.
         length = bucket(counts.max(), 16 if self._lengths.any() else 64)
         block = shard_batch(stack(pieces, length, sampler.tokenizer.pad_id), sampler.mesh)
-        slots = bucket((self._lengths + counts).max())
+        slots = bucket((self._lengths + counts).max(), SLOTS)
         with use_mesh(sampler.mesh):
             self._sequences = extend(
                 sampler.params, self._sequences, block, sampler.config.model, slots

@@ -16,7 +16,7 @@ from monoformer_jax.errors import require
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import full_precision
 from monoformer_jax.parallel import constrain, spread_batch
-from monoformer_jax.sampling.prompts import bucket
+from monoformer_jax.sampling.prompts import SLOTS, bucket
 from monoformer_jax.sampling.sampler import Sampler
 
 
@@ -76,17 +76,20 @@ def stack_branches(states: Sequence[Any], index: jax.Array, slots: int) -> Any:
     return constrain(state, state.logical_axes())
 
 
-def prefill(sampler: Sampler, documents: Sequence[Document]) -> Sequences:
+def prefill(sampler: Sampler, documents: Sequence[Document], least: int = SLOTS) -> Sequences:
     """Returns the decoding state after documents; the batch is sharded over the mesh if there is one.
+
+    Args:
+      least: minimum number of cache slots.
 
     Raises:
       InputError: `documents` is empty.
     """
     require(len(documents) > 0, "there is no prompt: give at least one")
     c, params = sampler.config.model, sampler.params
-    slots = bucket(max(len(document["tokens"]) for document in documents))
-    block = shard_batch(stack(documents, slots, sampler.tokenizer.pad_id), sampler.mesh)
-    return extend(params, init_sequences(c, params, len(documents)), block, c, slots)
+    length = bucket(max(len(document["tokens"]) for document in documents))
+    block = shard_batch(stack(documents, length, sampler.tokenizer.pad_id), sampler.mesh)
+    return extend(params, init_sequences(c, params, len(documents)), block, c, max(length, least))
 
 
 def shard_batch(tree, mesh: Mesh | None):

@@ -18,7 +18,7 @@ from monoformer_jax.errors import require, require_unicode, shorten, whole_numbe
 from monoformer_jax.models import get_model
 from monoformer_jax.nn.layers import float32_matmul, full_precision
 from monoformer_jax.parallel import padded_rows, to_host, use_mesh
-from monoformer_jax.sampling.prompts import Parts, bucket, encode_prompt
+from monoformer_jax.sampling.prompts import SLOTS, Parts, bucket, encode_prompt
 from monoformer_jax.sampling.sampler import Sampler
 from monoformer_jax.sampling.state import Sequences, prefill, truncate
 
@@ -181,7 +181,7 @@ def continue_text(
             running[b] = not completions[b].finish_reason
         lengths = lengths + kept
         sequences = truncate(
-            sequences, lengths.astype(np.int32), tokens, kept, bucket(lengths.max())
+            sequences, lengths.astype(np.int32), tokens, kept, bucket(lengths.max(), SLOTS)
         )
     return sequences, lengths, completions
 
