@@ -114,7 +114,7 @@ def _open_workdir(source: Source) -> Weights:
         config, params, _ = load_trained(source.folder)
         ema = jax.tree.map(lambda x: Tensor(x.shape, x.dtype, lambda: np.asarray(x)), params)
         return Weights(config, None, ema, tuple(by_path(ema)), source)
-        shapes = abstract_params(config.model)
+    shapes = abstract_params(config.model)
     with Checkpoints(source.folder) as checkpoints:
         names, untrained = ["ema", "params"][: 1 + checkpoints.has_params], checkpoints.untrained()
         checkpoints.verify_newest([*names, "meta"])
