@@ -26,7 +26,6 @@ from etils import epath
 from monoformer_jax.data.held_out import HeldOut
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.evaluation.held_out import HeldOutLoss, open_rows
-from monoformer_jax.evaluation.report import write_report
 from monoformer_jax.evaluation.samples import Samples, caption, strip
 from monoformer_jax.files import atomic_write, write_json
 from monoformer_jax.runtime.workdir import read_config
@@ -95,6 +94,9 @@ class Validation:
     def report(self) -> None:
         """Writes report.html; call it when the results of `run` are in metrics.jsonl."""
         if jax.process_index() == 0:
+            # Matplotlib takes half a second to import.
+            from monoformer_jax.evaluation.report import write_report
+
             write_report(self._workdir, self._warnings)
 
     def _compare(self, step: int, measured: Mapping[str, float], progress: Progress) -> None:

@@ -44,7 +44,9 @@ def logical_axes(c: Any, adapters: LoraConfig) -> dict:
 
 def abstract(c: Any, adapters: LoraConfig, mesh: Mesh) -> dict:
     """The trainable parameters as ShapeDtypeStructs with their shardings."""
-    shapes = jax.eval_shape(lambda: init(c, adapters, jax.random.key(0)))
+    shapes = abstract_params(c)
+    if adapters.rank:
+        shapes = jax.eval_shape(lambda: init(c, adapters, jax.random.key(0)))
     return abstract_arrays(logical_axes(c, adapters), shapes, mesh)
 
 

@@ -56,22 +56,22 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 def abstract_train_state(config: Config, mesh: Mesh) -> TrainState:
     """The train state as ShapeDtypeStructs with shardings; nothing is allocated."""
-    state = jax.eval_shape(functools.partial(_init, config))
-    params = trainable.abstract(config.model, config.lora, mesh)
+    params, optimizer = trainable.abstract(config.model, config.lora, mesh), _optimizer(config)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     opt_state = optax.tree_map_params(
-        _optimizer(config),
+        optimizer,
         lambda x, param: place(x, param.sharding),
-        state.opt_state,
+        jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda x: place(x, replicated),
     )
     frozen = trainable.abstract_frozen(config.model, config.lora, mesh)
-    return TrainState(place(state.step, replicated), params, params, opt_state, frozen)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, params, opt_state, frozen)
 
 
 def check_layout(config: Config, devices: list | None = None) -> Mesh:
