@@ -46,11 +46,11 @@ def open_image(
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     if isinstance(source, str | os.PathLike):
-        path = epath.Path(source)
-        if not path.is_file():
+        stored = epath.Path(source) if "://" in str(source) else None
+        if not (stored.is_file() if stored else os.path.isfile(source)):
             raise BadExample("missing_file", f"{name}: there is no file {source}")
         name = f"{name} ({source})"
-        source = io.BytesIO(path.read_bytes()) if "://" in str(source) else str(source)
+        source = io.BytesIO(stored.read_bytes()) if stored else str(source)
     try:
         image = (
             source
@@ -117,9 +117,10 @@ def crop(image: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
     sides = (round(image.width * scale), round(image.height * scale))
     if image.size != sides:
         image = image.resize(sides, PIL.Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    cropped = image.crop((left, top, left + size, top + size))
-    return np.asarray(cropped).reshape(size, size, channels)
+    if image.size != (size, size):
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    return np.asarray(image).reshape(size, size, channels)
 
 
 def to_pixels(picture: PIL.Image.Image, size: int, channels: int = 3) -> np.ndarray:
