@@ -26,7 +26,7 @@ setup(
     # configs/ stays at the top of the repository, and is a folder of the installed package.
     packages=[*find_packages(include=["monoformer_jax", "monoformer_jax.*"]), CONFIGS],
     package_dir={CONFIGS: "configs"},
-    package_data={"monoformer_jax": ["py.typed"]},
+    package_data={"monoformer_jax": ["py.typed", "shipped/*/*"]},
     python_requires=">=3.11",
     # flax <= 0.12.8 does not import beside jax >= 0.11.1, and Python 3.11 cannot have a newer flax.
     install_requires=[

@@ -23,8 +23,10 @@ from monoformer_jax.data.templates import ROLES, chat_parts, complete_prompt
 from monoformer_jax.data.tokenizer import open_tokenizer
 from monoformer_jax.errors import require, whole_number
 from monoformer_jax.files import expand
+from monoformer_jax.pretrained.model import load_exported
+from monoformer_jax.runtime.compile_cache import use_compile_cache
 from monoformer_jax.runtime.weights import load_trained
-from monoformer_jax.runtime.workdir import read_config
+from monoformer_jax.runtime.workdir import model_folder, read_config
 from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.sampling.sampler import Sampler, sampling_mesh
 from monoformer_jax.sampling.session import Session
@@ -44,10 +46,13 @@ def load(
     mesh: Mesh | None = None,
     checkpoint: int | Literal["best"] | None = None,
 ) -> Model:
-    """Loads the EMA weights of a checkpoint of a run.
+    """Loads the EMA weights of a checkpoint of a run, or a model in one file of weights.
+
+    Compiled programs are kept in the user's cache folder, see `runtime.compile_cache`.
 
     Args:
-      workdir: folder of the run, or storage such as gs://bucket/run.
+      workdir: folder of the run, or storage such as gs://bucket/run; a folder of safetensors that
+        `convert` wrote; or "showcase", the model that comes with the package.
       vae: folder of the autoencoder, for a latent model.
       vision: folder of the CLIP vision tower, for a model with a vision encoder.
       dtype: dtype of the weights; "bfloat16" halves their memory.
@@ -56,18 +61,24 @@ def load(
       checkpoint: its step, or "best" for that with the lowest held-out loss; default: the newest.
 
     Raises:
-      InputError: `workdir` has no trained model, or the autoencoder or vision tower does not fit it.
+      InputError: `workdir` is no folder and no such name, it has no trained model, or the
+        autoencoder or vision tower does not fit it.
     """
     require(dtype in ("float32", "bfloat16"), f"dtype={dtype!r} is not float32 or bfloat16")
     if checkpoint not in (None, "best"):
         checkpoint = whole_number(checkpoint, "checkpoint", 0)
-    folder = expand(workdir)
+    folder = model_folder(workdir)
     vae, vision = (None if path is None else Path(expand(path)) for path in (vae, vision))
+    use_compile_cache()
     config = read_config(folder)  # the small things first: their errors come before the weights
     tokenizer = open_tokenizer(config.data, folder, config.layout.vocab_size)
     processor = ImageProcessor(config.layout, config.data.image_size, vae, vision)
     mesh = mesh or sampling_mesh(config, jax.local_devices(), dtype)
-    config, params, meta = load_trained(folder, dtype, mesh, checkpoint)
+    if (folder / "model.safetensors").exists():
+        require(checkpoint is None, f"{workdir} has one set of weights: leave out checkpoint")
+        params, meta = load_exported(Path(folder), dtype, mesh), {}
+    else:
+        config, params, meta = load_trained(folder, dtype, mesh, checkpoint)
     mesh = None if mesh.size == 1 else mesh  # a single device needs no mesh
     return Model(config, params, tokenizer, mesh, image_processor=processor, **meta)
 

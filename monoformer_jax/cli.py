@@ -117,6 +117,14 @@ def storage_path(text: str) -> epath.Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def model_path(text: str) -> epath.Path:
+    """A flag's value: as `storage_path`, or the name of a model that comes with the package."""
+    from monoformer_jax.runtime.workdir import model_folder
+
+    storage_path(text)
+    return model_folder(text)
+
+
 def local_path(text: str) -> Path:
     """A flag's value: a path on this machine, with ~ expanded."""
     path = storage_path(text)

@@ -7,7 +7,8 @@
 --from is a folder with a LLaMA or a MonoFormer (config.json and safetensors or pytorch_model.bin), a
 workdir, or the name of a model on the Hugging Face hub (extra `hub`). The image layers and the four
 special tokens that a LLaMA lacks are newly initialised. A workdir is converted to
-`model.safetensors`, with the EMA weights in `ema/`, under the original's parameter names. LoRA
+`model.safetensors`, with the EMA weights in `ema/` (or alone: --weights=ema), under the original's
+parameter names, which `monoformer_jax.load` reads as it reads a workdir. LoRA
 adapters (config.lora) are merged; --format=orbax writes the merged model as a workdir.
 --to is only created once it is complete. Parameters are read and written one at a time, except that
 writing a workdir takes memory for one copy of the model.
@@ -16,6 +17,7 @@ writing a workdir takes memory for one copy of the model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from monoformer_jax.cli import SEED, local_path, run_command
 
@@ -32,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=tuple(_DTYPES), default="float32",
         help="dtype of the safetensors (default float32, lossless); a workdir is always float32",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("all", "ema"), default="all",
+        help="ema: the EMA weights alone, as one model; default: also those without averaging",
     )  # fmt: skip
     parser.add_argument(
         "--check", action="store_true", help="read the result back and compare every value"
@@ -62,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
     )
     require(not args.to.exists(), f"--to={args.to} already exists; nothing was changed")
     weights = open_source(source, args.seed)
+    if args.weights == "ema":
+        weights = dataclasses.replace(weights, params=None)
     print(_summary(weights))
     if form == "orbax":
         write_workdir(args.to, weights, _bar("reading"))

@@ -1,5 +1,6 @@
 """Web page to chat with a trained model, in text and pictures; the model chooses when to draw.
 
+  python -m monoformer_jax.demo                                           # the model of the package
   python -m monoformer_jax.demo --workdir=runs/digits
   python -m monoformer_jax.demo --workdir=runs/imagenet --vae=sd-vae-ft-mse --port=8000
   python -m monoformer_jax.demo --workdir=runs/digits --host=0.0.0.0      # for the local network
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from monoformer_jax.cli import integer, local_path, run_command, storage_path
+from monoformer_jax.cli import integer, local_path, model_path, run_command
 from monoformer_jax.errors import InputError, require
 
 USER = "guest"
@@ -126,7 +127,8 @@ def _open_tunnel(port: int) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", type=storage_path, required=True, help="folder of the trained run")
+    add("--workdir", type=model_path, default="showcase",
+        help="folder of the trained run; default: showcase, the model of the package")  # fmt: skip
     add("--vae", type=local_path, help="folder of the VAE, for a latent model")
     add("--vision", type=local_path, help="folder of the CLIP vision tower, if the model needs one")
     add("--port", type=integer(0, 65535), default=7860, help="default 7860")
@@ -175,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     password = _password(args)
     model = monoformer_jax.load(args.workdir, vae=args.vae, vision=args.vision)
     model.image_processor.codec.check()
-    name = f"{model.config.name}, step {model.step}"
+    name = model.config.name + (f", step {model.step}" if model.step else "")
     options = {"host": args.host, "port": args.port, "share": args.share == "true"}
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, to delete the pictures
     with (

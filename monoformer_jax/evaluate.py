@@ -47,7 +47,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from monoformer_jax.cli import checkpoint_step, integer, local_path, run_command, storage_path
+from monoformer_jax.cli import (
+    checkpoint_step,
+    integer,
+    local_path,
+    model_path,
+    run_command,
+    storage_path,
+)
 from monoformer_jax.errors import InputError, require
 
 _WRITER = "monoformer_jax evaluate"
@@ -55,7 +62,7 @@ _WRITER = "monoformer_jax evaluate"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", type=storage_path, help="folder of the trained run")
+    add("--workdir", type=model_path, help="folder of the trained run, or showcase with --out")
     add("--checkpoint", type=checkpoint_step, metavar="N|best",
         help="its step, or best: that with the lowest held-out loss (default: the newest)")  # fmt: skip
     add("--records", type=storage_path, metavar="DIR",
@@ -99,6 +106,13 @@ def main(args: argparse.Namespace) -> None:
         args.workdir is not None or args.images is not None,
         "give --workdir, a trained run, or --images and --reference",
     )
+    if args.workdir is not None and args.out is None:
+        from monoformer_jax.runtime.workdir import SHIPPED
+
+        require(
+            args.workdir.parent != SHIPPED,
+            f"--workdir={args.workdir.name} is part of the package: give a folder of figures, --out",
+        )
     if args.images is not None:
         _compare(args)
     elif args.tasks is not None:

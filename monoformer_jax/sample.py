@@ -53,6 +53,7 @@ from monoformer_jax.cli import (
     finite,
     integer,
     local_path,
+    model_path,
     run_command,
     storage_path,
 )
@@ -66,8 +67,9 @@ _BARS = 10  # progress is shown so many times per image
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     defaults = "default: the config's sampling"
-    add("--workdir", type=storage_path, required=True,
-        help="workdir of the trained run, a folder or gs://...")  # fmt: skip
+    add("--workdir", type=model_path, required=True,
+        help="workdir of the trained run, a folder or gs://...; or showcase, the model that comes with "
+        "the package")  # fmt: skip
     add("--checkpoint", type=checkpoint_step, metavar="N|best",
         help="its step, or best: that with the lowest held-out loss (default: the newest)")  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16"), default="float32",

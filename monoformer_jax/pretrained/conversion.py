@@ -20,7 +20,7 @@ from monoformer_jax.files import atomic_folder
 from monoformer_jax.models import abstract_params
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import open_weights, write_safetensors
-from monoformer_jax.pretrained.model import OURS, format_of, key_table, open_pretrained
+from monoformer_jax.pretrained.model import EXPORTED, format_of, key_table, open_pretrained
 from monoformer_jax.pretrained.table import Tensor, by_path, read_tree, same, write_tensors
 from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.weights import load_trained
@@ -164,7 +164,7 @@ def write_safetensors_folder(
     values = {}
     if form := format_of(c.model):
         values = form.write_config(c.model, c.data.image_size, c.data.max_seq_len)
-    values[OURS] = c.to_dict()  # for the settings without a key in the published config.json
+    values[EXPORTED] = c.to_dict()  # for the settings without a key in the published config.json
     with atomic_folder(to) as folder:
         tokenizer = _write_tokenizer(folder, weights)
         if tokenizer is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from monoformer_jax.config import (
     Config,
@@ -19,14 +20,14 @@ from monoformer_jax.config import (
     SamplingConfig,
 )
 from monoformer_jax.errors import require
-from monoformer_jax.models import abstract_params, get_model, make_config
+from monoformer_jax.models import abstract_params, get_model, make_config, trainable
 from monoformer_jax.pretrained import llama
 from monoformer_jax.pretrained import monoformer as original
 from monoformer_jax.pretrained.folder import config_errors, open_weights, read_json, size_field
 from monoformer_jax.pretrained.table import Entry, Tensor, by_path, open_tree
+from monoformer_jax.runtime.workdir import EXPORTED
 
 SPECIALS = 4  # <PAD>, <image>, <|im_start|> and <|im_end|>, appended to the vocabulary of a LLaMA
-OURS = "monoformer_jax"  # key of the full Config in config.json, in folders written by `convert`
 _NEW_ROW_STDDEV = 0.02  # LLaMA's initializer_range
 
 # model.kind -> module with the key table and config.json of its published weights. A model without one
@@ -66,7 +67,7 @@ class Pretrained:
     table: Sequence[Entry]
     tensors: Mapping[str, Tensor]
     ignored: str
-    trained_here: bool = False  # config.json has the full Config of a run under OURS
+    trained_here: bool = False  # config.json has the full Config of a run under EXPORTED
 
     def open(self, seed: int = 0) -> dict:
         """A float32 `Tensor` for each parameter [see `init` of the model]; none is read yet.
@@ -123,9 +124,9 @@ def open_pretrained(folder: Path) -> Pretrained:
 def _open_config(
     folder: Path, where: Path, values: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> Pretrained:
-    if OURS in values:
-        require(isinstance(values[OURS], dict), f"{where}: {OURS} is not a JSON object")
-        config = make_config(values[OURS])
+    if EXPORTED in values:
+        require(isinstance(values[EXPORTED], dict), f"{where}: {EXPORTED} is not a JSON object")
+        config = make_config(values[EXPORTED])
         table = key_table(config.model)
         return Pretrained(folder, config, table, tensors, original.IGNORED, trained_here=True)
     if original.is_monoformer(values):
@@ -143,6 +144,26 @@ def _open_config(
         table, ignored = llama.table(model, vocab), llama.IGNORED
         config = Config(model, name="converted", data=_data_config(model, length, side=32))
     return Pretrained(folder, config, table, tensors, ignored)
+
+
+def load_exported(folder: Path, dtype: str, mesh: Mesh) -> dict:
+    """The parameters of a model that `convert` wrote as safetensors, placed by the rules table.
+
+    Raises:
+      InputError: a folder of another program, or see `open_pretrained` and `Pretrained.open`.
+    """
+    found = open_pretrained(folder)
+    require(
+        found.trained_here,
+        f"{folder} was not written by `convert`: python -m monoformer_jax.convert --from={folder} "
+        "--to=DIR makes a workdir of it",
+    )
+    target = trainable.abstract(found.config.model, found.config.lora, mesh)
+
+    def place(tensor: Tensor, to: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.asarray(tensor.load(), jax.numpy.dtype(dtype)), to.sharding)
+
+    return jax.tree.map(place, found.open(), target)
 
 
 def run_config(model: Any, length: int, side: int) -> Config:

@@ -20,7 +20,7 @@ from etils import epath
 
 from monoformer_jax.config import Config
 from monoformer_jax.errors import InputError, require
-from monoformer_jax.files import atomic_write, read_json
+from monoformer_jax.files import atomic_write, expand, read_json
 from monoformer_jax.models import make_config
 from monoformer_jax.runtime.checkpoint import list_steps
 
@@ -28,6 +28,10 @@ from monoformer_jax.runtime.checkpoint import list_steps
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
                "watchdog_seconds", "data_workers", "compiler_options", "mesh", "sampling",
                "validation")  # fmt: skip
+
+# Key of the full Config in the config.json of an exported model, see `pretrained.conversion`.
+EXPORTED = "monoformer_jax"
+SHIPPED = epath.Path(__file__).parent.parent / "shipped"  # a folder for each model
 
 _TOKENIZER = "tokenizer.json"
 # Temporary names of the files that a trainer writes, see `files.atomic_write`.
@@ -190,20 +194,39 @@ def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
     return dataclasses.replace(config, data=data, init_from=init_from, validation=validation)
 
 
+def model_folder(name: epath.PathLike) -> epath.Path:
+    """The folder of a run, or of the model of this name that comes with the package."""
+    folder, shipped = expand(name), SHIPPED / str(name)
+    return shipped if not folder.exists() and str(name) in shipped_models() else folder
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
 def read_config(workdir: epath.PathLike) -> Config:
-    """The config of a workdir, with absolute paths.
+    """The config of a workdir or of an exported model, with absolute paths.
 
     Raises:
-      InputError: the workdir has no config.json, or it is damaged.
+      InputError: there is no such folder, it has no config.json, or that is damaged.
     """
     path = epath.Path(workdir).expanduser() / "config.json"
-    require(path.exists(), f"{workdir} holds no trained model: it has no config.json")
+    reason = "it has no config.json"
+    if not path.parent.exists():
+        names = ", ".join(shipped_models())
+        reason = (
+            f"there is no such folder, and no model of that name comes with the package ({names})"
+        )
+    require(path.exists(), f"{workdir} holds no trained model: {reason}")
     try:
         values = read_json(path)
     except InputError as error:
         raise InputError(
             f"{path} is damaged ({error}): write it anew from a copy or from the config of the run"
         ) from error
+    if isinstance(values, dict):
+        values = values.get(EXPORTED, values)
     return absolute_paths(path.parent, make_config(values))
 
 
