@@ -25,7 +25,6 @@ from monoformer_jax.errors import require, whole_number
 from monoformer_jax.files import expand
 from monoformer_jax.pretrained.model import load_exported
 from monoformer_jax.runtime.compile_cache import use_compile_cache
-from monoformer_jax.runtime.weights import load_trained
 from monoformer_jax.runtime.workdir import model_folder, read_config
 from monoformer_jax.sampling.image import generate_images
 from monoformer_jax.sampling.sampler import Sampler, sampling_mesh
@@ -78,6 +77,8 @@ def load(
         require(checkpoint is None, f"{workdir} has one set of weights: leave out checkpoint")
         params, meta = load_exported(Path(folder), dtype, mesh), {}
     else:
+        from monoformer_jax.runtime.weights import load_trained  # orbax takes half a second
+
         config, params, meta = load_trained(folder, dtype, mesh, checkpoint)
     mesh = None if mesh.size == 1 else mesh  # a single device needs no mesh
     return Model(config, params, tokenizer, mesh, image_processor=processor, **meta)

@@ -38,6 +38,7 @@ from monoformer_jax.runtime.checksums import (
     write_checksums,
 )
 from monoformer_jax.runtime.processes import allgather_json
+from monoformer_jax.runtime.workdir import list_steps
 
 # A `training.state.TrainState`: params, ema, opt_state and step are saved.
 State = Any
@@ -353,18 +354,6 @@ class _Best(policies.PreservationPolicy):
     def should_preserve(self, checkpoints, *, context):
         best = self.saved.best
         return [checkpoint.step == best for checkpoint in checkpoints]
-
-
-def list_steps(folder: epath.Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder `checkpoints`, ascending."""
-    if not folder.exists():
-        return []
-    # A local save is renamed when it is complete; an object storage has no renames, only a mark.
-    marked = "://" in str(folder)
-    return sorted(
-        int(path.name) for path in folder.iterdir()
-        if path.name.isdigit() and (not marked or (path / "commit_success.txt").exists())
-    )  # fmt: skip
 
 
 def require_plain(workdir: epath.Path) -> None:

@@ -22,7 +22,6 @@ from monoformer_jax.config import Config
 from monoformer_jax.errors import InputError, require
 from monoformer_jax.files import atomic_write, expand, read_json
 from monoformer_jax.models import make_config
-from monoformer_jax.runtime.checkpoint import list_steps
 
 # Config keys that may change when a run is resumed; `claim_workdir` rejects any other change.
 _MAY_CHANGE = ("steps", "log_every", "checkpoint_every", "max_to_keep", "keep_period",
@@ -192,6 +191,18 @@ def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
     vae = change(config.validation.vae) if config.validation.vae else ""
     validation = dataclasses.replace(config.validation, vae=vae)
     return dataclasses.replace(config, data=data, init_from=init_from, validation=validation)
+
+
+def list_steps(folder: epath.Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder `checkpoints`, ascending."""
+    if not folder.exists():
+        return []
+    # A local save is renamed when it is complete; an object storage has no renames, only a mark.
+    marked = "://" in str(folder)
+    return sorted(
+        int(path.name) for path in folder.iterdir()
+        if path.name.isdigit() and (not marked or (path / "commit_success.txt").exists())
+    )  # fmt: skip
 
 
 def model_folder(name: epath.PathLike) -> epath.Path:

@@ -24,7 +24,7 @@ from monoformer_jax.data.tokenizer import Tokenizer, open_tokenizer
 from monoformer_jax.errors import require
 from monoformer_jax.nn import lora
 from monoformer_jax.parallel import local_rows, put_batch
-from monoformer_jax.runtime.checkpoint import Checkpoints, list_steps
+from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.faults import (
     CrashLoopGuard,
     NonFiniteLoss,
@@ -38,6 +38,7 @@ from monoformer_jax.runtime.weights import check_init_from, load_weights
 from monoformer_jax.runtime.workdir import (
     claim_workdir,
     flatten,
+    list_steps,
     mark_done,
     portable_paths,
     read_config,
