@@ -131,8 +131,17 @@ def test_the_shipped_files_are_small_and_of_no_machine():
         assert not re.search(r'"/|://', files[name].read_text()), name
 
 
+@pytest.fixture
+def optimized():
+    """conftest disables most XLA optimizations, which here take less time than they save."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("optimized")
 def test_the_shipped_weights_have_the_figures_of_the_model_card():
     """Within one picture or one point; drawn with seed 0: 100 digits and the held-out captions."""
     model = monoformer_jax.load("showcase")
@@ -178,4 +187,4 @@ def test_what_a_wheel_installs_draws_reads_and_talks_in_an_empty_folder(tmp_path
     command('python -m monoformer_jax.sample --workdir=showcase --prompt="draw a seven" '
             "--out=seven.png")  # fmt: skip
     assert "seven" in command("python " + reads)
-    assert json.loads((tmp_path / "up.json").read_text())["checkpoint_step"] == 0
+    assert json.loads((tmp_path / "up.json").read_text())["workdir"].endswith("shipped/showcase")
