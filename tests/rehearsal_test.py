@@ -255,13 +255,14 @@ def test_the_commands_of_a_config(name, checkout, done):
 
 @pytest.mark.parametrize("name", ["fine-tuning", "weights", "your-data"])
 def test_the_commands_of_a_page(name, checkout, done):
-    """What the configs have run already is not repeated."""
+    """What the configs and other pages have run already is not repeated."""
     given = page_commands(name)
     assert given
     for command, arguments in given:
         if (command, *arguments) not in done:
             single = ["--processes=1"] if command == "train" else []
             finish([start(checkout, command, [*arguments, *single])])
+            done.add((command, *arguments))
         if out := option(arguments, "--out"):
             assert np.asarray(PIL.Image.open(checkout / out)).std() > 0
 
