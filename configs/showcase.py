@@ -7,10 +7,11 @@
 `bash launch/demo.sh --config=configs/showcase.py` does the same. Digits are enlarged to the 16×16
 pixels of the gestures; their figures are those of digits that are reduced again.
 
-On 2 CPU cores 0.55 to 0.6 s a step, 43 minutes (78 beside a second training, November 2026). Digits:
-draw 99.4 %, Fréchet 1.04, read 96.9 %, say 100 %; held-out gestures: base and skin tone right 100 %,
-nearer to a trained picture 0 %, named exactly 100 %. They are the weights and the figures of the model
-that comes with the package, monoformer_jax/shipped/showcase. Gestures: OpenMoji, CC BY-SA 4.0.
+On 2 CPU cores 78 minutes beside a second training (November 2026); alone a step took 0.55 to 0.6 s,
+which makes 43. Digits: draw 99.4 %, Fréchet 1.04, read 96.9 %, say 100 %; held-out gestures: base and
+skin tone right 100 %, nearer to a trained picture 0 %, named exactly 100 %. They are the weights and
+the figures of the model that comes with the package, monoformer_jax/shipped/showcase. Gestures:
+OpenMoji, CC BY-SA 4.0.
 """
 
 from monoformer_jax.errors import require

@@ -16,7 +16,6 @@ from monoformer_jax.sampling.sampler import Sampler
 
 Parts = Sequence[Part]
 
-
 # Least number of cache slots of sequences that text is decoded in: each size compiles decoding anew.
 SLOTS = 256
 
