@@ -73,9 +73,10 @@ def load(
     tokenizer = open_tokenizer(config.data, folder, config.layout.vocab_size)
     processor = ImageProcessor(config.layout, config.data.image_size, vae, vision)
     mesh = mesh or sampling_mesh(config, jax.local_devices(), dtype)
+    meta: dict[str, Any] = {}
     if (folder / "model.safetensors").exists():
         require(checkpoint is None, f"{workdir} has one set of weights: leave out checkpoint")
-        params, meta = load_exported(Path(folder), dtype, mesh), {}
+        params = load_exported(Path(folder), dtype, mesh)
     else:
         from monoformer_jax.runtime.weights import load_trained  # orbax takes half a second
 
