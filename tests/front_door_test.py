@@ -247,7 +247,7 @@ OTHERS = [
     ("bench ssm --lengths=many", "--lengths=many is not a list of numbers"),
     ("bench input_pipeline --seconds=nan", "--seconds: 'nan' is not a finite number"),
     ("bench input_pipeline --config.steps=3", "--config.steps=3 needs --config=FILE"),
-    ("demo", "required: --workdir"),
+    ("demo --workdir=showcas", "no such folder, and no model of that name"),
     ("demo --workdir=none", "none holds no trained model"),
     ("demo --workdir=run --port=99999", "--port: 99999 must be 0 to 65535"),
     ("demo --workdir=run --port=http", "--port: 'http' is not a whole number"),
