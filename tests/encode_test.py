@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -14,7 +15,8 @@ from monoformer_jax import prepare_data
 from monoformer_jax.codecs.image_processor import ImageProcessor
 from monoformer_jax.config import TokenLayout
 from monoformer_jax.data import decoding
-from monoformer_jax.data.raw import RawExample, open_raw
+from monoformer_jax.data.image_io import open_image
+from monoformer_jax.data.raw import RawExample, RawImage, open_raw
 from monoformer_jax.data.records import Records
 from monoformer_jax.errors import PREEMPTED, InputError
 
@@ -131,10 +133,17 @@ def test_sigterm_keeps_complete_files_and_leaves_nothing_else(raw, whole, tmp_pa
     assert run(raw, folder, "--processes=1") == 0 and contents(folder) == contents(whole)
 
 
+def pair(*files):
+    return RawExample("pair", [RawImage(partial(open_image, f), denoise=True) for f in files])
+
+
 def test_worker_processes_decode_the_same_in_order(raw):
-    examples = open_raw(str(raw / "all.jsonl"), None) * 3  # three chunks
+    """Also examples of several images, of which a chunk has more than fit into its memory."""
+    pairs = [partial(pair, raw / "0.png", raw / "1.png")] * (2 * decoding._CHUNK)
+    examples = open_raw(str(raw / "all.jsonl"), None) * 16 + pairs
     one, two = (list(decoding.decode_examples(examples, 32, workers)) for workers in (0, 2))
-    assert len(one) == len(two) == 3 * (GOOD + 4)
+    assert len(one) == len(two) == 16 * (GOOD + 4) + len(pairs)
+    assert len(one) > 5 * decoding._CHUNK and two[-1].pixels.shape == (2, 32, 32, 3)
     for a, b in zip(one, two):
         assert a.parts == b.parts and a.error == b.error
         np.testing.assert_array_equal(a.pixels, b.pixels)
@@ -148,3 +157,8 @@ def test_a_refusal_leaves_no_file(raw, tmp_path):
         arguments += ["--codec=sd_vae"]
         prepare_data.main(parser.parse_args(arguments))
     assert not (tmp_path / "r").exists()
+
+
+def test_a_worker_process_that_is_ended_is_an_error():
+    with pytest.raises(InputError, match="was ended; if the memory is too small, use fewer"):
+        list(decoding.decode_examples([partial(os._exit, 1)], 32, workers=1))

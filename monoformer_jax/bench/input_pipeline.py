@@ -35,7 +35,7 @@ import PIL.ImageDraw
 from monoformer_jax.batch import PAD
 from monoformer_jax.cli import load_config
 from monoformer_jax.config import Config
-from monoformer_jax.data.decoding import Decode, decode_examples
+from monoformer_jax.data.decoding import decode_example, decode_examples
 from monoformer_jax.data.documents import Image, Prompt
 from monoformer_jax.data.image_io import open_image
 from monoformer_jax.data.pipeline import Batches, RowIterator, cores, open_stages
@@ -184,7 +184,7 @@ def jpegs(folder: Path, workers: int, repeats: int) -> dict[str, float]:
                 for _ in itertools.islice(decoded, rest):  # without the end of the processes
                     pass
                 ours.append(rest / (time.perf_counter() - begin))
-    decode = Decode(256).decode
+    decode = partial(decode_example, size=256)
     return {
         "jpeg_per_core_s": rate(itertools.cycle(examples), 2, decode),
         "pillow_per_core_s": rate(itertools.cycle(files), 2, pillow),

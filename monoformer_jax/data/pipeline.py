@@ -155,7 +155,13 @@ class RowIterator:
     def _start(self, part: _Streams) -> grain.IterDataset:
         if not self._workers:
             return part
-        return in_workers(part, 1, AHEAD)
+        if not flags.FLAGS.is_parsed():  # grain reads its flags, which only its own programs parse
+            flags.FLAGS.mark_as_parsed()
+        # A block of shared memory takes more time than to pickle an array, unless that is large.
+        small = grain.experimental.DatasetOptions(min_shm_size=_LARGE)
+        part = grain.experimental.WithOptionsIterDataset(part, small)
+        options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=AHEAD)
+        return part.mp_prefetch(options, worker_init_fn=init_worker)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the states of this process's streams, {stream number: JSON values}."""
@@ -224,21 +230,7 @@ class _StreamsIterator(grain.DatasetIterator):
             stream.set_state({k: v for k, v in states[number].items() if k != "skipped"})
 
 
-def in_workers(dataset: grain.IterDataset, workers: int, ahead: int) -> grain.IterDataset:
-    """The same elements, made by processes of their own, each up to `ahead` of its own in advance.
-
-    Several workers divide the elements of the MapDataset below, which must be made one by one.
-    """
-    if not flags.FLAGS.is_parsed():  # grain reads its flags, which only its own programs parse
-        flags.FLAGS.mark_as_parsed()
-    # A block of shared memory takes more time than to pickle an array, unless that is large.
-    small = grain.experimental.DatasetOptions(min_shm_size=_LARGE)
-    dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=ahead)
-    return dataset.mp_prefetch(options, worker_init_fn=_init_worker)
-
-
-def _init_worker(index: int, count: int) -> None:
+def init_worker(*_: int) -> None:
     """Makes a worker process end with its parent, and only then: a terminal and Slurm send signals to
     all processes, and the parent must be able to save its state."""
     for number in (signal.SIGINT, signal.SIGTERM):
