@@ -61,7 +61,13 @@ def test_the_example_of_the_readme_says_what_its_comments_say(tmp_path, monkeypa
     exec(compile(readme_example(), "README.md", "exec"), said)
     assert said["texts"] == [" five"] and said["read"] == ["seven"]
     assert [picture.size for picture in said["sevens"]] == [(16, 16)] * 2
-    # Editing, for which the model is not trained.
+    # A further turn, and editing, for which the model is not trained.
+    talk = [
+        {"role": "user", "content": ["read this: ", said["sevens"][0]]},
+        {"role": "assistant", "content": "seven"},
+        {"role": "user", "content": "draw a two"},
+    ]
+    assert said["model"].chat(talk) == []
     assert said["model"].edit(GRAY, "darker", steps=1, output="numpy").shape == (16, 16, 3)
 
 

@@ -164,9 +164,9 @@ def raw_example(file: Path) -> RawExample:
     return RawExample(str(file), [RawImage(partial(open_image, file), denoise=True)])
 
 
-def jpegs(folder: Path, workers: int, repeats: int) -> dict[str, float]:
+def jpegs(folder: Path, workers: int) -> dict[str, float]:
     """Images per second of `decode_examples` and of Pillow alone; the median of `ROUNDS` in turn."""
-    files = write_jpegs(folder) * repeats
+    files = write_jpegs(folder) * (4 * workers)
     examples = [partial(raw_example, file) for file in files]
     spawn = multiprocessing.get_context("spawn")
     ours, alone = [], []
@@ -176,14 +176,16 @@ def jpegs(folder: Path, workers: int, repeats: int) -> dict[str, float]:
             begin = time.perf_counter()
             list(pool.map(pillow, files, chunksize=32))
             alone.append(len(files) / (time.perf_counter() - begin))
-            started = 64 * workers + JPEGS  # the processes run, and have emptied their queues
+            # Timed between the start of the processes and their end: with as much done ahead at both.
+            spare = JPEGS // 2 * workers
+            counted = len(files) - 2 * spare
             with contextlib.closing(decode_examples(examples, 256, workers)) as decoded:
-                for _ in itertools.islice(decoded, started):
+                for _ in itertools.islice(decoded, spare):
                     pass
-                begin, rest = time.perf_counter(), len(files) - started
-                for _ in itertools.islice(decoded, rest):  # without the end of the processes
+                begin = time.perf_counter()
+                for _ in itertools.islice(decoded, counted):
                     pass
-                ours.append(rest / (time.perf_counter() - begin))
+                ours.append(counted / (time.perf_counter() - begin))
     decode = partial(decode_example, size=256)
     return {
         "jpeg_per_core_s": rate(itertools.cycle(examples), 2, decode),
@@ -236,4 +238,4 @@ def _measure(folder: Path, options, overrides: list[str]) -> dict[str, float]:
     found["bytes_per_document_slope"] = memory_slope(
         make(config.batch_size // config.streams), options.documents
     )
-    return found | jpegs(folder, max(options.workers, 1), repeats=4)
+    return found | jpegs(folder, max(options.workers, 1))

@@ -105,8 +105,8 @@ def decode_examples(
 
 
 class _Chunks:
-    """Decodes chunks of examples into slots of memory that the caller reads: that takes a tenth of the
-    time of decoding where pickled arrays, or shared memory made for each, take a quarter."""
+    """Decodes chunks of examples into slots of memory that the caller reads and that are used again:
+    to pickle arrays, or to make shared memory for each chunk, takes longer (docs/benchmarks.md)."""
 
     def __init__(self, examples: Sequence, memory, shape: Sequence[int]):
         """Args:
