@@ -12,10 +12,10 @@
 with an attribute are never trained: RUN/report.html shows what six of their captions draw.
 
 `:gestures` took 64 minutes on 2 CPU cores beside other trainings (November 2026); alone a step took
-0.5 to 0.85 s, which makes 18 to 31. Of 24 held-out captions base and skin tone are right for 95.8 %, 4.2 %
-are nearer to a trained picture; pixel error 0.052; 91.7 % of the held-out pictures are named exactly
-(one run; with data.emoji_split=1 100 %, 0 %, 0.056 and 95.8 %, docs/emoji.md). Drawings: OpenMoji,
-CC BY-SA 4.0.
+0.5 to 0.85 s, which makes 18 to 31. Of 24 held-out captions base and skin tone are right for 95.8 %,
+4.2 % are nearer to a trained picture; pixel error 0.052; 91.7 % of the held-out pictures are named
+exactly (one run; with data.emoji_split=1 100 %, 0 %, 0.056 and 95.8 %, docs/emoji.md). Drawings:
+OpenMoji, CC BY-SA 4.0.
 """
 
 from monoformer_jax.errors import require
