@@ -110,18 +110,21 @@ def empty(layout: TokenLayout, *shape: int, pad_id: int = 0, xp=np, **values) ->
     return made
 
 
-def assemble(layout: TokenLayout, pieces: Sequence[Mapping]) -> Document:
+def assemble(layout: TokenLayout, pieces: Sequence[Mapping], **values) -> Document:
     """Builds a document from consecutive pieces, each with "tokens" [n] and any other fields, of shape
-    [n, …] or broadcast to it. Other values are pad values, or 0 instead of the pad id."""
-    ends = np.cumsum([len(piece["tokens"]) for piece in pieces])
+    [n, …] or broadcast to it. The fields that a piece lacks have `values`, else pad values, or 0
+    instead of the pad id."""
+    length = sum(len(piece["tokens"]) for piece in pieces)
     document = {}
     for name, field in FIELDS.items():
-        document[name] = np.zeros(_shape(field, layout, (ends[-1],)), field.dtype)
-        if field.pad:
-            document[name][:] = field.pad
-    for piece, stop in zip(pieces, ends):
+        document[name] = np.zeros(_shape(field, layout, (length,)), field.dtype)
+        if value := values.get(name, field.pad):
+            document[name][:] = value
+    stop = 0
+    for piece in pieces:
+        start, stop = stop, stop + len(piece["tokens"])
         for name, value in piece.items():
-            document[name][stop - len(piece["tokens"]) : stop] = value
+            document[name][start:stop] = value
     return document
 
 
@@ -253,17 +256,22 @@ def patchify(image: np.ndarray, patch: int) -> tuple[np.ndarray, np.ndarray]:
         height % patch == width % patch == 0,
         f"an image of {height}×{width} cannot be split into patches of size {patch}",
     )
-    # As einops' "(h p) (w q) c -> (h w) (c p q)", at a third of its time, for every image of a run.
-    split = image.reshape(height // patch, patch, width // patch, patch, channels)
-    patches = split.transpose(0, 2, 4, 1, 3).reshape(-1, channels * patch**2)
-    return patches.astype(np.float32, copy=False), _patch_positions(height // patch, width // patch)
+    # One gather: as einops' "(h p) (w q) c -> (h w) (c p q)", at a ninth of its time, for every image.
+    order, positions = _patch_order(height // patch, width // patch, patch, channels)
+    return image.reshape(-1)[order].astype(np.float32, copy=False), positions
 
 
 @functools.lru_cache
-def _patch_positions(height: int, width: int) -> np.ndarray:
+def _patch_order(
+    height: int, width: int, patch: int, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of an image of height × width patches: where in it the values of each patch are, and
+    patch_positions."""
+    values = np.arange(height * width * patch**2 * channels)
+    split = values.reshape(height, patch, width, patch, channels).transpose(0, 2, 4, 1, 3)
     positions = np.stack(np.indices((height, width), np.int32), -1).reshape(-1, 2)
     positions.flags.writeable = False
-    return positions
+    return split.reshape(height * width, -1), positions
 
 
 def unpatchify(patches: np.ndarray, height: int, width: int, patch: int) -> np.ndarray:

@@ -154,39 +154,40 @@ def build_document(
       InputError: an image whose side is not divisible by the patch size, one with another number of
         channels, or a conditioning image in a form that the model does not take.
     """
-    pieces = [] if after is not None else [_text([tokenizer.bos_id])]
+    pieces: list[dict] = [] if after is not None else [{"tokens": [tokenizer.bos_id]}]
     begun = after is not None and int(after["tokens"][-1]) == tokenizer.im_start_id
     images = 0 if after is None else int(after["image_ids"].max())
     joined, copied = _joined(parts), []
     for number, part in enumerate(joined, 1):
         if isinstance(part, Image | Features):
             if not begun:
-                pieces.append(_text([tokenizer.im_start_id]))
+                pieces.append({"tokens": [tokenizer.im_start_id]})
             images += 1
             if noised_copies and isinstance(part, Image) and part.denoise and number < len(joined):
                 part = dataclasses.replace(part, denoise=False)
                 copied.append(images)
             piece = _image if isinstance(part, Image) else _features
             pieces += [x | {"image_ids": images} for x in piece(part, tokenizer, layout)]
-            pieces.append(_text([tokenizer.im_end_id]))
+            pieces.append({"tokens": [tokenizer.im_end_id]})
         elif isinstance(part, EndOfTurn):
-            pieces.append(_text([tokenizer.eos_id]))
+            pieces.append({"tokens": [tokenizer.eos_id]})
         else:
             read = isinstance(part, UntrainedText)
             ids = tokenizer.encode(part.text) if read else encode_after(tokenizer, before, part)
-            pieces.append(_text(ids) | {"target_weights": float(not read)})
+            pieces.append({"tokens": ids, "target_weights": float(not read)})
         begun, before = False, ()
-    pieces.append(_text([tokenizer.eos_id] if closing is None else closing))
-    document = assemble(layout, pieces)
+    pieces.append({"tokens": [tokenizer.eos_id] if closing is None else closing})
+    document = assemble(layout, pieces, token_types=TEXT, segment_ids=1, target_weights=1)
     first = 0 if after is None else int(after["positions"][-1]) + 1
-    document["positions"] = np.arange(first, first + len(document["tokens"]), dtype=np.int32)
+    document["positions"] += np.arange(first, first + len(document["tokens"]), dtype=np.int32)
     # Whether each token is to be predicted; then, shifted by one, whether each position has a target.
     learned = (document["token_types"] == TEXT) & (document["target_weights"] > 0)
-    learned = np.append(learned[1:], False)
     if not text_beside_images and (copied or document["denoise"].any()):
         learned[:] = False
-    document["targets"] = np.append(document["tokens"][1:], tokenizer.pad_id).astype(np.int32)
-    document["target_weights"] = learned.astype(np.float32)
+    document["targets"][:-1] = document["tokens"][1:]
+    document["targets"][-1] = tokenizer.pad_id
+    document["target_weights"][:-1] = learned[1:]
+    document["target_weights"][-1] = 0
     copies = [_copy(document, image, images + n) for n, image in enumerate(copied, 1)]
     return concatenate([document, *copies]) if copies else document
 
@@ -294,11 +295,6 @@ def describe(tokens: np.ndarray, token_types: np.ndarray, tokenizer: Tokenizer) 
     return "".join(pieces)
 
 
-def _text(ids: Sequence[int]) -> dict:
-    tokens = np.asarray(ids, np.int32)
-    return {"tokens": tokens, "token_types": TEXT, "segment_ids": 1, "target_weights": 1.0}
-
-
 def _image(image: Image, tokenizer: Tokenizer, layout: TokenLayout) -> list[dict]:
     fits = image.pixels.ndim == 3 and image.pixels.shape[-1] == layout.channels
     require(fits, f"an image of shape {image.pixels.shape} is not [h, w, {layout.channels}]")
@@ -324,6 +320,6 @@ def _features(image: Features, tokenizer: Tokenizer, layout: TokenLayout) -> lis
 def _image_tokens(patches: int, tokenizer: Tokenizer, layout: TokenLayout) -> tuple[dict, dict]:
     """The TIME and the PATCH tokens of an image."""
     return tuple(
-        {"tokens": np.full(n, tokenizer.image_id, np.int32), "token_types": kind, "segment_ids": 1}
+        {"tokens": np.full(n, tokenizer.image_id, np.int32), "token_types": kind}
         for n, kind in ((layout.time_tokens, TIME), (patches, PATCH))
     )

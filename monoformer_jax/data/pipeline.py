@@ -142,7 +142,7 @@ class RowIterator:
             if self._log and name not in self._logged:
                 self._logged.add(name)
                 self._log(f"skipped {name} ({reason}): {message}")
-        groups = [part["batch"] for part in made]
+        groups = [group for part in made for group in part["groups"]]
         return {name: np.concatenate([g[name] for g in groups])[self._kept] for name in groups[0]}
 
     @property
@@ -184,8 +184,8 @@ class RowIterator:
 
 
 class _Streams(grain.IterDataset):
-    """Batches of several streams, concatenated. With each come the states after it, since a worker
-    process is ahead of what has been taken from it."""
+    """Batches of several streams. With each come the states after it, since a worker process is ahead of
+    what has been taken from it."""
 
     def __init__(self, streams: dict[int, Stream]):
         super().__init__()
@@ -205,9 +205,8 @@ class _StreamsIterator(grain.DatasetIterator):
             self.set_state(start)
 
     def __next__(self) -> dict[str, Any]:
-        groups = [next(stream) for stream in self._iterators.values()]
         return {
-            "batch": {name: np.concatenate([g[name] for g in groups]) for name in groups[0]},
+            "groups": [next(stream) for stream in self._iterators.values()],
             "states": json.dumps(self.get_state()),
             "skipped": json.dumps(self._take_skipped()),
         }
