@@ -18,7 +18,8 @@ compared with the pictures, as below. What cannot be measured is said.
 Digits, of a run with the source draw: SVM accuracy on 500 generated digits, Fréchet distance of 500
 unguided ones, accuracy in reading the 360 test digits and completing the training sentences, and the
 share of prompts to draw that are answered with exactly one image; of a model without a text head, the
-generated digits alone.
+generated digits alone. With the source page also pages: whether the next digit is generated behind a
+test digit, and whether two of them are named.
 
 Emoji, of a run with the source draw_emoji: drawings of the held-out captions and of 80 trained ones,
 and the names of those pictures. A drawing is right if the nearest of all pictures of the subset has the
@@ -283,6 +284,7 @@ def _measure(args: argparse.Namespace) -> None:
         write_json(args.json, scores | provenance)
     rows = [row for row in tables.LOSSES if row[1] in scores]
     rows += [*tables.DIGITS] * is_digits + [*tables.EMOJI] * is_emoji
+    rows += [*tables.PAGES] * ("next_accuracy" in scores)
     if "heldout_kid" in scores:  # of drawn.evaluate
         rows += [*tables.DRAWN, *tables.of_pictures(scores, provenance, "heldout_")]
     print("\n".join(tables.lines([*rows, *tables.RUN], scores)))

@@ -255,6 +255,18 @@ def test_the_mixture_is_that_of_the_config(change):
     assert dropped / counts["draw"] == pytest.approx(0.25, abs=0.06)
 
 
+def test_a_page_has_a_digit_and_the_next_to_generate(change):
+    pixels, labels = digits("train")
+    known = {image.tobytes(): digit for image, digit in zip(pixels, labels)}
+    source = open_sources(change(data={"mixture": {"page": 1.0}}).data, 1)["page"]
+    assert len(source.examples) == 1437
+    for number, example in enumerate(source.examples[:100]):
+        prompt, *images, names = source.to_parts(example, np.random.default_rng(number))
+        assert prompt == Prompt(("a digit and the next: ",)) and all(x.denoise for x in images)
+        first, second = (known[image.pixels.tobytes()] for image in images)
+        assert second == (first + 1) % 10 and names == f"{NAMES[first]}, {NAMES[second]}"
+
+
 def test_nearly_all_tokens_are_real(config):
     made, _ = take(config, 100)
     assert np.mean([batch["token_types"] > 0 for batch in made]) >= 0.98

@@ -8,7 +8,9 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
-from monoformer_jax.data.digits import digits
+from monoformer_jax.config import SamplingConfig
+from monoformer_jax.data.digits import NAMES, digits, enlarge
+from monoformer_jax.data.tokenizer import ByteTokenizer
 from monoformer_jax.errors import InputError
 from monoformer_jax.evaluation import digits as of_digits
 from monoformer_jax.evaluation import frechet
@@ -192,6 +194,38 @@ def test_digits_of_two_seeds(monkeypatch):
     assert scores["frechet"] == pytest.approx(np.mean(each))
     assert scores["frechet_spread"] == pytest.approx(np.std(each, ddof=1))
     assert "frechet_real" in scores and "frechet_real_spread" not in scores
+
+
+def test_pages_of_digits(monkeypatch):
+    """Of a model that reads a page perfectly, and of one that repeats its first digit."""
+    (pixels, labels), (train_x, train_y) = digits("test"), digits("train")
+    known = {enlarge(x, 16, 3).tobytes(): int(y) for x, y in zip(pixels, labels)}
+    of_label = {int(y): enlarge(x, 16, 3) for x, y in zip(train_x, train_y)}
+
+    def read(prompt):
+        assert prompt[0] == "a digit and the next: " and not any(x.denoise for x in prompt[1:])
+        return [known[image.pixels.tobytes()] for image in prompt[1:]]
+
+    def generate_images(model, prompts, *, sampling, seed, first):
+        assert sampling.guidance == 1
+        return np.stack([of_label[(read(prompt)[0] + step) % 10] for prompt in prompts])
+
+    def generate_text(model, prompts, max_tokens):
+        names = [[NAMES[digit] for digit in read(prompt)] for prompt in prompts]
+        said = (f"{a}, {b}" if step else f"{a}, {a}" for a, b in names)
+        return [SimpleNamespace(text=text, finish_reason="end") for text in said]
+
+    for function in (generate_images, generate_text):
+        monkeypatch.setattr(of_digits, function.__name__, function)
+    model = SimpleNamespace(
+        config=SimpleNamespace(
+            sampling=SamplingConfig(guidance=2.0), data=SimpleNamespace(image_size=16),
+            layout=SimpleNamespace(channels=3),
+        ),
+        tokenizer=ByteTokenizer(),
+    )  # fmt: skip
+    for step in (1, 0):  # to the next digit
+        assert of_digits.next_accuracy(model) == of_digits.page_accuracy(model) == step
 
 
 def test_scores_of_real_digits():

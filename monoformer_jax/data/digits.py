@@ -17,6 +17,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
          "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen",
          "eighteen")  # fmt: skip
 READ_PROMPT = "read this: "
+PAGE_PROMPT = "a digit and the next: "
 SIDE = 8  # pixels
 
 
@@ -54,6 +55,16 @@ def reduce_images(images: np.ndarray) -> np.ndarray:
 
 def draw_prompt(digit: int) -> str:
     return f"draw {'an' if digit == 8 else 'a'} {NAMES[digit]}"
+
+
+def follower(digit: int) -> int:
+    """The next digit, 0 after 9."""
+    return (digit + 1) % 10
+
+
+def page_names(digit: int) -> str:
+    """The text of a page, behind its images of a digit and of the next one."""
+    return f"{NAMES[digit]}, {NAMES[follower(digit)]}"
 
 
 def sentences() -> list[tuple[str, str]]:

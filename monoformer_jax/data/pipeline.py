@@ -184,8 +184,8 @@ class RowIterator:
 
 
 class _Streams(grain.IterDataset):
-    """Batches of several streams. With each come the states after it, since a worker process is ahead of
-    what has been taken from it."""
+    """Batches of several streams. With them come the states after them, since a worker process is ahead
+    of what has been taken from it."""
 
     def __init__(self, streams: dict[int, Stream]):
         super().__init__()

@@ -1,10 +1,11 @@
 """Data sources: a source is a sequence of examples, and a function from an example to parts.
 
 Digits tasks (see `digits`): "draw" generates the requested digit, "read" names the digit in an image,
-"say" is counting and addition in words. Tasks of `emoji`: "draw_emoji" generates the named drawing,
-"name_emoji" names one; held-out combinations are in neither. Every other source is a folder of records,
-whose examples are lists of parts: captions with an image to generate, conversations with or without
-images, or others.
+"say" is counting and addition in words, "page" has two images to generate, of any digit and of the next
+one, and their names behind them, so what comes later must be read from the images before it. Tasks of
+`emoji`: "draw_emoji" generates the named drawing, "name_emoji" names one; held-out combinations are in
+neither. Every other source is a folder of records, whose examples are lists of parts: captions with an
+image to generate, conversations with or without images, or others.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import numpy as np
 from monoformer_jax.config import DataConfig
 from monoformer_jax.data.digits import (
     NAMES,
+    PAGE_PROMPT,
     READ_PROMPT,
     digits,
     draw_prompt,
     enlarge,
     fits,
+    follower,
+    page_names,
     sentences,
 )
 from monoformer_jax.data.documents import Image, Part, Prompt
@@ -74,6 +78,20 @@ def _say(c: DataConfig, channels: int) -> Source:
     return Source([a + b for a, b in sentences()], lambda sentence, rng: [sentence])
 
 
+def _page(c: DataConfig, channels: int) -> Source:
+    examples = _training_digits(c)
+    of_label = [[image for image, label in examples if label == digit] for digit in range(10)]
+
+    def to_parts(example, rng):
+        image, label = example
+        nexts = of_label[follower(label)]
+        pair = (image, nexts[rng.integers(len(nexts))])
+        images = [Image(enlarge(x, c.image_size, channels), denoise=True) for x in pair]
+        return [Prompt((PAGE_PROMPT,)), *images, page_names(label)]
+
+    return Source(examples, to_parts)
+
+
 def _draw_emoji(c: DataConfig, channels: int) -> Source:
     def to_parts(drawing, rng):
         wordings = [f"draw {name}" for name in (*drawing.names, *drawing.wordings)]
@@ -113,7 +131,8 @@ def _records(c: DataConfig, name: str, channels: int) -> Source:
 
 
 SOURCES: dict[str, Callable[[DataConfig, int], Source]] = {
-    "draw": _draw, "read": _read, "say": _say, "draw_emoji": _draw_emoji, "name_emoji": _name_emoji,
+    "draw": _draw, "read": _read, "say": _say, "page": _page, "draw_emoji": _draw_emoji,
+    "name_emoji": _name_emoji,
 }  # fmt: skip
 
 

@@ -9,10 +9,13 @@ import numpy as np
 
 from monoformer_jax.data.digits import (
     NAMES,
+    PAGE_PROMPT,
     READ_PROMPT,
     digits,
     draw_prompt,
     enlarge,
+    follower,
+    page_names,
     reduce_images,
     sentences,
 )
@@ -29,14 +32,15 @@ _BATCH = 250
 def draw(model, labels: np.ndarray, guidance: float, seed: int) -> np.ndarray:
     """Generates an image for each label, reduced to [n, 8, 8, 1] and clipped to [-1, 1]."""
     sampling = dataclasses.replace(model.config.sampling, guidance=guidance)
+    return _generate(model, [[draw_prompt(digit)] for digit in labels], sampling, seed)
+
+
+def _generate(model, prompts: list, sampling, seed: int) -> np.ndarray:
+    """An image for each prompt, reduced to [n, 8, 8, 1] and clipped to [-1, 1]."""
     images = [
-        generate_images(
-            model,
-            [[draw_prompt(digit)] for digit in labels[i : i + _BATCH]],
-            sampling=sampling, seed=seed, first=i,
-        )
-        for i in range(0, len(labels), _BATCH)
-    ]  # fmt: skip
+        generate_images(model, prompts[i : i + _BATCH], sampling=sampling, seed=seed, first=i)
+        for i in range(0, len(prompts), _BATCH)
+    ]
     return np.clip(reduce_images(np.concatenate(images)), -1, 1)
 
 
@@ -51,9 +55,33 @@ def draw_accuracy(drawn: np.ndarray, labels: np.ndarray) -> float:
 def read_accuracy(model) -> float:
     """Share of the 360 test digits that are named exactly."""
     pixels, labels = digits("test")
-    pictures = enlarge(pixels, model.config.data.image_size, model.config.layout.channels)
-    shown = [[READ_PROMPT, Image(picture, denoise=False)] for picture in pictures]
+    shown = [[READ_PROMPT, image] for image in _shown(model, pixels)]
     return exact(model, shown, [NAMES[digit] for digit in labels])
+
+
+def next_accuracy(model) -> float:
+    """Share of the 360 test digits, each the first image of a page, behind which the next digit is
+    generated, see `draw_accuracy`; unguided."""
+    pixels, labels = digits("test")
+    pages = [[PAGE_PROMPT, first] for first in _shown(model, pixels)]
+    sampling = dataclasses.replace(model.config.sampling, guidance=1.0)
+    return draw_accuracy(_generate(model, pages, sampling, seed=0), follower(labels))
+
+
+def page_accuracy(model) -> float:
+    """Share of pages of two test digits of which both are named exactly."""
+    pixels, labels = digits("test")
+    shown, nexts = _shown(model, pixels), {}
+    for image, label in zip(shown, labels):
+        nexts[label] = image
+    pages = [[PAGE_PROMPT, first, nexts[follower(label)]] for first, label in zip(shown, labels)]
+    return exact(model, pages, [page_names(label) for label in labels])
+
+
+def _shown(model, pixels: np.ndarray) -> list[Image]:
+    """Digits as images of the model's size that are not to be generated."""
+    pictures = enlarge(pixels, model.config.data.image_size, model.config.layout.channels)
+    return [Image(picture, denoise=False) for picture in pictures]
 
 
 def say_accuracy(model) -> float:
@@ -94,7 +122,8 @@ def evaluate(
     frechet: Fréchet distance in pixel space of 500 unguided images to the real test digits;
       frechet_real is that of 500 real training digits.
     read_accuracy, say_accuracy, opens_image: see the functions; the last of 100 prompts.
-    The last three are absent for a model that generates images only.
+    next_accuracy, page_accuracy: see the functions; of a model that was trained on pages.
+    The last five are absent for a model that generates images only.
     """
     labels, guidance = np.tile(np.arange(10), 50), model.config.sampling.guidance
     (train_x, _), (test_x, _) = digits("train"), digits("test")
@@ -116,11 +145,11 @@ def evaluate(
     log("answering 100 prompts to draw")
     opened = opens_image(model, [[draw_prompt(number % 10)] for number in range(100)])
     log("completing the sentences")
-    return scores | {
-        "read_accuracy": read,
-        "opens_image": opened,
-        "say_accuracy": say_accuracy(model),
-    }, drawn
+    scores |= {"read_accuracy": read, "opens_image": opened, "say_accuracy": say_accuracy(model)}
+    if model.config.data.mixture.get("page"):
+        log("continuing 360 pages")
+        scores |= {"next_accuracy": next_accuracy(model), "page_accuracy": page_accuracy(model)}
+    return scores, drawn
 
 
 def _flat(images: np.ndarray) -> np.ndarray:

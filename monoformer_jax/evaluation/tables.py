@@ -17,6 +17,10 @@ DIGITS = (
     ("say", "say_accuracy", "sentences completed exactly", "{:.1%}"),
     ("opens", "opens_image", "prompts to draw answered with exactly one image", "{:.1%}"),
 )
+PAGES = (
+    ("next", "next_accuracy", "pages of a test digit continued with the next digit", "{:.1%}"),
+    ("page", "page_accuracy", "pages of two test digits, both named correctly", "{:.1%}"),
+)
 EMOJI = (
     ("drawn", "heldout_both_right", "held-out captions: base and attributes right", "{:.1%}"),
     ("  base", "heldout_base_right", "base of the nearest picture right", "{:.1%}"),
