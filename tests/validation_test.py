@@ -411,6 +411,10 @@ def test_inspect_shows_the_data_and_writes_only_its_page(config, tmp_path, capsy
     # Each learned token of the first row is listed with its target.
     shown = re.findall(r"<td>target (?!-).*?</td><td>weight 1</td>", text.split("<h3>Row 2")[0])
     assert len(shown) == (first["target_weights"] > 0).sum()
+    call(train, *arguments, "--config.data.mixture.page=1", "--config.data.noised_copies=True",
+         "--config.model.original.time_conditioning=modulation")  # fmt: skip
+    kinds = re.findall(r"16 PATCH<br>([a-z ]+)", page.read_text())
+    assert kinds.count("noised copy") >= 2 and {"generated", "looked at"} < set(kinds)
     page.write_text("mine")
     with pytest.raises(InputError, match=r"data.html exists, and this command did not write it"):
         call(train, *arguments)

@@ -149,10 +149,13 @@ def _row(number: int, row: Document, layout: TokenLayout, tokenizer: Tokenizer) 
     for document in range(1, row["segment_ids"].max() + 1):
         here = np.flatnonzero(row["segment_ids"] == document)
         cells = []
-        for token_type, group in itertools.groupby(here, key=lambda i: int(row["token_types"][i])):
+        # By image too: without TIME tokens, copies stand side by side.
+        kinds = np.stack([row["token_types"], row["image_ids"]], -1)
+        for kind, group in itertools.groupby(here, key=lambda i: tuple(kinds[i])):
             places = list(group)
-            if token_type == PATCH:
-                cells.append(_picture(select(row, places), layout))
+            if kind[0] == PATCH:
+                copy = bool((row["prefix_stop"][places[0]] > here[0]).any())
+                cells.append(_picture(select(row, places), layout, copy))
             else:
                 cells += [_token(row, i, words) for i in places]
         span = f"document {document}: tokens {here[0]} to {here[-1]}"
@@ -219,10 +222,12 @@ def _tokens(row: Document, words: list[str]) -> str:
     return table(("place", "type", "id", "text", "target", "weight", "document"), lines)
 
 
-def _picture(patches: Document, layout: TokenLayout) -> str:
-    """An image of a row, from its PATCH tokens."""
+def _picture(patches: Document, layout: TokenLayout, copy: bool) -> str:
+    """An image of a row, from its PATCH tokens; `copy`: a noised copy of one before it."""
     height, width = patches["patch_positions"].max(0) + 1
-    kind = "generated: noised, with the image loss" if patches["denoise"][0] else "looked at"
+    kind = "looked at"
+    if patches["denoise"][0]:
+        kind = f"{'noised copy' if copy else 'generated: noised'}, with the image loss"
     shown = ""
     if not layout.feature_dim or patches["denoise"][0]:
         p = layout.patch_size
