@@ -6,7 +6,7 @@
     python -m monoformer_jax.convert --from=runs/digits --to=export --check
 
 `bash launch/demo.sh` does the first three. `:pages` has documents of two images as well
-(docs/ablations.md).
+(docs/transfusion.md).
 
 611 s for 1,400 steps on 2 CPU cores, partly beside other programs, 203 s on faster idle ones, with
 compilation. `evaluate`: draw 100.0 %, Fréchet 0.70 (real digits 0.57), read 97.2 %, say 100.0 %, one
