@@ -147,15 +147,17 @@ def test_scan_and_remat_do_not_change_outputs(params):
         x, _ = layer(x, inputs["positions"], mask, None, None)
     np.testing.assert_allclose(model.decoder.norm(x), scanned, atol=1e-6)
 
-    def loss(params, remat):
-        config = MonoFormerConfig(**named_size("tiny") | {"remat": remat})
+    def loss(params, remat, unroll):
+        config = MonoFormerConfig(**named_size("tiny") | {"remat": remat, "scan_unroll": unroll})
         hidden, _ = bind(config, params)(inputs, times, mask)
         return (hidden**2).mean()
 
-    gradients = [
-        jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in ("none", "nothing_saveable")
+    first, *others = [
+        jax.jit(jax.grad(loss), static_argnums=(1, 2))(params, *how)
+        for how in (("none", 1), ("nothing_saveable", 1), ("nothing_saveable", 2))
     ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *gradients)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, other)
 
 
 def test_bfloat16_stays_close_to_float32(params):

@@ -55,7 +55,7 @@ class Decoder(nnx.Module):
         build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Block(c, rngs)))
         self.layers = build(rngs)
         self.norm = RMSNorm(c.embed_dim, c.norm_eps)
-        self.remat, self.num_layers = c.remat, c.num_layers
+        self.remat, self.num_layers, self.scan_unroll = c.remat, c.num_layers, c.scan_unroll
 
     def __call__(
         self,
@@ -83,10 +83,28 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body, policy=_policy(self.remat), prevent_cse=False)
         kv = None if cache is None else (cache.k, cache.v)
         gates = None if input_bias is None else (jnp.arange(self.num_layers) > 0).astype(x.dtype)
-        x, kv = jax.lax.scan(body, constrain_activations(x), (self.layers, kv, gates, adapters))
+        blocks = (self.layers, kv, gates, adapters)
+        if self.scan_unroll > 1 and cache is None:
+            body, blocks = _unrolled(body, blocks, self.scan_unroll)
+        x, kv = jax.lax.scan(body, constrain_activations(x), blocks)
         if cache is not None:
             cache = KVCache(*kv, cache.index + x.shape[1])
         return constrain_activations(self.norm(constrain_activations(x))), cache
+
+
+def _unrolled(body, blocks, count: int):
+    """Body and input of a scan whose turns run `count` blocks without a cache.
+
+    The `unroll` of `jax.lax.scan` would stack what the blocks of a turn save, which is a copy on a TPU
+    (docs/benchmarks.md).
+    """
+
+    def several(x, blocks):
+        for i in range(count):
+            x, _ = body(x, jax.tree.map(lambda a, i=i: a[i], blocks))
+        return x, None
+
+    return several, jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), blocks)
 
 
 def _policy(remat: str):

@@ -18,7 +18,7 @@ from monoformer_jax.runtime.checkpoint import Checkpoints
 from monoformer_jax.runtime.workdir import read_config
 
 # Keys of a model that affect no loaded parameter, and those that affect only image modules.
-_NO_PARAMETERS = ("dtype", "remat", "attention", "zero_image_head")
+_NO_PARAMETERS = ("dtype", "remat", "scan_unroll", "attention", "zero_image_head")
 _IMAGE_MODULES = ("channels", "patch_size", "feature_dim", "original", "predict_variance",
                   "patch_codec", "codec_dim", "codec_blocks", "max_patches")  # fmt: skip
 
