@@ -14,10 +14,10 @@ with an attribute are never trained: RUN/report.html shows what six of their cap
 `:gestures` took 64 minutes on 2 CPU cores beside other trainings (November 2026); alone a step took
 0.5 to 0.85 s, which makes 18 to 31. Of 24 held-out captions base and skin tone are right for 95.8 %,
 4.2 % are nearer to a trained picture; pixel error 0.052; 91.7 % of the held-out pictures are named
-exactly (one run; a second one and those with data.emoji_split=1 and 2 reach 100 %, 0 %, 0.052 to 0.056
-and 95.8 %, docs/emoji.md). `:people` took
-130 minutes, with pauses for other work, at 0.87 s a step when alone, and 1.2 GiB: 83.7 % of 166
-held-out captions, 16.3 %, 0.048 and 91.0 %. Drawings: OpenMoji, CC BY-SA 4.0.
+exactly (one run; a second one and those with data.emoji_split=1 and 2 reach 100 %, 0 %, 0.052 to
+0.056 and 95.8 %, docs/emoji.md). `:people` took 130 minutes, with pauses for other work, at 0.87 s a
+step when alone, and 1.2 GiB: 83.7 % of 166 held-out captions, 16.3 %, 0.048 and 91.0 %. Drawings:
+OpenMoji, CC BY-SA 4.0.
 """
 
 from monoformer_jax.errors import require

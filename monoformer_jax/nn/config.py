@@ -40,7 +40,7 @@ class DecoderConfig:
     # "none" (no remat), or "save_names:a,b" with names of `SAVED_NAMES`; the rest is recomputed.
     remat: str = "nothing_saveable"
     # Blocks in a turn of the loop over blocks in training, a divisor of num_layers: collectives of one
-    # run beside the products of the next, but more is compiled.
+    # run beside the products of the next on a TPU (docs/benchmarks.md), but more is compiled.
     scan_unroll: int = 1
     attention: str = "auto"  # see attention.interval_attention
 
