@@ -39,8 +39,9 @@ def paper_config(
     c.checkpoint_every = 5000
     c.log_every = 100
     c.model.update(named_size("tinyllama_1b"))
-    # The least predicted step of those compiled (docs/benchmarks.md): 2.6 GiB a chip on v5e:8x8.
+    # The least predicted step of those compiled (docs/benchmarks.md).
     c.model.remat = "save_names:qkv,attention_out,residual,mlp_hidden"
+    c.model.scan_unroll = 11
     c.data.mixture = mixture
     c.data.records = {source: f"records/{source}" for source in mixture}
     c.data.sample_latents = True
@@ -55,9 +56,9 @@ def paper_config(
     c.mesh.update(data=1, fsdp=-1, tensor=1)
     c.sampling.update(steps=50, guidance=4.0)
     if target == "7b":
-        c.model.update(named_size("7b"), remat="save_names:attention_out")
+        c.model.update(named_size("7b"), remat="save_names:attention_out", scan_unroll=8)
     if target == "tiny":
-        c.model.update(named_size("tiny"), vocab_size=262)
+        c.model.update(named_size("tiny"), vocab_size=262, scan_unroll=2)
         c.data.update(tokenizer="bytes", image_size=8)
         c.steps, c.log_every, c.checkpoint_every = 20, 1, 10
     return modern_recipe(c) if modern else c
