@@ -82,6 +82,12 @@ def call_command(
         return main(args) or 0
     except InputError as error:
         report(error)
+    except RuntimeError as error:
+        from monoformer_jax.runtime.compiler import advice
+
+        if (text := advice(error)) is None:
+            raise
+        report(text)
     except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -39,7 +39,12 @@ def products(text):
 def compiled(chip):
     """HLO of each program, optimised as `plan` and a run have it."""
     from monoformer_jax.parallel import make_mesh
-    from monoformer_jax.planning.estimate import _sample_program, _train_program, use_mesh
+    from monoformer_jax.planning.estimate import (
+        _sample_program,
+        _train_program,
+        compile_scheduled,
+        use_mesh,
+    )
     from monoformer_jax.planning.hardware import abstract, all_chips
 
     slice_, one = (make_mesh(MeshConfig(*axes), all_chips(f"{chip}:2x2")[: np.prod(axes)])
@@ -53,7 +58,7 @@ def compiled(chip):
 
     def hlo(program, arguments, mesh):
         with use_mesh(mesh):
-            return program.lower(*arguments).compile().as_text()
+            return compile_scheduled(program.lower(*arguments))[1]
 
     yield "bfloat16 step", hlo(*_train_program(config, slice_, "float32"), slice_)
     yield "sampler", hlo(*_sample_program(exact, one, "float32"), one)

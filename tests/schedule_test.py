@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from monoformer_jax import cli
 from monoformer_jax.config import MeshConfig
 from monoformer_jax.errors import InputError
 from monoformer_jax.parallel import make_mesh
@@ -49,6 +50,31 @@ ENTRY %main (p: bf16[8]) -> bf16[8] {
   %b = bf16[8]{0} broadcast(%zero), dimensions={}, backend_config={"estimated_cycles":"3000"}
 }
 """  # noqa: E501
+# A SparseCore sums 2 MB, of which each of four chips keeps its quarter, from the update on, which has
+# the operand; a second sum and its slices, in one fusion, are waited for.
+OFFLOADED = """
+%sum (p: bf16[1000000]) -> bf16[250000] {
+  ROOT %r = bf16[250000]{0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+}
+%offload (p: bf16[1000000]) -> bf16[250000] {
+  ROOT %c = bf16[250000]{0} custom-call(%p), custom_call_target="offload", called_computations={%sum}
+}
+%all-reduce-scatter.1 (p: bf16[1000000]) -> bf16[250000] {
+  %r.1 = bf16[1000000]{0} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %k = bf16[250000]{0} dynamic-slice(%r.1, %i), dynamic_slice_sizes={250000}
+}
+%product (p: bf16[8]) -> bf16[8] {
+  ROOT %d = bf16[8] convolution(%p, %p), dim_labels=bf_io->bf
+}
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %s = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%offload
+  %m = bf16[8] fusion(%x), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"15000"}
+  %u = ((bf16[1000000]{0}), bf16[250000]{0}, (s32[8]{0})) async-update(%s, %m)
+  %n = bf16[8] fusion(%x), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"15000"}
+  %e = bf16[250000]{0} async-done(%u)
+  %f = bf16[250000]{0} fusion(%e), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
 
 
 def slice_of(topology, **axes):
@@ -70,6 +96,15 @@ def test_the_prediction_of_a_schedule_is_what_is_counted_by_hand():
     np.testing.assert_allclose(one.seconds, 1e-6 * (30 + 3 + 2 + 15 + 3 * (5 + 30)))
     np.testing.assert_allclose(one.synchronous, 90e-6)
     assert [span.collective for span in one.spans["body"]].count(True) == 2
+
+
+def test_a_sum_on_a_sparse_core_and_one_in_a_fusion():
+    one = predict(OFFLOADED, slice_of("v5e:2x2", data=1, fsdp=4), V5E)
+    kinds = [(x.collective.kind, x.collective.size, x.asynchronous) for x in one.transfers]
+    assert kinds == [("reduce-scatter", 2e6, True), ("reduce-scatter", 2e6, False)]
+    # Each sends 1.5 MB in 15 us; 10 of the first are hidden by the second product.
+    np.testing.assert_allclose([x.exposed for x in one.transfers], [5e-6, 15e-6])
+    np.testing.assert_allclose(one.seconds, 1e-6 * (10 + 10 + 5 + 15))
 
 
 @pytest.mark.parametrize(
@@ -114,6 +149,26 @@ def test_an_option_that_the_compiler_does_not_know(capsys, monkeypatch):
     (name,) = kept
     assert compiler.compiler_options(f"{name}=false", device)[name] == "false"
     compiler._options.cache_clear()
+
+
+def test_options_that_the_compiler_refuses_together():
+    pytest.importorskip("libtpu", reason="libtpu is for Linux only")
+    own = ",".join(f"{name}={value}" for name, value in compiler.OPTIONS["TPU v5e"].items())
+    with pytest.raises(InputError, match=r"compiler_options: TPU v6 lite: .*not supported"):
+        compiler.compiler_options(own, all_chips("v6e:2x2")[0])
+
+
+def test_an_error_of_the_compiler_with_a_known_remedy(capsys):
+    def fails(message):
+        def main(_):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return lambda: cli.call_command("train", None, lambda parser: None, main, [])
+
+    assert fails("fusion.1 requires allocation in the alternate memory, which could not")() == 2
+    assert "smaller model.scan_unroll" in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fails("another error")()
 
 
 def test_a_cpu_has_no_options():

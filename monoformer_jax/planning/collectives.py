@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4,
          "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SCATTERING = "all-reduce-scatter"  # begins the name of a fusion of a sum and the slice of each chip
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(?:-start)?\(([^)]*)\)")
@@ -64,20 +65,27 @@ def collectives(text: str, mesh: Mesh, dynamic_trips: int = 1) -> list[Collectiv
             # For an asynchronous collective, TPU emits a chain of fusions that each contain it.
             if "chain_id=" in line and "AsyncCollectiveStart" not in body:
                 continue
-            if times.get(name) and (one := parse_collective(line, mesh, times[name])):
+            scatters = name.startswith(SCATTERING)
+            if times.get(name) and (one := parse_collective(line, mesh, times[name], scatters)):
                 found.append(one)
     return found
 
 
-def parse_collective(line: str, mesh: Mesh, times: int = 1) -> Collective | None:
-    """The collective of an HLO instruction; None for any other one, and within one device."""
+def parse_collective(
+    line: str, mesh: Mesh, times: int = 1, scatters: bool = False
+) -> Collective | None:
+    """The collective of an HLO instruction; None for any other one, and within one device.
+
+    Args:
+      scatters: an all-reduce keeps only the shard of each chip.
+    """
     if not (match := _COLLECTIVE.search(line)):
         return None
     kind, group = match[2], _group(line, mesh.size)
     if len(group) < 2:
         return None
-    if kind == "all-reduce" and "from-cross-replica-sharding" in line:
-        kind = "reduce-scatter"  # each chip keeps its shard of the sum
+    if kind == "all-reduce" and (scatters or "from-cross-replica-sharding" in line):
+        kind = "reduce-scatter"
     shape, size = _result(match[1], "-start(" in match[0])
     if kind == "reduce-scatter" and match[2] == kind:
         size *= len(group)

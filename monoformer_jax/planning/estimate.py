@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,7 @@ from monoformer_jax.planning.hardware import CHIPS, Chip, all_chips, chip_of, li
 from monoformer_jax.planning.kernels import kernel_seconds
 from monoformer_jax.planning.rows import TRAINING, Rows, assumed_rows, rows_of
 from monoformer_jax.planning.schedule import Prediction, predict
-from monoformer_jax.runtime.compiler import compiler_options
+from monoformer_jax.runtime.compiler import advice, compiler_options
 from monoformer_jax.sampling import image
 from monoformer_jax.sampling.sampler import (
     IMAGES,
@@ -242,7 +243,7 @@ def estimate(
       dtype: dtype of the weights in sampling; training uses float32.
 
     Raises:
-      InputError: see `slice_mesh`.
+      InputError: see `slice_mesh`; or the compiler cannot make the program, see `compiler.advice`.
     """
     mesh, chip = slice_mesh(config, topology, mode), CHIPS[chip_of(topology)]
     program, arguments = _PROGRAMS[mode](config, mesh, dtype)
@@ -256,8 +257,10 @@ def estimate(
             lowered = program.lower(*arguments)
         with ThreadPoolExecutor(1) as pool:  # the kernels are compiled beside the program
             kernels = pool.submit(_kernels, config, mesh, topology, feed, lowered)
-            compiled = lowered.compile()
+            compiled, text = compile_scheduled(lowered)
     except jax.errors.JaxRuntimeError as error:
+        if text := advice(error):
+            raise InputError(text) from error
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fits, temporaries = False, _parse_oom_bytes(str(error))
@@ -269,7 +272,6 @@ def estimate(
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
         fits = peak <= chip.hbm_gib * 2**30
         trips = _solver_steps(config) if mode == "sample" else 1
-        text = compiled.as_text()
         sent = tuple(collectives(text, mesh, trips))
         if mode == "train":
             prediction = predict(text, mesh, chip, kernels.result())
@@ -280,6 +282,19 @@ def estimate(
         sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)), model, repeated, sent,
         seconds, feed, prediction,
     )  # fmt: skip
+
+
+def compile_scheduled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The program compiled for TPU, and its scheduled HLO.
+
+    The text is the compiler's dump: jaxlib 0.10.2 cannot parse what libtpu 0.0.52 gives for collectives
+    on a SparseCore, of which `as_text` fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=dump)
+        (path,) = Path(folder).glob("*.after_codegen.txt")
+        return compiled, path.read_text(encoding="utf-8")
 
 
 def _kernels(

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from jax.sharding import Mesh
 
 from monoformer_jax.planning.collectives import (
+    SCATTERING,
     Collective,
     computations_of,
     loop_turns,
@@ -141,6 +142,9 @@ class _Walk:
         spans: list[Span] = []
         clock, links_free = 0.0, 0.0
         waiting: dict[str, _Open] = {}
+        offloaded: dict[
+            str, Collective
+        ] = {}  # set up on a SparseCore, by the name of what began that
 
         def begin_transfer(collective):
             nonlocal links_free
@@ -176,12 +180,20 @@ class _Walk:
                 spans.append(Span("loop", before, clock, False))
                 continue
             inside = self._inside(line)
-            found = (parse_collective(one, self.mesh, times) for one in inside)
+            scatters = f"calls=%{SCATTERING}" in line
+            found = (parse_collective(one, self.mesh, times, scatters) for one in inside)
             collective = next((one for one in found if one), None)
             part = _part_of(operation, inside)
-            if collective is not None and part == "start":
+            operand = _name(operands)
+            if collective is not None and operation == "async-start":
+                offloaded[label] = collective
+            elif operation == "async-update" and operand in offloaded:  # it has the operands
+                waiting[label] = begin_transfer(offloaded.pop(operand))
+            elif operation == "async-done" and operand in waiting:
+                finish(waiting.pop(operand), True)
+            elif collective is not None and part == "start":
                 waiting[_key(inside, label)] = begin_transfer(collective)
-            elif collective is not None and operation != "fusion":
+            elif collective is not None and not (operation == "fusion" and _is_link(inside)):
                 finish(begin_transfer(collective), False)
             elif part == "done" and (key := _key(inside, operands)) in waiting:
                 finish(waiting.pop(key), True)
@@ -211,7 +223,7 @@ class _Walk:
 
     def _inside(self, line: str) -> list[str]:
         """The instruction and those of the computations that it fuses."""
-        called = re.search(r"calls=%?([\w.-]+)", line)
+        called = re.search(r"call(?:s=|ed_computations=\{)%?([\w.-]+)", line)
         return [line] + (self._lines_of(called[1]) if called else [])
 
     def _lines_of(self, name: str) -> list[str]:
@@ -246,10 +258,21 @@ def _part_of(operation: str, inside: list[str]) -> str:
     return ""
 
 
+def _is_link(inside: list[str]) -> bool:
+    """Whether a fusion is one of the chain in which an asynchronous collective goes on."""
+    return any("chain_id=" in line for line in inside)
+
+
 def _key(inside: list[str], name: str) -> str:
     """What the start and the done of a collective have in common: the channel, or the start's name."""
     channel = next((m[1] for x in inside if (m := re.search(r"channel_id=(\d+)", x))), None)
-    return channel or re.match(r"[^\w]*([\w.-]+)", name)[1]
+    return channel or _name(name)
+
+
+def _name(operands: str) -> str:
+    """The name of the first operand; "" if there is none."""
+    match = re.match(r"[^\w)]*([\w.-]+)", operands)
+    return match[1] if match else ""
 
 
 def categorize(line: str, label: str, operation: str, inside: list[str]) -> str:

@@ -26,8 +26,21 @@ _V5E = {
     # Sums of more bytes are not combined into one, which could only start after the last of them.
     "xla_jf_crs_combiner_threshold_in_bytes": "65536",
 }
+_SPARSE_CORE = "xla_tpu_enable_sparse_core_collective_offload_"
+_V6E = {
+    # The SparseCores gather, and sum gradients of which each chip keeps its shard, while products run.
+    f"{_SPARSE_CORE}all_gather": "true",
+    f"{_SPARSE_CORE}2d_all_gather": "true",
+    f"{_SPARSE_CORE}reduce_scatter": "true",
+    f"{_SPARSE_CORE}nd_reduce_scatter": "true",
+}
 # By `device_kind`. Any other chip is compiled with XLA's defaults: no gain was predicted for it.
-OPTIONS: dict[str, dict[str, str]] = {"TPU v5 lite": _V5E, "TPU v5e": _V5E}
+OPTIONS: dict[str, dict[str, str]] = {
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+}
 
 
 def compiler_options(own: str, device: jax.Device) -> dict[str, str]:
@@ -37,11 +50,22 @@ def compiler_options(own: str, device: jax.Device) -> dict[str, str]:
     One of the table that the installed libtpu does not know is left out, with a warning.
 
     Raises:
-      InputError: the compiler refuses an option of the config.
+      InputError: the compiler refuses an option of the config, or all of them together.
     """
     here = jax.local_devices()[0]  # a device of another host cannot be compiled for
     same = here.device_kind == device.device_kind
     return dict(_options(own, here if same else device))
+
+
+def advice(error: RuntimeError) -> str | None:
+    """What to change after an error of the compiler: one sentence, if one is known."""
+    if "requires allocation in the alternate memory" not in str(error):
+        return None
+    return (
+        "the compiler cannot hold in VMEM what it sends beside the products: give "
+        "--config.compiler_options=xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false, or a "
+        "smaller model.scan_unroll"
+    )
 
 
 def parse_options(text: str) -> dict[str, str]:
@@ -87,5 +111,5 @@ def _refused(options: dict[str, str], device: jax.Device) -> tuple[str | None, s
         reason = str(error).splitlines()[0]
         if name := next((name for name in options if re.search(rf"\b{name}\b", reason)), None):
             return name, f"{device.device_kind}: {reason}"
-        raise
+        raise InputError(f"compiler_options: {device.device_kind}: {reason}") from error
     return None, ""
