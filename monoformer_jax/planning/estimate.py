@@ -293,8 +293,9 @@ def compile_scheduled(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled,
     with tempfile.TemporaryDirectory() as folder:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=dump)
-        (path,) = Path(folder).glob("*.after_codegen.txt")
-        return compiled, path.read_text(encoding="utf-8")
+        dumped = next(Path(folder).glob("*.after_codegen.txt"), None)
+        # None if the program is from jax's cache of compiled programs.
+        return compiled, dumped.read_text(encoding="utf-8") if dumped else compiled.as_text()
 
 
 def _kernels(
