@@ -40,10 +40,6 @@ DIGITS = str(ROOT / "configs" / "digits.py")
             ["--config.model.num_kv_heads=3"],
             "num_heads=4 is not a multiple of model.num_kv_heads=3",
         ),
-        (
-            ["--config.model.scan_unroll=4"],
-            "model.num_layers=6 is not a multiple of model.scan_unroll=4",
-        ),
         (["--config.model.remat=all"], "model.remat='all' is none of none, nothing_saveable"),
         (
             ["--config.model.remat=save_names:qkv,out"],

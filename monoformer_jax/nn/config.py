@@ -39,8 +39,9 @@ class DecoderConfig:
     # Activations of a block that are saved for the backward pass: a name in jax.checkpoint_policies,
     # "none" (no remat), or "save_names:a,b" with names of `SAVED_NAMES`; the rest is recomputed.
     remat: str = "nothing_saveable"
-    # Blocks in a turn of the loop over blocks in training, a divisor of num_layers: collectives of one
-    # run beside the products of the next on a TPU (docs/benchmarks.md), but more is compiled.
+    # Blocks in a turn of the loop over blocks in training, or the greatest divisor that num_layers has
+    # in common with it: collectives of one run beside the products of the next on a TPU
+    # (docs/benchmarks.md), but more is compiled. It changes time and memory alone.
     scan_unroll: int = 1
     attention: str = "auto"  # see attention.interval_attention
 
@@ -52,11 +53,6 @@ class DecoderConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}",
-        )
-        require(
-            self.num_layers % self.scan_unroll == 0,
-            f"model.num_layers={self.num_layers} is not a multiple of "
-            f"model.scan_unroll={self.scan_unroll}",
         )
         require(self.head_dim % 2 == 0, f"model.head_dim={self.head_dim} must be even for RoPE")
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -55,7 +57,8 @@ class Decoder(nnx.Module):
         build = nnx.split_rngs(splits=c.num_layers)(nnx.vmap(lambda rngs: Block(c, rngs)))
         self.layers = build(rngs)
         self.norm = RMSNorm(c.embed_dim, c.norm_eps)
-        self.remat, self.num_layers, self.scan_unroll = c.remat, c.num_layers, c.scan_unroll
+        self.remat, self.num_layers = c.remat, c.num_layers
+        self.scan_unroll = math.gcd(c.num_layers, c.scan_unroll)
 
     def __call__(
         self,
