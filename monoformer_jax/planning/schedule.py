@@ -142,9 +142,8 @@ class _Walk:
         spans: list[Span] = []
         clock, links_free = 0.0, 0.0
         waiting: dict[str, _Open] = {}
-        offloaded: dict[
-            str, Collective
-        ] = {}  # set up on a SparseCore, by the name of what began that
+        # Set up on a SparseCore without operands, which an update brings, by the name of the start.
+        offloaded: dict[str, Collective] = {}
 
         def begin_transfer(collective):
             nonlocal links_free
@@ -185,9 +184,11 @@ class _Walk:
             collective = next((one for one in found if one), None)
             part = _part_of(operation, inside)
             operand = _name(operands)
-            if collective is not None and operation == "async-start":
+            if collective is not None and operation == "async-start" and not operand:
                 offloaded[label] = collective
-            elif operation == "async-update" and operand in offloaded:  # it has the operands
+            elif collective is not None and operation == "async-start":
+                waiting[label] = begin_transfer(collective)
+            elif operation == "async-update" and operand in offloaded:
                 waiting[label] = begin_transfer(offloaded.pop(operand))
             elif operation == "async-done" and operand in waiting:
                 finish(waiting.pop(operand), True)
