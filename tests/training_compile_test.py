@@ -64,28 +64,42 @@ def check_kernels() -> None:
     forward = [one for one in large if "transpose" not in one.where]
     assert sum(one.times for one in forward) == 2 * config.model.num_layers
 
+    # No gradient of 128 KiB is waited for.
+    weights = check_transfers(text, mesh, "v5e")
+    waited = [x for x in weights if not x.asynchronous and x.collective.size > 2**17]
+    assert "all-reduce" not in {x.collective.kind for x in waited}, waited
+
 
 def check_schedule(topology: str) -> None:
-    """Run by the test in a subprocess: sharded weights, two blocks in a turn of the loop, and the
-    compiler options of the chip."""
+    """Run by the test in a subprocess: sharded weights, two blocks in a turn of the loop."""
+    _, mesh, _, text = compiled(topology, (1, -1, 1), scan_unroll=2, num_layers=4)
+    weights = check_transfers(text, mesh, topology.split(":")[0])
+    # Nothing is waited for but the gradients of norms, which are smaller.
+    waited = [x for x in weights if not x.asynchronous and x.collective.size > 2**13]
+    assert not waited, waited
+    # Beside the products it sends at least as much as the weights of the blocks, in bfloat16.
+    sent = sum(x.collective.sent for x in weights if x.asynchronous)
+    assert sent > 2 * 4 * (5 * 256 * 512 + 2 * 256 * 128)
+
+
+def check_transfers(text, mesh, chip) -> list:
+    """Checks the schedule, with the options of the chip (runtime/compiler.py); returns what the loop
+    over blocks sends of weights and their gradients."""
     from monoformer_jax.planning.hardware import CHIPS
     from monoformer_jax.planning.schedule import predict
     from monoformer_jax.runtime.compiler import OPTIONS, compiler_options
 
-    _, mesh, _, text = compiled(topology, (1, -1, 1), scan_unroll=2, num_layers=4)
     device = mesh.devices.flat[0]
     assert compiler_options("", device) == OPTIONS[device.device_kind]
-    one = predict(text, mesh, CHIPS[topology.split(":")[0]], {"interval_attention": 1e-5})
-    loop = [x for x in one.transfers if "/while/body/" in x.collective.where]
-    # In the loop nothing is waited for but the gradients of norms, which are smaller.
-    waited = [x for x in loop if not x.asynchronous and x.collective.size > 2**13]
-    assert not waited, waited
-    # Beside the products it sends at least as much as the weights of the blocks, in bfloat16.
-    sent = sum(x.collective.sent for x in loop if x.asynchronous)
-    assert sent > 2 * 4 * (5 * 256 * 512 + 2 * 256 * 128)
+    one = predict(text, mesh, CHIPS[chip], {"interval_attention": 1e-5})
+    layer = [x for x in one.transfers if "/while/body/" in x.collective.where]
+    weights = [x for x in layer if x.collective.axes == ("fsdp",)]
     # No gather of a weight is run as a sum with zeros, which would also show as fills.
+    kinds = {x.collective.kind for x in weights if "transpose" not in x.collective.where}
+    assert "all-reduce" not in kinds and {"all-gather", "collective-permute"} & kinds, kinds
     assert one.compute["fills"] < 0.01 * sum(one.compute.values())
     assert {"forward", "backward", "attention", "rope", "optimizer"} <= set(one.compute)
+    return weights
 
 
 @pytest.mark.slow
