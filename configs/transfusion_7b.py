@@ -20,15 +20,17 @@ moving average of the weights, 10 % of the prompts dropped for guidance, one doc
 three of pictures. Other choices are overrides:
 
     --config.data.image_first=0.5                                  as many captions behind as before
-    --config.objective.noise_limit=1 --config.data.noised_copies=True        captions see clean images
+    --config.objective.noise_limit=1 --config.data.noised_copies=True \\
+        --config.data.clean_images=0.1                                       captions see clean images
     --config.objective.kind=rectified_flow --config.objective.beta_schedule=linear \\
         --config.sampling.solver=heun --config.sampling.steps=50                    flow instead of DDPM
     --config.model.patch_codec=linear --config.model.max_patches=0                   no U-Net
 
-`plan` for v5e-256, --topology=v5e:16x16, with rows of images behind short prompts (nothing was timed):
-7,121 M parameters, peak 9.495 GiB a chip, 40% free; predicted step 7,093 ms, useful MFU 46%. For
-v5p-128, --topology=v5p:4x4x4, the arguments of the step were counted, 1.70 GiB of 95.73 a chip; it was
-not compiled.
+`plan` with rows of images behind short prompts (compiled, never run), 7,121 M parameters:
+
+    chips     --topology   peak a chip           predicted step   useful MFU
+    v5e-256   v5e:16x16     9.495 GiB, 40% free        7,093 ms          46%
+    v5p-128   v5p:4x4x4    33.244 GiB, 65% free       11,471 ms          49%
 """
 
 from monoformer_jax.errors import require

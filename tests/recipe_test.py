@@ -191,7 +191,8 @@ def test_the_recipe_of_transfusion():
     assert config.image_sampling().beta_schedule == "cosine"
     flow = ["--config.objective.kind=rectified_flow", "--config.objective.beta_schedule=linear",
             "--config.sampling.solver=heun", "--config.sampling.steps=50"]  # fmt: skip
-    clean = ["--config.objective.noise_limit=1", "--config.data.noised_copies=True"]
+    clean = ["--config.objective.noise_limit=1", "--config.data.noised_copies=True",
+             "--config.data.clean_images=0.1"]  # fmt: skip
     linear = ["--config.model.patch_codec=linear", "--config.model.max_patches=0"]
     load_config(f"{TRANSFUSION}:tiny", flow + clean + linear)
     for overrides in (
