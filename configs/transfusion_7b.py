@@ -26,8 +26,7 @@ three of pictures. Other choices are overrides:
         --config.sampling.solver=heun --config.sampling.steps=50                    flow instead of DDPM
     --config.model.patch_codec=linear --config.model.max_patches=0                   no U-Net
 
-`plan` with rows of images behind short prompts (compiled, never run; v5e-256 at cfe0b22), 7,121 M
-parameters:
+`plan` with rows of images behind short prompts (compiled, never run), 7,121 M parameters:
 
     chips     --topology   peak a chip           predicted step   useful MFU
     v5e-256   v5e:16x16     9.495 GiB, 40% free        7,093 ms          46%
